@@ -1,0 +1,37 @@
+"""What an exporter is. Exporters are found through the entry points `signround_edge.exporters`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from signround_edge.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `signround-edge export`.
+
+    Attributes:
+        dtype: None packs the integers; "f32" or "f16" writes the dequantized weights as floats instead.
+        template: a file of the target format whose metadata and naming to copy.
+        accuracy_level: MatMulNBits' accuracy_level (ONNX only).
+        log: called with one line of progress.
+    """
+
+    dtype: str | None = None
+    template: Path | None = None
+    accuracy_level: int = 0
+    log: Callable[[str], None] = print
+
+
+class Exporter(Protocol):
+    """Turns a complete run directory into an artifact; packs bits, never rounds a weight."""
+
+    name: str
+
+    def export(self, run: RunDirectory, out: Path, options: ExportOptions) -> Path:
+        """Write the artifact at `out` (whole or not at all) and return the path that a runtime loads."""
+        ...

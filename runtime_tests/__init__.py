@@ -1,0 +1,1 @@
+"""Runs artifacts on real runtimes and compares them with the run directory."""

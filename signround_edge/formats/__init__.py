@@ -1,0 +1,36 @@
+"""The table of formats: a format is one row. Schemes and presets (which tensor gets which row) are in `schemes`."""
+
+from __future__ import annotations
+
+from signround_edge.errors import UserError
+from signround_edge.formats.ggml_k_quants import Q6K
+from signround_edge.formats.ggml_legacy import AffineFp16, SymmetricFp16
+from signround_edge.formats.grid import BlockScales, Grid, QuantizedTensor
+from signround_edge.formats.matmul_nbits import MatMulNBitsAsymmetric, NBitsView, as_matmul_nbits
+
+__all__ = ["GRIDS", "BlockScales", "Grid", "NBitsView", "QuantizedTensor", "as_matmul_nbits", "get_grid"]
+
+_ROWS: tuple[Grid, ...] = (
+    SymmetricFp16("Q4_0", bits=4),
+    AffineFp16("Q4_1", bits=4),
+    SymmetricFp16("Q5_0", bits=5),
+    AffineFp16("Q5_1", bits=5),
+    SymmetricFp16("Q8_0", bits=8, signed=True),
+    Q6K(),
+    *(SymmetricFp16(f"w4g{g}", bits=4, block_size=g) for g in (16, 64, 128, 256)),
+    *(SymmetricFp16(f"w8g{g}", bits=8, block_size=g, signed=True) for g in (16, 64, 128, 256)),
+    *(MatMulNBitsAsymmetric(bits, g) for bits in (4, 8) for g in (16, 32, 64, 128, 256)),
+)
+
+GRIDS: dict[str, Grid] = {grid.name: grid for grid in _ROWS}
+
+# Other names of the same grid: ONNX's symmetric block-32 formats are llama.cpp's.
+ALIASES = {"w4g32": "Q4_0", "w8g32": "Q8_0"}
+
+
+def get_grid(name: str) -> Grid:
+    """The grid of that name ("Q4_0", "w4g128-asym"); UserError lists the known ones."""
+    grid = GRIDS.get(ALIASES.get(name, name))
+    if grid is None:
+        raise UserError(f"unknown block format {name!r}; known are {', '.join([*GRIDS, *ALIASES])}")
+    return grid

@@ -1,0 +1,169 @@
+"""What every grid is: the arithmetic between real weights, integer codes and stored scale fields.
+
+A grid is everything that a runtime's dequantizer can represent. The tuner, the exporters and the verifier
+all call the same grid; no other module computes a dequantized weight.
+
+Shapes used throughout: R rows (output features), K values a row (input features), B blocks a row,
+S values a block, so K = B·S. `blocked` tensors are [R, B, S]; per-block tensors are [R, B].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FP16_MAX = 65504.0
+
+Fields = dict[str, Tensor]
+
+
+def to_fp16(value: Tensor) -> Tensor:
+    """Round to the nearest fp16 (ties to even), saturating at ±65504 instead of overflowing to infinity."""
+    return value.clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
+
+
+def safe_reciprocal(value: Tensor) -> Tensor:
+    """1/value, and 0 where value is 0 or so small that the reciprocal overflows: such blocks hold zeros."""
+    inverse = value.reciprocal()
+    return torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
+
+
+@dataclass(frozen=True)
+class BlockScales:
+    """Real-valued scales before storage: weight ≈ scale·(code − anchor) + minimum.
+
+    Attributes:
+        scale: f32 [R, B]; may be negative.
+        minimum: f32 [R, B], the weight of code 0, or None for symmetric grids.
+    """
+
+    scale: Tensor
+    minimum: Tensor | None = None
+
+
+class Grid(ABC):
+    """One block format. Subclasses are small, stateless and found by name in `signround_edge.formats`.
+
+    Attributes:
+        name: format name as stored in run directories ("Q4_0", "w4g128-asym").
+        block_size: values that share one scale (S).
+        row_multiple: a row's length must be a multiple of this (the super-block, where there is one).
+        code_min, code_max: the inclusive range of codes.
+        code_dtype: torch.uint8, or torch.int8 where codes are signed.
+        anchor: the code that does not move when the scale changes: the code of weight zero for symmetric
+            grids; 0, the code of the minimum, for affine ones.
+        affine: whether there is a minimum (or zero point) besides the scale.
+        bits_per_weight: stored bits a weight, scale fields included.
+    """
+
+    name: str
+    block_size: int
+    row_multiple: int
+    code_min: int
+    code_max: int
+    code_dtype: torch.dtype = torch.uint8
+    anchor: int
+    affine: bool
+    bits_per_weight: float
+
+    @abstractmethod
+    def store(self, scales: BlockScales) -> Fields:
+        """Round real-valued scales to the fields that the format stores. Shapes per subclass."""
+
+    @abstractmethod
+    def affine_view(self, fields: Fields) -> tuple[Tensor, Tensor]:
+        """(scale, zero) of every block as f32 [R, B], so that code position u = w/scale + zero."""
+
+    @abstractmethod
+    def dequantize_blocks(self, codes: Tensor, fields: Fields) -> Tensor:
+        """Weights f32 [R, B, S] of codes (float or integer, [R, B, S]), bit for bit what runtimes compute."""
+
+    @abstractmethod
+    def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:
+        """Scales that minimise Σ importance·(w − ŵ)² per block.
+
+        Args:
+            blocks: weights f32 [R, B, S].
+            importance: E[x²] of the input channels, f32, broadcastable to [R, B, S].
+        """
+
+    @abstractmethod
+    def field_shapes(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name → (shape, dtype) of each stored scale field of a [rows, cols] tensor."""
+
+    def blocked(self, matrix: Tensor) -> Tensor:
+        """View [R, K] as [R, B, S]."""
+        return matrix.view(matrix.shape[0], -1, self.block_size)
+
+    def round_codes(self, blocks: Tensor, fields: Fields, shift: Tensor | None = None) -> Tensor:
+        """Codes of `blocks`: clip(round(w/s + z + V)), as f32 [R, B, S]; `shift` is V [R, B, S] or None."""
+        scale, zero = self.affine_view(fields)
+        position = blocks * safe_reciprocal(scale).unsqueeze(-1) + zero.unsqueeze(-1)
+        if shift is not None:
+            position += shift
+        return position.round_().clamp_(self.code_min, self.code_max)
+
+    def quantize(self, weight: Tensor, scales: BlockScales) -> QuantizedTensor:
+        """Round weight f32 [R, K] to nearest on the grid of `scales`."""
+        fields = self.store(scales)
+        codes = self.round_codes(self.blocked(weight), fields)
+        return self.pack_tensor(codes, fields)
+
+    def pack_tensor(self, codes: Tensor, fields: Fields) -> QuantizedTensor:
+        """A QuantizedTensor of codes [R, B, S] (float or integer) and stored fields."""
+        flat = codes.reshape(codes.shape[0], -1).to(self.code_dtype)
+        return QuantizedTensor(self, flat, {k: v.contiguous() for k, v in fields.items()})
+
+    def stored_bytes(self, rows: int, cols: int) -> int:
+        """Bytes of a [rows, cols] tensor in the target file."""
+        return round(rows * cols * self.bits_per_weight / 8)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Integer codes and stored scale fields of one weight matrix: the source of truth.
+
+    Attributes:
+        grid: the format whose arithmetic gives the weights.
+        codes: integers [R, K] in grid.code_dtype.
+        fields: the stored scale fields, as `grid.field_shapes` says.
+    """
+
+    grid: Grid
+    codes: Tensor
+    fields: Fields
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, values a row)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self) -> Tensor:
+        """Weights f32 [R, K], bit for bit what the runtime's own dequantizer returns."""
+        blocks = self.grid.dequantize_blocks(self.grid.blocked(self.codes), self.fields)
+        return blocks.reshape(self.codes.shape)
+
+    def problem(self) -> str | None:
+        """What is wrong with shapes, dtypes or code range, in a few words; None when all is right."""
+        if self.codes.ndim != 2 or self.codes.dtype != self.grid.code_dtype:
+            return f"codes are {self.codes.dtype} {list(self.codes.shape)}"
+        rows, cols = self.shape
+        if cols % self.grid.row_multiple:
+            return f"rows of {cols} values are not a multiple of {self.grid.row_multiple}"
+        expected = self.grid.field_shapes(rows, cols)
+        if set(expected) != set(self.fields):
+            return f"scale fields are {sorted(self.fields)}, expected {sorted(expected)}"
+        for name, (shape, dtype) in expected.items():
+            field = self.fields[name]
+            if tuple(field.shape) != shape or field.dtype != dtype:
+                return f"field {name} is {field.dtype} {list(field.shape)}, expected {dtype} {list(shape)}"
+            if field.is_floating_point() and not bool(field.isfinite().all()):
+                return f"field {name} holds NaN or infinity"
+        if self.codes.numel() and not (
+            int(self.codes.min()) >= self.grid.code_min and int(self.codes.max()) <= self.grid.code_max
+        ):
+            return f"codes leave the range {self.grid.code_min}..{self.grid.code_max}"
+        return None

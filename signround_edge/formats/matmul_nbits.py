@@ -1,0 +1,94 @@
+"""Grids of ONNX Runtime's MatMulNBits with integer zero points, and the lossless view of other grids as one.
+
+Source of the arithmetic: the MatMulNBits operator documentation (ONNX Runtime, ContribOperators.md):
+w = s·(q − z), q and z unsigned integers of b bits, one s and z per block of g input features.
+
+Symmetric grids need no class here: w4g32 *is* Q4_0 and w8g32 *is* Q8_0 with codes shifted by 128, so the table of
+formats gives them one row, and one tuning run serves both files. Scales are fp16-valued on every grid, so the same run
+exports to f32 and to f16 graphs without another rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from signround_edge.formats.ggml_k_quants import Q6K
+from signround_edge.formats.ggml_legacy import SymmetricFp16
+from signround_edge.formats.grid import BlockScales, Fields, Grid, QuantizedTensor, safe_reciprocal, to_fp16
+from signround_edge.formats.scale_search import in_row_chunks, search_affine
+
+
+class MatMulNBitsAsymmetric(Grid):
+    """w = s·(q − z), fp16-valued s and b-bit integer z per block. Fields: scale fp16, zero_point uint8, [R, B]."""
+
+    affine = True
+    anchor = 0
+    code_min = 0
+
+    def __init__(self, bits: int, block_size: int) -> None:
+        self.name = f"w{bits}g{block_size}-asym"
+        self.bits = bits
+        self.block_size = self.row_multiple = block_size
+        self.code_max = (1 << bits) - 1
+        self.bits_per_weight = bits + (16 + bits) / block_size
+
+    def store(self, scales: BlockScales) -> Fields:
+        assert scales.minimum is not None
+        scale = to_fp16(scales.scale)
+        zero = (-scales.minimum * safe_reciprocal(scale.float())).round().clamp(0, self.code_max)
+        return {"scale": scale, "zero_point": zero.to(torch.uint8)}
+
+    def affine_view(self, fields: Fields) -> tuple[Tensor, Tensor]:
+        return fields["scale"].float(), fields["zero_point"].float()
+
+    def dequantize_blocks(self, codes: Tensor, fields: Fields) -> Tensor:
+        shifted = codes.float() - fields["zero_point"].float().unsqueeze(-1)
+        return shifted.mul_(fields["scale"].float().unsqueeze(-1))
+
+    def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:
+        return in_row_chunks(lambda w, h: search_affine(self, w, h), blocks, importance)
+
+    def field_shapes(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        shape = (rows, cols // self.block_size)
+        return {"scale": (shape, torch.float16), "zero_point": (shape, torch.uint8)}
+
+
+@dataclass(frozen=True)
+class NBitsView:
+    """A quantized matrix as MatMulNBits stores it, before bit packing: w = scales·(codes − zero_points).
+
+    Attributes:
+        bits: bits of the container (4 or 8).
+        block_size: g, input features a block.
+        codes: uint8 [N, K].
+        scales: f32 [N, K/g]; fp16-valued unless `f32_scales`.
+        zero_points: uint8 [N, K/g].
+        f32_scales: the scales need more than fp16 (Q6_K: int8 sub-scale times fp16 super-scale).
+    """
+
+    bits: int
+    block_size: int
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor
+    f32_scales: bool = False
+
+
+def as_matmul_nbits(tensor: QuantizedTensor) -> NBitsView | None:
+    """The same integers and scales as MatMulNBits operands, or None where the grid has a real-valued minimum.
+
+    Every grid of the form s·(q − integer) maps without loss; 5- and 6-bit codes take an 8-bit container.
+    """
+    grid, fields = tensor.grid, tensor.fields
+    if isinstance(grid, MatMulNBitsAsymmetric):
+        return NBitsView(grid.bits, grid.block_size, tensor.codes, fields["scale"].float(), fields["zero_point"])
+    if not isinstance(grid, SymmetricFp16 | Q6K):
+        return None
+    scales, zeros = grid.affine_view(fields)
+    offset = -grid.code_min if grid.code_dtype == torch.int8 else 0
+    codes = (tensor.codes.to(torch.int16) + offset).to(torch.uint8)
+    bits = 4 if grid.code_max + offset <= 15 else 8
+    return NBitsView(bits, grid.block_size, codes, scales, (zeros + offset).to(torch.uint8), isinstance(grid, Q6K))

@@ -1,0 +1,275 @@
+"""The run directory: what `quantize` writes and every other command reads.
+
+    run/manifest.json                 what the run is, and which parts are complete
+    run/blocks/0007.safetensors       one decoder block: codes, scale fields and float tensors
+    run/blocks/outside.safetensors    embeddings, output head, final norm: all that is outside the decoder blocks
+    run/config/                       config.json, tokenizer and generation files of the source model
+
+Keys in a part file: `<parameter>` for float tensors, `<parameter>#codes` and `<parameter>#<field>` for quantized ones.
+Every file is written under a temporary name and renamed when it is complete, so that a kill leaves no half file.
+The manifest holds the sha256 of each complete part, so a changed part is refused. See docs/run-directory.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from signround_edge.errors import UserError
+from signround_edge.formats import QuantizedTensor, get_grid
+
+SCHEMA_VERSION = 1
+OUTSIDE = "outside"
+_SEPARATOR = "#"
+
+
+@dataclass
+class TensorEntry:
+    """One parameter of the model.
+
+    Attributes:
+        name: Hugging Face parameter name.
+        part: name of the part file that holds it.
+        shape: shape of the Hugging Face parameter.
+        dtype: dtype in the source model ("float16").
+        format: grid name, or None for a tensor kept in floats.
+        transposed: the source stores [in, out] (Conv1D); codes are always [out, in].
+        fallback_from: the format that the scheme asked for, where the row length forced another one.
+    """
+
+    name: str
+    part: str
+    shape: list[int]
+    dtype: str
+    format: str | None = None
+    transposed: bool = False
+    fallback_from: str | None = None
+
+
+@dataclass
+class PartRecord:
+    """A complete part: its file's hash, and what tuning reports about it."""
+
+    sha256: str
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Manifest:
+    """manifest.json. `settings` and `source` decide whether a run may be resumed.
+
+    It holds no times, so that a resumed run and an uninterrupted one are byte-identical.
+
+    Attributes:
+        scheme: the scheme's text.
+        targets: exporters that need no further rounding ("gguf", "onnx").
+        source: {"model": path or name, "files": {file name: sha256}}.
+        settings: tuning settings, seed and the hash of the calibration tokens.
+        versions: versions of the libraries that ran.
+        parts: part names in order.
+        tied: parameter name → name of the parameter whose data it shares.
+        tensors: every parameter, in model order.
+        complete: part name → record, for parts that are written.
+    """
+
+    scheme: str
+    targets: list[str]
+    source: dict[str, Any]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    parts: list[str]
+    tied: dict[str, str]
+    tensors: list[TensorEntry]
+    complete: dict[str, PartRecord] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def state(self) -> str:
+        """Either "complete" or "incomplete"."""
+        return "complete" if all(p in self.complete for p in self.parts) else "incomplete"
+
+    def to_json(self) -> str:
+        data = asdict(self)
+        return json.dumps({"schema_version": data.pop("schema_version"), "state": self.state, **data}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Raises ValueError, KeyError or TypeError on anything that is not a manifest of this version."""
+        data = json.loads(text)
+        if data.pop("schema_version") != SCHEMA_VERSION:
+            raise ValueError("another schema version")
+        data.pop("state")
+        data["tensors"] = [TensorEntry(**t) for t in data["tensors"]]
+        data["complete"] = {k: PartRecord(**v) for k, v in data["complete"].items()}
+        return cls(**data)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write under a temporary name, flush to disk, rename: readers see the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, path)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class RunDirectory:
+    """A run directory opened for reading (and, in `quantize`, for adding parts).
+
+    Tensors are read lazily; nothing is kept in memory.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._entries = {t.name: t for t in manifest.tensors}
+
+    @property
+    def config_dir(self) -> Path:
+        """config.json, tokenizer and generation files of the source model."""
+        return self.path / "config"
+
+    @classmethod
+    def create(cls, path: Path, manifest: Manifest) -> RunDirectory:
+        """Start a new run directory (its config folder must have been filled already)."""
+        (path / "blocks").mkdir(parents=True, exist_ok=True)
+        run = cls(path, manifest)
+        run._write_manifest()
+        return run
+
+    @classmethod
+    def open(cls, path: Path, allow_incomplete: bool = False) -> RunDirectory:
+        """Open and check; UserError when it is no run directory, incomplete, or a part is missing or was changed."""
+        file = path / "manifest.json"
+        if not file.is_file():
+            raise UserError(f"{path} is not a run directory (it has no manifest.json); make one with `quantize`")
+        try:
+            manifest = Manifest.from_json(file.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is not a readable manifest ({error}); run `quantize` again") from error
+        run = cls(path, manifest)
+        if manifest.state != "complete" and not allow_incomplete:
+            done = sum(p in manifest.complete for p in manifest.parts)
+            raise UserError(
+                f"{path} is incomplete ({done} of {len(manifest.parts)} parts); finish it with `quantize … --resume`"
+            )
+        for part, record in manifest.complete.items():
+            run._check_part(part, record)
+        return run
+
+    def names(self) -> list[str]:
+        """Names of all parameters that hold data of their own (tied ones are in `manifest.tied`), in model order."""
+        return list(self._entries)
+
+    def entry(self, name: str) -> TensorEntry:
+        """The manifest's entry of a parameter."""
+        return self._entries[name]
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the parameter is stored as codes and scale fields."""
+        return self._entries[name].format is not None
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """Codes and scale fields of a quantized parameter, [out features, in features]."""
+        entry = self._entries[name]
+        assert entry.format is not None, name
+        grid = get_grid(entry.format)
+        rows, cols = entry.shape[::-1] if entry.transposed else entry.shape
+        with self._open_part(entry.part) as part:
+            codes = part.get_tensor(f"{name}{_SEPARATOR}codes")
+            fields = {f: part.get_tensor(f"{name}{_SEPARATOR}{f}") for f in grid.field_shapes(rows, cols)}
+        tensor = QuantizedTensor(grid, codes, fields)
+        problem = tensor.problem()
+        if problem is not None or tensor.shape != (rows, cols):
+            raise UserError(f"{self.path}: tensor {name}: {problem or 'wrong shape'}; run `quantize` again")
+        return tensor
+
+    def float_tensor(self, name: str) -> Tensor:
+        """A parameter that is kept in floats, as stored."""
+        with self._open_part(self._entries[name].part) as part:
+            tensor: Tensor = part.get_tensor(name)
+        return tensor
+
+    def dequantized(self, name: str) -> Tensor:
+        """Any parameter as f32 in Hugging Face's orientation: dequantized, or the float tensor itself."""
+        if not self.is_quantized(name):
+            return self.float_tensor(name).float()
+        weight = self.quantized(name).dequantize()
+        return weight.T.contiguous() if self._entries[name].transposed else weight
+
+    def state_dict(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, f32 tensor) of every parameter, one at a time; tied ones are left out."""
+        for name in self.names():
+            yield name, self.dequantized(name)
+
+    def is_complete(self, part: str) -> bool:
+        """Whether that part is written."""
+        return part in self.manifest.complete
+
+    def write_part(self, part: str, tensors: dict[str, Tensor | QuantizedTensor], report: dict[str, Any]) -> None:
+        """Write one part atomically and record it; `tensors` must be exactly the manifest's for that part."""
+        expected = {t.name for t in self.manifest.tensors if t.part == part}
+        assert set(tensors) == expected, (part, set(tensors) ^ expected)
+        flat: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, QuantizedTensor):
+                assert tensor.problem() is None, (name, tensor.problem())
+                flat[f"{name}{_SEPARATOR}codes"] = tensor.codes.cpu().contiguous()
+                flat |= {f"{name}{_SEPARATOR}{f}": v.cpu().contiguous() for f, v in tensor.fields.items()}
+            else:
+                flat[name] = tensor.detach().cpu().contiguous()
+        target = self._part_path(part)
+        temporary = target.with_name(target.name + ".partial")
+        save_file(flat, temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        digest = sha256_of(temporary)
+        os.replace(temporary, target)
+        self.manifest.complete[part] = PartRecord(digest, report)
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        write_atomically(self.path / "manifest.json", self.manifest.to_json().encode())
+
+    def _part_path(self, part: str) -> Path:
+        return self.path / "blocks" / f"{part}.safetensors"
+
+    def _open_part(self, part: str) -> Any:
+        return safe_open(self._part_path(part), framework="pt")
+
+    def _check_part(self, part: str, record: PartRecord) -> None:
+        path = self._part_path(part)
+        if not path.is_file():
+            raise UserError(f"{path} is missing; run `quantize` again, or restore the file")
+        try:
+            with self._open_part(part):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path} is not a readable safetensors file ({error}); restore it or quantize again"
+            ) from error
+        if sha256_of(path) != record.sha256:
+            raise UserError(f"{path} was changed after `quantize` wrote it; restore it or quantize again")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The short name: "float16" for torch.float16."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Exporters: run directory to GGUF or ONNX. They pack bits and never round a weight."""

@@ -1,7 +1,7 @@
 """Perplexity, KL divergence and top-1 agreement as `llama-perplexity` defines them.
 
-Source of the definitions: tools/perplexity/perplexity.cpp in llama.cpp. A text is cut into windows of n_ctx tokens; where
-the tokenizer adds a BOS token, the first token of each window is replaced by it; only positions n_ctx/2 … n_ctx−2
+Source of the definitions: tools/perplexity/perplexity.cpp in llama.cpp. A text is cut into windows of n_ctx tokens;
+where the tokenizer adds a BOS token, the first token of each window is replaced by it; only positions n_ctx/2 … n_ctx−2
 are scored, each on the token that follows it. Standard errors treat scored tokens as independent, as there.
 """
 

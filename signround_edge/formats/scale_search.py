@@ -36,15 +36,31 @@ def in_row_chunks(search: Callable[[Tensor, Tensor], BlockScales], blocks: Tenso
     return BlockScales(torch.cat([p.scale for p in parts]), minimum)
 
 
+def extreme_scales(grid: Grid, blocks: Tensor) -> BlockScales:
+    """Scales from the extremes of each block alone, as the paper and llama.cpp's reference quantizers take them.
+
+    Affine: the smallest value gets the first code, the largest the last. Symmetric: the value of largest magnitude gets
+    the first code (`quantize_row_q4_0_ref` in ggml-quants.c), whatever its sign.
+    """
+    if grid.affine:
+        low, high = blocks.amin(dim=-1), blocks.amax(dim=-1)
+        return BlockScales((high - low) / (grid.code_max - grid.code_min), low)
+    return BlockScales(_extremes(blocks) / (grid.code_min - grid.anchor))
+
+
+def _extremes(blocks: Tensor) -> Tensor:
+    """The signed value of largest magnitude of each block [R, B]."""
+    where = blocks.abs().argmax(dim=-1, keepdim=True)
+    return blocks.gather(-1, where).squeeze(-1)
+
+
 def search_symmetric(grid: Grid, blocks: Tensor, importance: Tensor) -> BlockScales:
     """Best scale per block for ŵ = s·(q − anchor); both signs of s are tried. Shapes as in `Grid.search`."""
-    magnitude, where = blocks.abs().max(dim=-1)
-    extreme = blocks.gather(-1, where.unsqueeze(-1)).squeeze(-1)
+    extreme = _extremes(blocks)
     low, high = grid.code_min - grid.anchor, grid.code_max - grid.anchor
     ends = (low, high) if -low != high else (high,)
     candidates = (BlockScales(extreme * (factor / end)) for end in ends for factor in SYMMETRIC_FACTORS)
     refit = _refit_symmetric(grid, blocks, importance)
-    del magnitude
     return _best(grid, blocks, importance, candidates, refit)
 
 

@@ -1,0 +1,106 @@
+"""Where each parameter of a run lies in a GGUF file: its name there and the order of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from exporters.gguf.families import RowOrder, family_of, row_order
+from signround_edge.errors import UserError
+from signround_edge.run_directory import RunDirectory
+
+_SUFFIXES = (".weight", ".bias")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One tensor of the file, made of one parameter of the run.
+
+    Attributes:
+        gguf_name: the tensor's name in the file.
+        hf_name: the parameter's name in the run (for tied parameters: the one that holds the data).
+        rows: stored row i is the parameter's row rows[i]; None when the order is the same.
+        added: a constant that the file's convention adds (Gemma stores 1 + norm weight).
+    """
+
+    gguf_name: str
+    hf_name: str
+    rows: RowOrder | None = None
+    added: float = 0.0
+
+
+def builtin_placements(run: RunDirectory, config: dict[str, Any]) -> list[Placement]:
+    """Placement of every parameter, for the built-in families. UserError when one has no GGUF name."""
+    family = family_of(config)
+    names = gguf.get_tensor_name_map(family.arch, int(config["num_hidden_layers"]))
+    placements = []
+    for hf_name in run.names():
+        gguf_name = names.get_name(hf_name, try_suffixes=_SUFFIXES)
+        if gguf_name is None:
+            raise UserError(
+                f"parameter {hf_name} has no name in llama.cpp's {family.model_type} architecture; make an f16 GGUF "
+                "with llama.cpp's convert_hf_to_gguf.py and give it as --template"
+            )
+        rows = row_order(family, config, hf_name, matrix_shape(run, hf_name)[0])
+        placements.append(Placement(gguf_name, hf_name, rows))
+    return placements
+
+
+def candidate_names(run: RunDirectory, block_count: int, arch: str) -> dict[str, str]:
+    """GGUF name → HF name that a template of architecture `arch` may use, tied parameters included."""
+    archs = [known for known, name in gguf.MODEL_ARCH_NAMES.items() if name == arch]
+    maps = [gguf.get_tensor_name_map(known, block_count) for known in archs]
+    found: dict[str, str] = {}
+    for hf_name, data_name in _with_tied(run):
+        for names in maps:
+            for spelling in _spellings(hf_name):
+                gguf_name = names.get_name(spelling, try_suffixes=_SUFFIXES)
+                if gguf_name is not None:
+                    found.setdefault(gguf_name, data_name)
+    return found
+
+
+def matrix_shape(run: RunDirectory, hf_name: str) -> tuple[int, ...]:
+    """Shape in the file's orientation: [out, in] for matrices, [n] for vectors."""
+    entry = run.entry(hf_name)
+    return tuple(entry.shape[::-1] if entry.transposed else entry.shape)
+
+
+def float_data(run: RunDirectory, hf_name: str) -> Tensor:
+    """A float parameter in the file's orientation, in its own dtype."""
+    tensor = run.float_tensor(hf_name)
+    return tensor.T.contiguous() if run.entry(hf_name).transposed else tensor
+
+
+def dequantized_rows(run: RunDirectory, placement: Placement) -> NDArray[np.float32]:
+    """The weights as the file should hold them: f32 [rows, values a row] (a vector is one row)."""
+    if run.is_quantized(placement.hf_name):
+        weights = run.quantized(placement.hf_name).dequantize()
+    else:
+        weights = float_data(run, placement.hf_name).to(torch.float32)
+    array: NDArray[np.float32] = weights.numpy()
+    if placement.rows is not None:
+        array = array[placement.rows]
+    if placement.added:
+        array = array + np.float32(placement.added)
+    return array if array.ndim > 1 else array[None, :]
+
+
+def _with_tied(run: RunDirectory) -> Iterable[tuple[str, str]]:
+    """(name, name of the parameter that holds its data)."""
+    yield from ((name, name) for name in run.names())
+    yield from run.manifest.tied.items()
+
+
+def _spellings(hf_name: str) -> list[str]:
+    """The name itself, and as base models (without a head on top) spell it."""
+    known = ("model.", "transformer.", "gpt_neox.", "language_model.")
+    bare = next((hf_name.removeprefix(prefix) for prefix in known if hf_name.startswith(prefix)), hf_name)
+    return list(dict.fromkeys([hf_name, bare, f"model.{bare}", f"transformer.{bare}"]))

@@ -1,0 +1,87 @@
+"""From a run's parameters to the tensors of a GGUF file: which type each gets, and its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
+
+from exporters.gguf.container import PlannedTensor
+from exporters.gguf.naming import Placement, dequantized_rows, float_data, matrix_shape
+from exporters.gguf.packing import pack, require_layout
+from signround_edge.errors import UserError
+from signround_edge.run_directory import RunDirectory
+
+_FLOATS = {"f32": GGMLQuantizationType.F32, "f16": GGMLQuantizationType.F16}
+
+
+def plan_tensor(
+    run: RunDirectory, placement: Placement, dtype: str | None, keep_f32: bool = False
+) -> PlannedTensor:
+    """Plan one tensor.
+
+    Args:
+        dtype: None packs the codes; "f32" or "f16" stores the dequantized weights of matrices as floats.
+        keep_f32: the file's convention is f32 for this float tensor (a template says so).
+    Raises:
+        UserError: the parameter's grid has no GGUF type.
+    """
+    shape = matrix_shape(run, placement.hf_name)
+    if dtype is None and run.is_quantized(placement.hf_name):
+        name = run.entry(placement.hf_name).format
+        assert name is not None
+        layout = require_layout(name, placement.hf_name)
+        ggml_type = layout.ggml_type
+        return PlannedTensor(
+            placement.gguf_name, ggml_type, shape, stored_bytes(ggml_type, shape), lambda: _packed(run, placement)
+        )
+    ggml_type = GGMLQuantizationType.F32
+    if len(shape) > 1 and not keep_f32:
+        ggml_type = _FLOATS[dtype] if dtype else _own_float_type(run, placement.hf_name)
+    return PlannedTensor(
+        placement.gguf_name,
+        ggml_type,
+        shape,
+        stored_bytes(ggml_type, shape),
+        lambda: _floats(run, placement, ggml_type),
+    )
+
+
+def stored_bytes(ggml_type: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of that type and logical shape."""
+    block, size = GGML_QUANT_SIZES[ggml_type]
+    return prod(shape) // block * size
+
+
+def vector(name: str, values: NDArray[np.float32]) -> PlannedTensor:
+    """An f32 vector that no parameter holds (rope_freqs)."""
+    return PlannedTensor(name, GGMLQuantizationType.F32, values.shape, values.nbytes, lambda: iter([values]))
+
+
+def _own_float_type(run: RunDirectory, hf_name: str) -> GGMLQuantizationType:
+    """F16 for a matrix that was fp16 and was not quantized; F32 otherwise, so that nothing is rounded."""
+    entry = run.entry(hf_name)
+    stored_half = entry.dtype == "float16" and float_data(run, hf_name).dtype == torch.float16
+    return GGMLQuantizationType.F16 if stored_half else GGMLQuantizationType.F32
+
+
+def _packed(run: RunDirectory, placement: Placement) -> Iterator[NDArray[Any]]:
+    blocks = pack(run.quantized(placement.hf_name))
+    yield blocks if placement.rows is None else blocks[placement.rows]
+
+
+def _floats(run: RunDirectory, placement: Placement, ggml_type: GGMLQuantizationType) -> Iterator[NDArray[Any]]:
+    weights = dequantized_rows(run, placement)
+    if ggml_type is GGMLQuantizationType.F32:
+        yield weights
+        return
+    with np.errstate(over="ignore"):
+        half = weights.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise UserError(f"{placement.hf_name} has weights beyond ±65504, which f16 cannot hold; use --dtype f32")
+    yield half

@@ -1,0 +1,32 @@
+"""ONNX export: onnxruntime-genai's model builder makes the graph, the run directory gives every integer in it.
+
+Inside this package the name `onnx` always means the installed package; its own modules are imported absolutely, as
+`exporters.onnx.…`. Importing this module is cheap; torch and the builder are loaded by the first export.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from exporters.interface import ExportOptions
+from signround_edge.run_directory import RunDirectory
+
+__all__ = ["OnnxExporter"]
+
+
+class OnnxExporter:
+    """Writes a folder that ONNX Runtime and onnxruntime-genai load: model.onnx, tokenizer, genai_config.json."""
+
+    name = "onnx"
+
+    def export(self, run: RunDirectory, out: Path, options: ExportOptions) -> Path:
+        """Write the folder `out`, whole or not at all, and return it.
+
+        Raises:
+            UserError: the architecture, a block format or an option has no ONNX form, `out` holds something else, or
+                the disk is full.
+            CheckFailed: the graph's integers or scales differ from the run directory; the message names the tensor.
+        """
+        from exporters.onnx.export import export_folder
+
+        return export_folder(run, out, options)

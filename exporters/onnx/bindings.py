@@ -1,0 +1,97 @@
+"""Bindings: which node and initializers of a graph hold which Hugging Face parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from exporters.onnx.families import parameters_of
+
+# Positions of the stored operands among a node's inputs (ONNX Runtime, docs/ContribOperators.md).
+QUANTIZED_INPUTS = {
+    "MatMulNBits": {"weight": 1, "scales": 2, "zero_points": 3},
+    "GatherBlockQuantized": {"weight": 0, "scales": 2, "zero_points": 3},
+}
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Where a graph holds the rows of one or more parameters.
+
+    Attributes:
+        node: name of the node that reads them.
+        op: its operator type.
+        parameters: Hugging Face names, their rows stacked in this order (a packed QKV projection has three).
+        initializers: "weight", and for quantized operators "scales" and "zero_points" → initializer name.
+        transposed: the weight is stored [K, N], as a float MatMul wants it.
+    """
+
+    node: str
+    op: str
+    parameters: tuple[str, ...]
+    initializers: dict[str, str]
+    transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The stored tensor's name: the node of a quantized one, the initializer of a float one."""
+        return self.node if self.quantized else self.initializers["weight"]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weight is stored as codes and scales."""
+        return self.op in QUANTIZED_INPUTS
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of `signround_edge.json`."""
+        return {
+            "name": self.name,
+            "node": self.node,
+            "op": self.op,
+            "parameters": list(self.parameters),
+            "initializers": self.initializers,
+            "transposed": self.transposed,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Binding:
+        """Raises KeyError or TypeError on anything else than `to_json` writes."""
+        return cls(data["node"], data["op"], tuple(data["parameters"]), dict(data["initializers"]), data["transposed"])
+
+
+def quantized_initializers(node: ir.Node) -> dict[str, str]:
+    """"weight", "scales", "zero_points" → initializer name, for those that the node has."""
+    found: dict[str, str] = {}
+    for role, position in QUANTIZED_INPUTS[node.op_type].items():
+        value = node.inputs[position] if position < len(node.inputs) else None
+        if value is not None and value.name and value.is_initializer():
+            found[role] = value.name
+    return found
+
+
+def find_bindings(graph: ir.Graph) -> list[Binding]:
+    """Every parameter that the graph's initializers hold, by the builder's names, one binding per initializer."""
+    bindings: list[Binding] = []
+    seen: set[str] = set()
+    for binding in _candidates(graph):
+        if binding.initializers["weight"] not in seen:
+            seen.add(binding.initializers["weight"])
+            bindings.append(binding)
+    return bindings
+
+
+def _candidates(graph: ir.Graph) -> Iterator[Binding]:
+    # A tied float embedding reads the head's weight through a Transpose; the head's own MatMul is the one to bind.
+    for node in sorted(graph, key=lambda n: n.op_type == "Transpose"):
+        name, op = node.name or "", node.op_type
+        if op in QUANTIZED_INPUTS:
+            initializers = quantized_initializers(node)
+            if parameters := parameters_of(initializers.get("weight", "")):
+                yield Binding(name, op, parameters, initializers)
+            continue
+        for value in node.inputs:
+            if value is not None and value.name and value.is_initializer() and (p := parameters_of(value.name)):
+                yield Binding(name, op, p, {"weight": value.name}, transposed=op in ("MatMul", "Transpose"))

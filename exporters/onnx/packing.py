@@ -1,0 +1,96 @@
+"""Bit packing of MatMulNBits and GatherBlockQuantized operands. Bits move here; no value changes.
+
+Layout (ONNX Runtime, docs/ContribOperators.md, MatMulNBits): B is uint8 [N, blocks, g·bits/8], zero points are uint8
+[N, ceil(blocks·bits/8)] with every row padded to a whole byte, the lowest bits of a byte first; scales are [N, blocks].
+GatherBlockQuantized reads the same bytes, with B seen as [N, K·bits/8].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from signround_edge.formats import Grid, QuantizedTensor, as_matmul_nbits
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One weight matrix [N, K] as MatMulNBits stores it.
+
+    Attributes:
+        bits: bits of a code (2, 4 or 8).
+        block_size: g, input features that share a scale.
+        weight: uint8 [N, K/g, g·bits/8].
+        scales: f32 [N, K/g].
+        zero_points: uint8 [N, ceil(K/g·bits/8)].
+    """
+
+    bits: int
+    block_size: int
+    weight: Bytes
+    scales: NDArray[np.float32]
+    zero_points: Bytes
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.weight.shape[0], self.weight.shape[1] * self.block_size
+
+
+def pack_bits(values: Bytes, bits: int) -> Bytes:
+    """Pack uint8 [R, C] of `bits`-bit values into uint8 [R, ceil(C·bits/8)], lowest bits first, rows padded with 0."""
+    per_byte = 8 // bits
+    padded = np.pad(values, ((0, 0), (0, -values.shape[1] % per_byte)))
+    packed = np.zeros((values.shape[0], padded.shape[1] // per_byte), dtype=np.uint8)
+    for i in range(per_byte):
+        packed |= padded[:, i::per_byte] << (i * bits)
+    return packed
+
+
+def unpack_bits(packed: Bytes, bits: int, columns: int) -> Bytes:
+    """The inverse of `pack_bits`: uint8 [R, columns]."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    values = (packed[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
+    return values.reshape(packed.shape[0], -1)[:, :columns]
+
+
+def pack_operands(tensor: QuantizedTensor) -> Operands | None:
+    """The operands of a quantized matrix, or None where its grid has no MatMulNBits form."""
+    view = as_matmul_nbits(tensor)
+    if view is None:
+        return None
+    rows, blocks = view.scales.shape
+    return Operands(
+        bits=view.bits,
+        block_size=view.block_size,
+        weight=pack_bits(view.codes.numpy(), view.bits).reshape(rows, blocks, -1),
+        scales=np.ascontiguousarray(view.scales.numpy()),
+        zero_points=pack_bits(view.zero_points.numpy(), view.bits),
+    )
+
+
+def stack_rows(parts: list[Operands]) -> Operands:
+    """The operands of matrices stacked along N (a packed QKV projection); they must agree in bits and block size."""
+    first = parts[0]
+    assert all((p.bits, p.block_size, p.shape[1]) == (first.bits, first.block_size, first.shape[1]) for p in parts)
+    return Operands(
+        first.bits,
+        first.block_size,
+        np.concatenate([p.weight for p in parts]),
+        np.concatenate([p.scales for p in parts]),
+        np.concatenate([p.zero_points for p in parts]),
+    )
+
+
+def container_of(grid: Grid) -> tuple[int, int] | None:
+    """(bits, block size) of the MatMulNBits operands of that grid, or None where it has no such form."""
+    codes = torch.zeros((1, grid.row_multiple), dtype=grid.code_dtype)
+    shapes = grid.field_shapes(1, grid.row_multiple)
+    fields = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    view = as_matmul_nbits(QuantizedTensor(grid, codes, fields))
+    return None if view is None else (view.bits, view.block_size)

@@ -1,0 +1,73 @@
+"""The run directory's tensors as a graph stores them: packed operands, or floats, of one or several parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from exporters.onnx.bindings import Binding
+from exporters.onnx.packing import Operands, pack_operands, stack_rows
+from signround_edge.errors import UserError
+from signround_edge.formats.grid import to_fp16
+from signround_edge.run_directory import RunDirectory
+
+FloatArray = NDArray[np.float32]
+
+
+class RunWeights:
+    """Reads a run's tensors by binding. Only the last packed matrix is kept, since its three operands follow in a row.
+
+    Every method raises UserError when the run lacks a parameter (the artifact belongs to another model).
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self._names = set(run.names())
+        self._last: tuple[tuple[str, ...], Operands] | None = None
+
+    def owner(self, parameter: str) -> str:
+        """The parameter that holds the data: itself, or the one that it is tied to."""
+        name = self.run.manifest.tied.get(parameter, parameter)
+        if name not in self._names:
+            raise UserError(
+                f"{self.run.path} has no parameter {parameter}; the artifact was exported from the run of another model"
+            )
+        return name
+
+    def is_quantized(self, parameters: tuple[str, ...]) -> bool:
+        """Whether the run stores these parameters as codes. A packed projection is never mixed (see `staging`)."""
+        return all(self.run.is_quantized(self.owner(p)) for p in parameters)
+
+    def operands(self, parameters: tuple[str, ...]) -> Operands:
+        """Packed operands of quantized parameters, stacked in order."""
+        if self._last is None or self._last[0] != parameters:
+            packed = [self._pack(p) for p in parameters]
+            self._last = (parameters, packed[0] if len(packed) == 1 else stack_rows(packed))
+        return self._last[1]
+
+    def rows(self, binding: Binding) -> FloatArray:
+        """f32 weights in the artifact's row order: [N, K] of a matrix, [N] of a norm weight or bias."""
+        tensors = [self.run.dequantized(self.owner(p)) for p in binding.parameters]
+        weights: FloatArray = torch.cat(tensors).numpy()
+        return weights
+
+    def stored_floats(self, binding: Binding, dtype: str = "float32") -> NDArray[Any]:
+        """The array of a float initializer: `rows`, transposed where the graph wants that; "float16" rounds it."""
+        weights = torch.from_numpy(self.rows(binding))
+        if binding.transposed:
+            weights = weights.T
+        if dtype == "float16":
+            weights = to_fp16(weights)
+        return np.ascontiguousarray(weights.numpy())
+
+    def _pack(self, parameter: str) -> Operands:
+        name = self.owner(parameter)
+        operands = pack_operands(self.run.quantized(name))
+        if operands is None:
+            raise UserError(
+                f"tensor {name} has format {self.run.entry(name).format}, which MatMulNBits cannot hold; use --dtype f32"
+            )
+        return operands

@@ -1,0 +1,130 @@
+"""ONNX Runtime inside this process: one decoder graph with KV-cache inputs, one thread. Only the worker uses it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from signround_edge.errors import UserError
+from signround_edge.metrics import FloatArray, TokenArray
+
+_DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32}
+_DTYPES |= {"tensor(float16)": np.float16}
+_EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+_NAMED_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class OnnxEngine:
+    """A decoder that onnxruntime-genai's builder wrote, run by ONNX Runtime on the CPU with one thread.
+
+    Args:
+        artifact: the .onnx file, or the folder that holds genai_config.json.
+        accuracy_level: run every MatMulNBits at this level instead of the file's own.
+    Raises:
+        UserError: ONNX Runtime refuses the file, or the graph is not such a decoder.
+    """
+
+    def __init__(self, artifact: Path, accuracy_level: int | None = None) -> None:
+        import onnxruntime
+
+        self._artifact = artifact
+        model = model_file(artifact)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        try:
+            content: str | bytes = str(model)
+            if accuracy_level is not None:
+                content = _with_accuracy_level(model, accuracy_level)
+                options.add_session_config_entry(_EXTERNAL_DATA_FOLDER, str(model.parent))
+            self._session: Any = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its error classes share no base but Exception
+            raise UserError(f"ONNX Runtime refuses {model}: {_first_line(error)}") from error
+        self._inputs = {i.name: i for i in self._session.get_inputs()}
+        outputs = [o.name for o in self._session.get_outputs()]
+        unknown = [n for n in self._inputs if n not in _NAMED_INPUTS and not n.startswith("past")]
+        if "input_ids" not in self._inputs or "logits" not in outputs or unknown:
+            raise UserError(
+                f"{model} is not a decoder of onnxruntime-genai's builder: inputs {list(self._inputs)[:4]}…, "
+                f"outputs {outputs[:2]}…; export it again"
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """What a client may want to know about the file."""
+        shape = next(o.shape for o in self._session.get_outputs() if o.name == "logits")
+        return {"vocab_size": shape[-1] if isinstance(shape[-1], int) else None}
+
+    def logits(self, tokens: TokenArray) -> FloatArray:
+        """f32 [n, vocab] next-token logits at every position of int32 [n], from an empty cache."""
+        feeds = {name: self._feed(name, tokens) for name in self._inputs}
+        try:
+            (logits,) = self._session.run(["logits"], feeds)
+        except Exception as error:
+            raise UserError(f"ONNX Runtime could not run {self._artifact}: {_first_line(error)}") from error
+        if logits.ndim != 3 or logits.shape[:2] != (1, len(tokens)):
+            raise UserError(
+                f"{self._artifact} gives logits of shape {list(logits.shape)} for {len(tokens)} tokens; verify needs "
+                "them at every position (build without prune_lm_head)"
+            )
+        result: FloatArray = logits[0].astype(np.float32)
+        return result
+
+    def _feed(self, name: str, tokens: TokenArray) -> NDArray[Any]:
+        dtype = _DTYPES.get(self._inputs[name].type)
+        if dtype is None:
+            raise UserError(
+                f"{self._artifact}: input {name} has type {self._inputs[name].type}, which verify cannot feed"
+            )
+        if name == "input_ids":
+            return tokens.astype(dtype).reshape(1, -1)
+        if name == "attention_mask":
+            return np.ones((1, len(tokens)), dtype=dtype)
+        if name == "position_ids":
+            return np.arange(len(tokens), dtype=dtype).reshape(1, -1)
+        # An empty cache: [batch 1, heads, past length 0, head size]; dimensions of no fixed size are batch and length.
+        shape = self._inputs[name].shape
+        fixed = [n if isinstance(n, int) else 0 for n in shape]
+        return np.zeros([1, *fixed[1:]], dtype=dtype)
+
+
+def model_file(artifact: Path) -> Path:
+    """The decoder's .onnx file of an artifact (a folder with genai_config.json, or the file itself).
+
+    Raises:
+        UserError: there is none.
+    """
+    if artifact.is_file() and artifact.suffix == ".onnx":
+        return artifact
+    config = artifact / "genai_config.json"
+    if artifact.is_dir() and config.is_file():
+        try:
+            name = json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]["filename"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{config} is not a readable genai_config.json ({error!r}); export again") from error
+        file = artifact / Path(str(name)).name  # a name, never a path out of the folder
+        if file.is_file():
+            return file
+        raise UserError(f"{artifact} has no {file.name}, which its genai_config.json names; export it again")
+    raise UserError(f"{artifact} is neither an .onnx file nor a folder with a genai_config.json")
+
+
+def _with_accuracy_level(model: Path, level: int) -> bytes:
+    """The graph with another accuracy_level on every MatMulNBits; its external data stays where it is."""
+    import onnx
+
+    proto = onnx.load(model, load_external_data=False)
+    for node in proto.graph.node:
+        if node.op_type == "MatMulNBits":
+            kept = [a for a in node.attribute if a.name != "accuracy_level"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", level)])
+    content: bytes = proto.SerializeToString()
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

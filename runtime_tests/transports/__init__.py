@@ -1,0 +1,1 @@
+"""Ways to reach a worker process: on this machine for now."""

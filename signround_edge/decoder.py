@@ -1,0 +1,173 @@
+"""A Hugging Face decoder-only model seen as: what is outside the decoder blocks, and the blocks one after another.
+
+Parameters stay on the meta device until a block is needed, so that only one block is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from signround_edge.errors import UserError
+from signround_edge.source_model import SourceModel
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The model with meta parameters, and where its blocks are.
+
+    Attributes:
+        model: AutoModelForCausalLM; every parameter is on the meta device until loaded.
+        blocks: the list of decoder blocks.
+        prefix: name of that list in the model ("model.layers").
+        embedding: the token embedding.
+        head: the output head.
+        base_prefix: name of the base model in the model ("model"); checkpoints of bare base models leave it out.
+    """
+
+    model: nn.Module
+    blocks: nn.ModuleList
+    prefix: str
+    embedding: nn.Module
+    head: nn.Module
+    base_prefix: str
+
+    def block_prefix(self, index: int) -> str:
+        """ "model.layers.7." for block 7."""
+        return f"{self.prefix}.{index}."
+
+    def matrices(self, index: int) -> dict[str, nn.Module]:
+        """Parameter name → module of every weight matrix (nn.Linear or GPT-2's Conv1D) of a block."""
+        from transformers.pytorch_utils import Conv1D
+
+        return {
+            f"{self.block_prefix(index)}{name}.weight": module
+            for name, module in self.blocks[index].named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        }
+
+    def tied_parameters(self) -> dict[str, str]:
+        """Alias → owner for parameters that share data (the output head tied to the embedding)."""
+        owners: dict[int, str] = {}
+        tied: dict[str, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if id(parameter) in owners:
+                tied[name] = owners[id(parameter)]
+            else:
+                owners[id(parameter)] = name
+        return tied
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module stores its weight as [in, out] (GPT-2's Conv1D) instead of [out, in]."""
+    return not isinstance(module, nn.Linear | nn.Embedding)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within, modules are built with parameters on the meta device but real buffers (RoPE tables and the like)."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        original(self, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def build_decoder(config_dir: Path) -> Decoder:
+    """Build the model of config_dir/config.json without weights; UserError for what is no decoder-only model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(config_dir, local_files_only=True)
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{config_dir / 'config.json'}: transformers cannot build this architecture as a causal "
+            f"language model ({first}); update transformers, or use another model"
+        ) from error
+    model.eval()
+    model.tie_weights()
+    prefix, blocks = _find_blocks(model, config_dir)
+    return Decoder(
+        model, blocks, prefix, model.get_input_embeddings(), model.get_output_embeddings(), model.base_model_prefix
+    )
+
+
+def _find_blocks(model: nn.Module, config_dir: Path) -> tuple[str, nn.ModuleList]:
+    depth = getattr(model.config, "num_hidden_layers", None)
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not lists:
+        raise UserError(
+            f"{config_dir / 'config.json'}: no list of {depth} decoder blocks found in {type(model).__name__}; "
+            "only decoder-only models are supported"
+        )
+    return lists[0]
+
+
+def load_parameters(
+    module: nn.Module, prefix: str, source: SourceModel, device: torch.device, base_prefix: str
+) -> None:
+    """Load every parameter (and stored buffer) of `module` from the source as f32 on `device`.
+
+    Args:
+        prefix: name of the module in the model, with a final dot, or "".
+        base_prefix: as in `Decoder`.
+    """
+    for owner_name, owner in module.named_modules():
+        for leaf, parameter in list(owner._parameters.items()):
+            if parameter is None:
+                continue
+            name = prefix + (f"{owner_name}.{leaf}" if owner_name else leaf)
+            value = source.tensor(checkpoint_name(name, source, base_prefix)).to(device, torch.float32)
+            if value.shape != parameter.shape:
+                raise UserError(
+                    f"{source.path}: tensor {name} is {list(value.shape)} but config.json asks for "
+                    f"{list(parameter.shape)}; weights and config are not of the same model"
+                )
+            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    module.to(device)  # buffers
+
+
+def unload_parameters(module: nn.Module) -> None:
+    """Give the memory of a module's parameters back: they return to the meta device."""
+    for owner in module.modules():
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None:
+                owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def checkpoint_name(name: str, source: SourceModel, base_prefix: str) -> str:
+    """The source's name of a model parameter; UserError when the source lacks it."""
+    bare = name.removeprefix(f"{base_prefix}.") if base_prefix else name
+    for candidate in (name, bare, f"{base_prefix}.{name}"):
+        if candidate in source.files:
+            return candidate
+    raise UserError(f"{source.path}: tensor {name} is missing from the safetensors files; download the model again")
+
+
+def set_weight(module: nn.Module, weight: Tensor, requires_grad: bool = False) -> nn.Parameter:
+    """Replace a module's weight matrix; `weight` is in the module's own orientation."""
+    parameter = nn.Parameter(weight, requires_grad=requires_grad)
+    module._parameters["weight"] = parameter
+    return parameter
+
+
+def first_hidden(output: Any) -> Tensor:
+    """The hidden states of a block's output, which is a tensor or a tuple that starts with it."""
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    return hidden

@@ -1,0 +1,91 @@
+"""Perplexity and KL divergence of torch models: the original, or a run directory's dequantized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from signround_edge.decoder import build_decoder, checkpoint_name
+from signround_edge.errors import UserError
+from signround_edge.metrics import FloatArray, ScoreKeeper, Scores, TokenArray, Windows, cut_windows
+from signround_edge.run_directory import RunDirectory
+from signround_edge.source_model import SourceModel
+from signround_edge.tuning.calibration import load_tokenizer
+
+
+class TorchSession:
+    """A torch model that gives logits for one window of tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def logits(self, tokens: TokenArray) -> FloatArray:
+        """f32 [n, vocab] next-token logits at every position of one window, int32 [n]."""
+        with torch.no_grad():
+            device = next(self.model.parameters()).device
+            ids = torch.from_numpy(tokens.astype("int64")).unsqueeze(0).to(device)
+            array: FloatArray = self.model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
+        return array
+
+
+def load_run_model(run: RunDirectory, device: str = "cpu") -> nn.Module:
+    """The model of a run directory with its dequantized weights, f32, in evaluation mode."""
+    return _load(run.config_dir, run.state_dict(), device)
+
+
+def load_source_model(path: Path, device: str = "cpu") -> nn.Module:
+    """The full-precision model of a Hugging Face folder, f32, in evaluation mode."""
+    source = SourceModel.open(path)
+    decoder = build_decoder(path)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, _ in decoder.model.named_parameters():
+            yield name, source.tensor(checkpoint_name(name, source, decoder.base_prefix)).float()
+
+    return _load(path, tensors(), device)
+
+
+def _load(config_dir: Path, tensors: Iterator[tuple[str, Tensor]], device: str) -> nn.Module:
+    model = build_decoder(config_dir).model
+    for name, tensor in tensors:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        owner._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor.to(device), requires_grad=False)
+    model.tie_weights()
+    unloaded = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if unloaded:
+        raise UserError(f"{config_dir}: no data for tensor {unloaded[0]}; weights and config are not of the same model")
+    return model.to(device)
+
+
+def text_windows(tokenizer_dir: Path, text: Path, n_ctx: int = 512, max_windows: int | None = None) -> Windows:
+    """Windows of a text as llama-perplexity cuts them, BOS rule included; UserError when it is too short."""
+    tokenizer = load_tokenizer(tokenizer_dir)
+    if not text.is_file():
+        raise UserError(f"--text {text} does not exist; give a UTF-8 text file")
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {text} is not UTF-8 ({error.reason}); convert it first") from error
+    tokens = list(tokenizer(content, verbose=False)["input_ids"])
+    return cut_windows(tokens, n_ctx, added_bos(tokenizer), max_windows)
+
+
+def added_bos(tokenizer: Any) -> int | None:
+    """The BOS token when this tokenizer puts one in front of a text, else None."""
+    bos = tokenizer.bos_token_id
+    start = tokenizer("a")["input_ids"][:1]
+    return int(bos) if bos is not None and start == [bos] else None
+
+
+def evaluate(session: Any, windows: Windows, reference: Any = None) -> Scores:
+    """Score a session (anything with `logits`) on windows, against a reference session when given."""
+    keeper = ScoreKeeper()
+    for index, window in enumerate(windows.tokens):
+        scored = windows.scored
+        base = None if reference is None else reference.logits(window)[scored]
+        keeper.add(session.logits(window)[scored], windows.targets(index), base)
+    return keeper.scores()

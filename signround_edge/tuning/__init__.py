@@ -1,0 +1,1 @@
+"""SignRound: calibration, the block loop, the fused sign step and resume."""

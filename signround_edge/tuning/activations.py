@@ -1,0 +1,188 @@
+"""Activations between decoder blocks: what the model outside the blocks computes, and blocks run over all samples."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from signround_edge.decoder import Decoder, first_hidden
+from signround_edge.errors import UserError
+
+
+class _StopForward(Exception):
+    """Ends a forward pass as soon as what we wanted from it is known."""
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments besides the hidden states with which the model calls one block.
+
+    Attributes:
+        args: positional arguments after the hidden states.
+        kwargs: keyword arguments (masks, position embeddings, …).
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to(self, device: torch.device) -> BlockCall:
+        """The same call with its tensors on a device."""
+        moved = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
+        return BlockCall(*moved)
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Hidden states [n, seqlen, hidden] after the block."""
+        return first_hidden(block(hidden, *self.args, **self.kwargs))
+
+
+@dataclass
+class Shell:
+    """The model with its blocks taken out: embeds tokens, knows how each block is called, applies the final norm.
+
+    Everything outside the blocks that runs must be loaded; the blocks need not be. Masks and position embeddings
+    depend only on the number of samples in a batch, so they are captured once per batch size.
+    """
+
+    decoder: Decoder
+    returns_tuple: bool
+    calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states f32 [n, seqlen, hidden] that enter block 0."""
+        return self._pass(tokens, None)[0]
+
+    def block_call(self, index: int, tokens: Tensor, device: torch.device) -> BlockCall:
+        """How block `index` is called, with tensors on `device`, for as many samples as `tokens` [n, seqlen] has."""
+        count = tokens.shape[0]
+        if count not in self.calls:
+            self._pass(tokens, None)
+        return self.calls[count][index].to(device)
+
+    def head_input(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What the output head receives for the last block's output `hidden` [n, seqlen, hidden]."""
+        return self._pass(tokens, hidden)[1]
+
+    def _pass(self, tokens: Tensor, inject: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the model with recorders for blocks: (input of block 0, input of the head).
+
+        `inject` replaces the hidden states from block 0 on; without it the pass ends at the last block.
+        """
+        blocks, model = self.decoder.blocks, self.decoder.model
+        recorded: list[BlockCall] = []
+        seen: list[Tensor] = []
+        last = len(blocks) - 1
+
+        def replace(index: int) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = kwargs.pop("hidden_states", None) if not args else args[0]
+                assert isinstance(hidden, Tensor)
+                if index == 0:
+                    seen.append(hidden)
+                    hidden = hidden if inject is None else inject
+                elif hidden is not passed[-1]:
+                    raise UserError(
+                        f"{type(model).__name__} does not pass one block's output straight to the next, "
+                        "which tuning needs; use another model"
+                    )
+                passed.append(hidden)
+                recorded.append(BlockCall(args[1:], kwargs))
+                if index == last and inject is None:
+                    raise _StopForward
+                return (hidden, None) if self.returns_tuple else hidden
+
+            return forward
+
+        passed: list[Tensor] = []
+        head_inputs: list[Tensor] = []
+
+        def stop_at_head(module: nn.Module, args: tuple[Any, ...]) -> None:
+            head_inputs.append(args[0])
+            raise _StopForward
+
+        hook = self.decoder.head.register_forward_pre_hook(stop_at_head)
+        for index, block in enumerate(blocks):
+            block.forward = replace(index)
+        try:
+            with torch.no_grad():
+                model(input_ids=tokens, use_cache=False)
+        except _StopForward:
+            pass
+        finally:
+            hook.remove()
+            for block in blocks:
+                del block.forward
+        self.calls.setdefault(tokens.shape[0], recorded)
+        return seen[0], head_inputs[0] if head_inputs else seen[0]
+
+
+def block_returns_tuple(decoder: Decoder, tokens: Tensor) -> bool:
+    """Whether blocks return a tuple; found by running the loaded block 0 on a few tokens [1, n]."""
+    found: list[bool] = []
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(not isinstance(output, Tensor))
+        raise _StopForward
+
+    hook = decoder.blocks[0].register_forward_hook(look)
+    try:
+        with torch.no_grad():
+            decoder.model(input_ids=tokens, use_cache=False)
+    except _StopForward:
+        pass
+    finally:
+        hook.remove()
+    return found[0]
+
+
+def run_block(
+    decoder: Decoder, shell: Shell, index: int, tokens: Tensor, hidden: Tensor, batch_size: int, device: torch.device
+) -> Tensor:
+    """Output of a loaded block for all samples, f32 [samples, seqlen, hidden] on the CPU.
+
+    Batches always have the same boundaries, so that a resumed run computes the very same bits.
+    """
+    out = torch.empty_like(hidden)
+    with torch.no_grad():
+        for start in range(0, hidden.shape[0], batch_size):
+            part = slice(start, start + batch_size)
+            call = shell.block_call(index, tokens[part], device)
+            out[part] = call.run(decoder.blocks[index], hidden[part].to(device)).cpu()
+    return out
+
+
+class SecondMoments:
+    """Sums up E[x²] of the inputs of matrices: the importance of each input channel."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def watching(self, modules: dict[str, nn.Module]) -> Iterator[None]:
+        """Within, every call of a module adds its input."""
+        hooks = [
+            module.register_forward_pre_hook(lambda _, args, name=name: self.add(name, args[0]))
+            for name, module in modules.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def add(self, name: str, inputs: Tensor) -> None:
+        """Add inputs [..., in features] of the matrix `name`."""
+        x = inputs.detach().flatten(0, -2).float()
+        total = x.square().sum(0)
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] = self._counts.get(name, 0) + x.shape[0]
+
+    def result(self) -> dict[str, Tensor]:
+        """Name → E[x²] f32 [in features]."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}

@@ -1,0 +1,127 @@
+"""The plan of a run, made before tuning starts: every tensor, its format, its bytes and every fallback."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from signround_edge.decoder import Decoder, checkpoint_name, is_transposed
+from signround_edge.errors import UserError
+from signround_edge.formats import get_grid
+from signround_edge.formats.schemes import Role, Scheme
+from signround_edge.run_directory import OUTSIDE, TensorEntry, dtype_name
+from signround_edge.source_model import SourceModel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run will hold.
+
+    Attributes:
+        tensors: one entry per parameter, in model order.
+        parts: part names in the order in which they are written.
+        tied: alias → owner of shared parameters.
+        embedding, head: parameter names of the token embedding and the output head; the same name when they are tied.
+    """
+
+    tensors: list[TensorEntry]
+    parts: list[str]
+    tied: dict[str, str]
+    embedding: str
+    head: str
+
+    def of_part(self, part: str) -> list[TensorEntry]:
+        """The entries of one part."""
+        return [t for t in self.tensors if t.part == part]
+
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensor data in the target file."""
+        return sum(entry_bytes(t) for t in self.tensors)
+
+    def bits_per_weight(self) -> float:
+        """Stored bits a parameter over the whole model."""
+        return 8 * self.tensor_bytes() / sum(math.prod(t.shape) for t in self.tensors)
+
+
+def entry_bytes(entry: TensorEntry) -> int:
+    """Bytes of one tensor in the target file; floats are F32 when 1-D (as llama.cpp wants norms), else F16."""
+    if entry.format is None:
+        return math.prod(entry.shape) * (4 if len(entry.shape) == 1 else 2)
+    rows, cols = entry.shape[::-1] if entry.transposed else entry.shape
+    return get_grid(entry.format).stored_bytes(rows, cols)
+
+
+def part_of_block(index: int) -> str:
+    """Part name of decoder block `index`: "0007"."""
+    return f"{index:04d}"
+
+
+def make_plan(decoder: Decoder, source: SourceModel, scheme: Scheme, float_fallback: bool) -> Plan:
+    """Decide the format of every parameter.
+
+    Args:
+        float_fallback: keep matrices whose rows no block size divides in floats instead of refusing.
+    Raises:
+        UserError: a row that no block size of the scheme divides; a tensor missing from the source.
+    """
+    model = decoder.model
+    tied = decoder.tied_parameters()
+    embedding, head = decoder.embedding._parameters["weight"], decoder.head._parameters["weight"]
+    roles: dict[int, tuple[Role, bool]] = {}
+    for index in range(len(decoder.blocks)):
+        for module in decoder.matrices(index).values():
+            roles[id(module._parameters["weight"])] = (Role.DECODER, is_transposed(module))
+    roles[id(embedding)] = (Role.EMBEDDING, False)
+    roles[id(head)] = (Role.OUTPUT, False)  # overrides EMBEDDING where both are one parameter
+    tensors: list[TensorEntry] = []
+    for name, parameter in model.named_parameters():
+        stored = checkpoint_name(name, source, decoder.base_prefix)
+        shape = list(parameter.shape)
+        entry = TensorEntry(name, _part_of(name, decoder), shape, dtype_name(source.dtypes[stored]))
+        if id(parameter) in roles:
+            _choose_format(entry, *roles[id(parameter)], scheme, float_fallback)
+        tensors.append(entry)
+    parts = [part_of_block(i) for i in range(len(decoder.blocks))] + [OUTSIDE]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return Plan(tensors, parts, tied, names[id(embedding)], names[id(head)])
+
+
+def _part_of(name: str, decoder: Decoder) -> str:
+    if name.startswith(f"{decoder.prefix}."):
+        return part_of_block(int(name[len(decoder.prefix) + 1 :].split(".")[0]))
+    return OUTSIDE
+
+
+def _choose_format(entry: TensorEntry, role: Role, transposed: bool, scheme: Scheme, float_fallback: bool) -> None:
+    cols = entry.shape[0] if transposed else entry.shape[1]
+    asked = get_grid(scheme.preset.format_of(role)).name
+    grid = scheme.grid_for(role, cols)
+    if grid is None and not float_fallback:
+        raise UserError(
+            f"tensor {entry.name} has rows of {cols} values, which no block size of --scheme {scheme.text} divides; "
+            "add --float-fallback to keep such tensors in 16-bit floats"
+        )
+    entry.transposed = transposed
+    entry.format = None if grid is None else grid.name
+    entry.fallback_from = None if entry.format == asked else asked
+
+
+def listing(plan: Plan) -> list[str]:
+    """Lines for the user: tensors and bytes by format, the total, and every fallback."""
+    lines = []
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for entry in plan.tensors:
+        kind = entry.format or ("F32" if len(entry.shape) == 1 else "F16")
+        counts[kind] += 1
+        sizes[kind] += entry_bytes(entry)
+    for kind, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        lines.append(f"{kind:>10}  {counts[kind]:5d} tensors  {size:15,d} bytes")
+    lines.append(f"{'total':>10}  {len(plan.tensors):5d} tensors  {plan.tensor_bytes():15,d} bytes")
+    lines[-1] += f"  {plan.bits_per_weight():.3f} bits/weight"
+    for entry in plan.tensors:
+        if entry.fallback_from:
+            kept = entry.format or "floats"
+            lines.append(f"fallback: {entry.name} {entry.shape} {entry.fallback_from} → {kept}")
+    return lines

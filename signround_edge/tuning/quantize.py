@@ -1,0 +1,332 @@
+"""`quantize`: from a Hugging Face model to a run directory, one decoder block in memory at a time, resumable."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from signround_edge import __version__
+from signround_edge.decoder import (
+    Decoder,
+    build_decoder,
+    checkpoint_name,
+    load_parameters,
+    set_weight,
+    unload_parameters,
+)
+from signround_edge.errors import UserError
+from signround_edge.formats import Grid, QuantizedTensor, get_grid
+from signround_edge.formats.schemes import Scheme
+from signround_edge.run_directory import OUTSIDE, Manifest, RunDirectory
+from signround_edge.source_model import SourceModel
+from signround_edge.tuning.activations import SecondMoments, Shell, block_returns_tuple, run_block
+from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer, tokens_hash
+from signround_edge.tuning.plan import Plan, listing, make_plan, part_of_block
+from signround_edge.tuning.settings import TuningSettings
+from signround_edge.tuning.signround import Matrix, Unit, UnitReport, initial_scales, tune_unit
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How a long run tells where it is; each callable may be a no-op.
+
+    Attributes:
+        line: one line of text.
+        parts: (parts done, parts in all) after each part.
+    """
+
+    line: Callable[[str], None]
+    parts: Callable[[int, int], None]
+
+
+SILENT = Progress(lambda text: None, lambda done, total: None)
+
+
+def quantize(
+    model: Path,
+    scheme: Scheme,
+    out: Path,
+    calibration: str,
+    settings: TuningSettings,
+    device: str = "auto",
+    resume: bool = False,
+    float_fallback: bool = False,
+    progress: Progress = SILENT,
+) -> RunDirectory:
+    """Tune `model` on the grids of `scheme` and write the run directory `out`.
+
+    Args:
+        model: local model folder.
+        calibration: text file, JSON-lines file or dataset name.
+        device: "auto", "cpu" or "cuda".
+        resume: continue `out` after its last complete part; UserError when it is another run.
+        float_fallback: keep matrices whose rows no block divides in floats.
+    Raises:
+        UserError: bad input, in one sentence; whatever is complete in `out` stays.
+    """
+    torch_device = _device(device)
+    source = SourceModel.open(model)
+    decoder = build_decoder(model)
+    plan = make_plan(decoder, source, scheme, float_fallback)
+    for line in listing(plan):
+        progress.line(line)
+    tokens = calibration_tokens(calibration, load_tokenizer(model), settings.samples, settings.seqlen)
+    if len(tokens) < settings.samples:
+        progress.line(f"note: the calibration text gives {len(tokens)} of the {settings.samples} samples asked for")
+    manifest = Manifest(
+        scheme=scheme.text,
+        targets=list(scheme.targets),
+        source={"model": model.resolve().name, "files": source.hashes()},
+        settings={**settings.to_json(), "device": torch_device.type, "calibration_sha256": tokens_hash(tokens)},
+        versions=_versions(torch_device),
+        parts=plan.parts,
+        tied=plan.tied,
+        tensors=plan.tensors,
+    )
+    run = _open_or_create(out, manifest, source, resume)
+    _Job(source, decoder, plan, tokens, settings, torch_device, run, progress).execute()
+    return RunDirectory.open(out)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device; use --device cpu, or install torch with CUDA")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors", "numpy")}
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    return {"signround_edge": __version__, **packages, "python": platform.python_version(), "machine": machine}
+
+
+def _open_or_create(out: Path, manifest: Manifest, source: SourceModel, resume: bool) -> RunDirectory:
+    if (out / "manifest.json").is_file():
+        if not resume:
+            raise UserError(f"{out} already holds a run; add --resume to continue it, or give another -o")
+        run = RunDirectory.open(out, allow_incomplete=True)
+        difference = _difference(run.manifest, manifest)
+        if difference:
+            raise UserError(f"{out} cannot be resumed: {difference}; use the same arguments, or give another -o")
+        return run
+    if out.exists() and (not out.is_dir() or _has_foreign_files(out)):
+        raise UserError(f"{out} exists and is not a run directory; give another -o")
+    source.copy_config(out / "config")
+    return RunDirectory.create(out, manifest)
+
+
+def _has_foreign_files(out: Path) -> bool:
+    """Anything but what a run that was killed before its first manifest leaves behind."""
+    return any(p.name not in ("config", "blocks", "manifest.json.partial") for p in out.iterdir())
+
+
+def _difference(old: Manifest, new: Manifest) -> str | None:
+    """What differs between a run on disk and the one asked for, in a few words; None when they are the same."""
+    if old.scheme != new.scheme:
+        return f"its scheme is {old.scheme}, not {new.scheme}"
+    for file in sorted({*old.source["files"], *new.source["files"]}):
+        if old.source["files"].get(file) != new.source["files"].get(file):
+            return f"it was made from another model ({file} differs)"
+    for name, value in new.settings.items():
+        if old.settings.get(name) != value:
+            return f"its {name} is {old.settings.get(name)}, not {value}"
+    for name, version in new.versions.items():
+        if old.versions.get(name) != version:
+            return f"it was made with {name} {old.versions.get(name)}, not {version}"
+    return None if old.tensors == new.tensors else "its list of tensors differs"
+
+
+@dataclass
+class _Job:
+    """One run in progress; `execute` is the block loop."""
+
+    source: SourceModel
+    decoder: Decoder
+    plan: Plan
+    tokens: Tensor  # int64 [samples, seqlen]
+    settings: TuningSettings
+    device: torch.device
+    run: RunDirectory
+    progress: Progress
+
+    def execute(self) -> None:
+        total = len(self.plan.parts)
+        self.progress.parts(sum(self.run.is_complete(p) for p in self.plan.parts), total)
+        if self.run.manifest.state == "complete":
+            return
+        shell, embedding, exact, quantized = self._embed()
+        for index in range(len(self.decoder.blocks)):
+            exact, quantized = self._block(shell, index, exact, quantized)
+            self.progress.parts(index + 1, total)
+        self._outside(shell, embedding, quantized)
+        self.progress.parts(total, total)
+
+    def _embed(self) -> tuple[Shell, QuantizedTensor | None, Tensor, Tensor]:
+        """(shell, quantized embedding, input of block 0 of the exact and of the quantized model)."""
+        model = self.decoder.model
+        inside = set(self.decoder.blocks.modules())
+        for name, module in model.named_modules():
+            if module not in inside and module is not self.decoder.head:
+                _load_own(module, name, self.source, self.decoder.base_prefix)
+        load_parameters(
+            self.decoder.blocks[0], self.decoder.block_prefix(0), self.source, _CPU, self.decoder.base_prefix
+        )
+        shell = Shell(self.decoder, block_returns_tuple(self.decoder, self.tokens[:1, :2]))
+        unload_parameters(self.decoder.blocks[0])
+        exact = self._embed_all(shell)
+        if not self.run.is_quantized(self.plan.embedding):
+            return shell, None, exact, exact
+        grid = self._grid(self.plan.embedding)
+        weight = _out_in(False, self.decoder.embedding)
+        tensor = grid.quantize(weight, initial_scales(grid, weight, torch.ones(weight.shape[1]), "search"))
+        set_weight(self.decoder.embedding, tensor.dequantize())
+        quantized = self._embed_all(shell)
+        return shell, tensor, exact, quantized
+
+    def _embed_all(self, shell: Shell) -> Tensor:
+        return torch.cat([shell.embed(part) for part in self.tokens.split(self.settings.batch_size)])
+
+    def _block(self, shell: Shell, index: int, exact: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
+        """Tune (or, when it is complete, read) one block; returns the inputs of the next one."""
+        block, part = self.decoder.blocks[index], part_of_block(index)
+        base_prefix = self.decoder.base_prefix
+        load_parameters(block, self.decoder.block_prefix(index), self.source, self.device, base_prefix)
+        modules = {name: module for name, module in self.decoder.matrices(index).items() if self.run.is_quantized(name)}
+        moments = SecondMoments()
+        with moments.watching(modules):
+            target = self._run(shell, index, exact)
+        importance = moments.result()
+        matrices = [
+            Matrix(name, module, self._grid(name), _out_in(self.run.entry(name).transposed, module), importance[name])
+            for name, module in modules.items()
+        ]
+        if self.run.is_complete(part):
+            for matrix in matrices:
+                matrix.install(self.run.quantized(matrix.name).dequantize().to(self.device))
+        else:
+            tensors, reports = self._tune(shell, index, matrices, quantized, target)
+            floats = self._floats(part)
+            self.run.write_part(part, {**floats, **tensors}, {name: asdict(r) for name, r in reports.items()})
+            for name, report in reports.items():
+                self.progress.line(f"{index + 1}/{len(self.decoder.blocks)} {name}: {report}")
+        following = self._run(shell, index, quantized)
+        unload_parameters(block)
+        return target, following
+
+    def _tune(
+        self, shell: Shell, index: int, matrices: list[Matrix], inputs: Tensor, target: Tensor
+    ) -> tuple[dict[str, QuantizedTensor], dict[str, UnitReport]]:
+        if self.settings.granularity == "block":
+            tensors, report = self._tune_block(shell, index, matrices, inputs, target)
+            return tensors, {"block": report}
+        tensors, reports = {}, {}
+        for matrix in matrices:
+            unit = self._layer_unit(shell, index, matrix, inputs)
+            tuned, reports[matrix.name] = tune_unit(unit, self.settings, self._batches(index, unit.train), self.device)
+            tensors |= tuned
+        return tensors, reports
+
+    def _tune_block(
+        self, shell: Shell, index: int, matrices: list[Matrix], inputs: Tensor, target: Tensor
+    ) -> tuple[dict[str, QuantizedTensor], UnitReport]:
+        block = self.decoder.blocks[index]
+
+        def forward(samples: Tensor) -> Tensor:
+            call = shell.block_call(index, self.tokens[samples], self.device)
+            return call.run(block, inputs[samples].to(self.device))
+
+        train, held_out = self._split()
+        unit = Unit(matrices, forward, lambda samples: target[samples].to(self.device), train, held_out)
+        return tune_unit(unit, self.settings, self._batches(index, train), self.device)
+
+    def _layer_unit(self, shell: Shell, index: int, matrix: Matrix, inputs: Tensor) -> Unit:
+        """One matrix against its own exact output for the input that the quantized model gives it."""
+        seen: list[Tensor] = []
+        hook = matrix.module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().cpu()))
+        self._run(shell, index, inputs)
+        hook.remove()
+        layer_inputs = torch.cat(seen)
+        with torch.no_grad():
+            targets = torch.cat([matrix.module(x.to(self.device)).cpu() for x in seen])
+        train, held_out = self._split()
+        return Unit(
+            [matrix],
+            lambda samples: matrix.module(layer_inputs[samples].to(self.device)),
+            lambda samples: targets[samples].to(self.device),
+            train,
+            held_out,
+        )
+
+    def _outside(self, shell: Shell, embedding: QuantizedTensor | None, quantized: Tensor) -> None:
+        """Quantize the output head by weighted search, and write all that is outside the blocks."""
+        name, head = self.plan.head, self.decoder.head
+        tensors: dict[str, Tensor | QuantizedTensor] = dict(self._floats(OUTSIDE))
+        if embedding is not None:
+            tensors[self.plan.embedding] = embedding
+        if name not in tensors:
+            moments = SecondMoments()
+            for start in range(0, len(self.tokens), self.settings.batch_size):
+                part = slice(start, start + self.settings.batch_size)
+                moments.add(name, shell.head_input(self.tokens[part], quantized[part]))
+            load_parameters(head, name.removesuffix("weight"), self.source, _CPU, self.decoder.base_prefix)
+            weight, grid = _out_in(False, head), self._grid(name)
+            tensors[name] = grid.quantize(weight, initial_scales(grid, weight, moments.result()[name], "search"))
+        self.run.write_part(OUTSIDE, tensors, {})
+
+    def _floats(self, part: str) -> dict[str, Tensor]:
+        """The parameters of a part that stay floats, bit for bit as in the source."""
+        base_prefix = self.decoder.base_prefix
+        return {
+            t.name: self.source.tensor(checkpoint_name(t.name, self.source, base_prefix))
+            for t in self.plan.of_part(part)
+            if t.format is None
+        }
+
+    def _grid(self, name: str) -> Grid:
+        return get_grid(str(self.run.entry(name).format))
+
+    def _run(self, shell: Shell, index: int, hidden: Tensor) -> Tensor:
+        return run_block(self.decoder, shell, index, self.tokens, hidden, self.settings.batch_size, self.device)
+
+    def _split(self) -> tuple[Tensor, Tensor]:
+        """Sample indices to (train on, hold out): every n-th sample is held out, so the slice covers the whole text."""
+        count = len(self.tokens)
+        if count == 1:
+            return torch.tensor([0]), torch.tensor([0])
+        every = max(2, round(1 / self.settings.held_out))
+        held_out = torch.arange(count) % every == min(every, count) - 1
+        return torch.nonzero(~held_out).flatten(), torch.nonzero(held_out).flatten()
+
+    def _batches(self, index: int, train: Tensor) -> Iterator[Tensor]:
+        """Endless shuffled batches; each block seeds its own order, so that resuming needs no generator state."""
+        generator = torch.Generator().manual_seed(self.settings.seed * 100_003 + index)
+        size = min(self.settings.batch_size, len(train))
+        while True:
+            order = train[torch.randperm(len(train), generator=generator)]
+            for start in range(0, len(order) - size + 1, size):
+                yield order[start : start + size]
+
+
+_CPU = torch.device("cpu")
+
+
+def _load_own(module: torch.nn.Module, name: str, source: SourceModel, base_prefix: str) -> None:
+    """Load the parameters that a module holds itself, not those of its children."""
+    for leaf, parameter in module._parameters.items():
+        if parameter is not None:
+            full = f"{name}.{leaf}" if name else leaf
+            value = source.tensor(checkpoint_name(full, source, base_prefix)).float()
+            module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
+
+
+def _out_in(transposed: bool, module: torch.nn.Module) -> Tensor:
+    weight: Tensor = module._parameters["weight"].detach()  # type: ignore[union-attr]
+    return weight.T.contiguous() if transposed else weight

@@ -1,0 +1,83 @@
+"""Tuning settings and the recipes: named sets of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from signround_edge.errors import UserError
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """Everything that decides the result besides model, scheme and calibration text.
+
+    Attributes:
+        steps: gradient steps per decoder block; 0 rounds to nearest with the same scale search.
+        samples, seqlen: calibration samples and their length in tokens.
+        batch_size: samples a step.
+        lr: learning rate of V; None is 1/steps. It falls linearly to 0.
+        scale_lr: learning rate of α and β; None is the same as `lr`.
+        tune_scales: whether α and β (clip tuning) move at all.
+        scale_range: bounds of α and β around 1.
+        scale_init: "search" (weighted search) or "absmax" (the block's extremes).
+        granularity: "block" (the decoder block's output) or "layer" (each matrix's own output).
+        optimizer: "signsgd" or "adam".
+        held_out: share of the samples kept for choosing the best step, never trained on.
+        checks: how often per block the held-out loss is measured.
+        compute_dtype: dtype of matrix products while tuning: "auto", "float32" or "bfloat16". Weights, V and the
+            held-out loss stay f32. "auto" is bfloat16 where the hardware multiplies it natively.
+        seed: seeds sample order.
+    """
+
+    steps: int = 200
+    samples: int = 128
+    seqlen: int = 512
+    batch_size: int = 8
+    lr: float | None = None
+    scale_lr: float | None = None
+    tune_scales: bool = True
+    scale_range: tuple[float, float] = (0.5, 1.5)
+    scale_init: str = "search"
+    granularity: str = "block"
+    optimizer: str = "signsgd"
+    held_out: float = 0.125
+    checks: int = 10
+    compute_dtype: str = "auto"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 0), ("samples", 1), ("seqlen", 2), ("batch_size", 1), ("checks", 1)):
+            if getattr(self, name) < low:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {low}")
+        for name in ("lr", "scale_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be above 0 and at most 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready dictionary, as stored in the manifest."""
+        return {**asdict(self), "scale_range": list(self.scale_range)}
+
+
+# Published: arXiv 2309.05516, version 1 (no clip tuning, absmax scales) and version 2 (clip tuning, 200 steps).
+RECIPES: dict[str, TuningSettings] = {
+    "default": TuningSettings(),
+    "fast": TuningSettings(steps=100, samples=64, seqlen=256),
+    "best": TuningSettings(steps=1000, samples=512, seqlen=512),
+    "paper-v1": TuningSettings(
+        steps=400, samples=512, seqlen=2048, tune_scales=False, scale_init="absmax", lr=1 / 400, held_out=0.02
+    ),
+    "paper-v2": TuningSettings(
+        steps=200, samples=512, seqlen=2048, scale_init="absmax", lr=1 / 200, scale_range=(0.0, 1.0), held_out=0.02
+    ),
+}
+
+
+def settings_from(recipe: str, overrides: dict[str, Any]) -> TuningSettings:
+    """A recipe with some settings replaced; overrides that are None are ignored."""
+    if recipe not in RECIPES:
+        raise UserError(f"unknown recipe {recipe!r}; known are {', '.join(RECIPES)}")
+    known = {f.name for f in fields(TuningSettings)}
+    assert set(overrides) <= known, set(overrides) - known
+    return replace(RECIPES[recipe], **{k: v for k, v in overrides.items() if v is not None})

@@ -1,0 +1,196 @@
+"""The fused SignRound step of one weight matrix: from the gradient G = ∂L/∂ŵ to the next ŵ, without autograd.
+
+With s, m the block's scale and minimum, u = w/s + z the code position, V the tuned rounding, q = clip(round(u + V)) and
+mask = (u + V rounds to inside the code range), the straight-through estimator gives (arXiv 2309.05516, equations 2–5):
+
+    ∂ŵ/∂V = s·mask
+    ∂ŵ/∂s = (q − a) − mask·(u − a)      with a = the grid's anchor
+    ∂ŵ/∂m = 1 − mask                    (affine grids; the integer zero point of MatMulNBits follows the minimum)
+
+Only signs are needed, so s enters by its sign. α and β scale the initial s and m.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from signround_edge.formats import BlockScales, Grid, QuantizedTensor
+from signround_edge.formats.grid import Fields, safe_reciprocal
+from signround_edge.tuning.settings import TuningSettings
+
+# Values a chunk on CPU: all temporaries of a chunk stay in the L2 cache.
+_CHUNK_VALUES = 1 << 18
+
+
+@dataclass
+class AdamMoments:
+    """First and second moments of one tuned tensor."""
+
+    first: Tensor
+    second: Tensor
+
+
+@dataclass
+class RoundingState:
+    """What is tuned for one matrix of R rows, B blocks a row, S values a block.
+
+    Attributes:
+        grid: the target grid.
+        blocks: original weights f32 [R, B, S].
+        initial: scales before tuning, [R, B].
+        v: rounding shift f32 [R, B, S] in [−0.5, 0.5].
+        alpha, beta: factors of scale and minimum, f32 [R, B]; beta is None on symmetric grids.
+        moments: Adam moments per tuned tensor name; empty with SignSGD.
+    """
+
+    grid: Grid
+    blocks: Tensor
+    initial: BlockScales
+    v: Tensor
+    alpha: Tensor
+    beta: Tensor | None
+    moments: dict[str, AdamMoments]
+
+    @classmethod
+    def start(cls, grid: Grid, weight: Tensor, initial: BlockScales) -> RoundingState:
+        """The state that rounds weight f32 [R, K] to nearest on the initial scales."""
+        blocks = grid.blocked(weight)
+        alpha = torch.ones_like(initial.scale)
+        beta = torch.ones_like(alpha) if grid.affine else None
+        return cls(grid, blocks, initial, torch.zeros_like(blocks), alpha, beta, {})
+
+    def rows(self, part: slice) -> RoundingState:
+        """The same state for some rows; a view, so updates in place reach this one."""
+        minimum = self.initial.minimum
+        return RoundingState(
+            self.grid,
+            self.blocks[part],
+            BlockScales(self.initial.scale[part], None if minimum is None else minimum[part]),
+            self.v[part],
+            self.alpha[part],
+            None if self.beta is None else self.beta[part],
+            {k: AdamMoments(m.first[part], m.second[part]) for k, m in self.moments.items()},
+        )
+
+    def fields(self) -> Fields:
+        """The scale fields as the format stores them now."""
+        minimum = self.initial.minimum
+        if minimum is not None and self.beta is not None:
+            minimum = minimum * self.beta
+        return self.grid.store(BlockScales(self.initial.scale * self.alpha, minimum))
+
+    def write_weight(self, out: Tensor) -> None:
+        """Write ŵ into out f32 [R, K], bit for bit what a runtime will multiply with."""
+        for part in _row_chunks(self.blocks):
+            state = self.rows(part)
+            _write_weight(state, out[part])
+
+    def quantized(self) -> QuantizedTensor:
+        """Codes and fields of the current state."""
+        codes = torch.empty(self.blocks.shape, dtype=self.grid.code_dtype, device=self.blocks.device)
+        for part in _row_chunks(self.blocks):
+            state = self.rows(part)
+            codes[part] = self.grid.round_codes(state.blocks, state.fields(), state.v).to(codes.dtype)
+        return self.grid.pack_tensor(codes, self.fields())
+
+
+def learning_rates(settings: TuningSettings, step: int) -> tuple[float, float]:
+    """Rates of (V, scales) at step 0, 1, …: falling linearly from lr (1/steps by default) to 0."""
+    base = settings.lr or 1 / settings.steps
+    decay = 1 - step / settings.steps
+    return base * decay, (settings.scale_lr or base) * decay
+
+
+def fused_step(
+    state: RoundingState, gradient: Tensor, out: Tensor, step: int, settings: TuningSettings, compiled: bool = False
+) -> None:
+    """Update V, α, β in place from G = ∂L/∂ŵ f32 [R, K] and write the next ŵ into out f32 [R, K].
+
+    Args:
+        step: number of this step, from 0.
+        compiled: one kernel by torch.compile (the way on GPUs) instead of cache-sized chunks of rows (on CPUs).
+    """
+    if settings.optimizer == "adam" and not state.moments:
+        tuned = {"v": state.v, "alpha": state.alpha, "beta": state.beta}
+        state.moments = {
+            k: AdamMoments(torch.zeros_like(t), torch.zeros_like(t)) for k, t in tuned.items() if t is not None
+        }
+    rates = learning_rates(settings, step)
+    if compiled:
+        # Rates and step go in as tensors: as Python numbers they would be compiled in, anew at every step.
+        tensors = [torch.tensor(float(x), device=gradient.device) for x in (*rates, step)]
+        _compiled_update()(state, gradient, out, *tensors, settings)
+        return
+    for part in _row_chunks(state.blocks):
+        _update(state.rows(part), gradient[part], out[part], *rates, step, settings)
+
+
+@functools.cache
+def _compiled_update() -> Callable[..., None]:
+    compiled: Callable[..., None] = torch.compile(_update, dynamic=False)
+    return compiled
+
+
+def _update(
+    state: RoundingState,
+    gradient: Tensor,  # [R, K]
+    out: Tensor,  # [R, K]
+    lr_v: Tensor | float,
+    lr_scale: Tensor | float,
+    step: Tensor | int,
+    settings: TuningSettings,
+) -> None:
+    grid = state.grid
+    gradient = grid.blocked(gradient)
+    scale, zero = grid.affine_view(state.fields())
+    offset = state.blocks * safe_reciprocal(scale).unsqueeze(-1)
+    offset += zero.unsqueeze(-1)  # u
+    code = torch.round(offset + state.v)
+    clipped = code.clamp(grid.code_min, grid.code_max)
+    inside = (code == clipped).to(torch.float32)
+    if settings.tune_scales:
+        residual = (clipped - grid.anchor).sub_((offset - grid.anchor).mul_(inside)).mul_(gradient)
+        _descend(state, "alpha", state.alpha, residual.sum(-1).mul_(state.initial.scale), lr_scale, step)
+        state.alpha.clamp_(*settings.scale_range)
+        if state.beta is not None and state.initial.minimum is not None:
+            outside = (gradient * (1 - inside)).sum(-1).mul_(state.initial.minimum)
+            _descend(state, "beta", state.beta, outside, lr_scale, step)
+            state.beta.clamp_(*settings.scale_range)
+    direction = inside.mul_(gradient).mul_(scale.unsqueeze(-1))
+    _descend(state, "v", state.v, direction, lr_v, step)
+    state.v.clamp_(-0.5, 0.5)
+    _write_weight(state, out)
+
+
+def _descend(
+    state: RoundingState, name: str, value: Tensor, slope: Tensor, lr: Tensor | float, step: Tensor | int
+) -> None:
+    """One descent step in place: lr·sign(slope), or Adam's (Kingma and Ba 2015, algorithm 1) where moments exist."""
+    if name not in state.moments:
+        value.sub_(slope.sign_().mul_(lr))
+        return
+    moments = state.moments[name]
+    moments.first.lerp_(slope, 0.1)
+    moments.second.lerp_(slope.square(), 0.001)
+    mean = moments.first / (1 - 0.9 ** (step + 1))
+    # Adam's usual 1e-8 would swamp these gradients; the constant only has to keep 0/0 away.
+    spread = (moments.second / (1 - 0.999 ** (step + 1))).sqrt_().add_(1e-30)
+    value.sub_(mean.div_(spread).mul_(lr))
+
+
+def _write_weight(state: RoundingState, out: Tensor) -> None:
+    fields = state.fields()
+    codes = state.grid.round_codes(state.blocks, fields, state.v)
+    state.grid.blocked(out).copy_(state.grid.dequantize_blocks(codes, fields))
+
+
+def _row_chunks(blocks: Tensor) -> list[slice]:
+    """Slices of rows that fit the cache on CPU; one slice on a GPU."""
+    rows = blocks.shape[0]
+    at_once = rows if blocks.is_cuda else max(1, _CHUNK_VALUES // max(1, blocks[0].numel()))
+    return [slice(i, min(rows, i + at_once)) for i in range(0, rows, at_once)]

@@ -1,0 +1,169 @@
+"""Tuning one unit (a decoder block, or a single matrix) against its full-precision output: Algorithm 1 of SignRound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from signround_edge.decoder import is_transposed, set_weight
+from signround_edge.formats import BlockScales, Grid, QuantizedTensor
+from signround_edge.formats.scale_search import extreme_scales
+from signround_edge.tuning.settings import TuningSettings
+from signround_edge.tuning.sign_step import RoundingState, fused_step
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix to quantize.
+
+    Attributes:
+        name: parameter name.
+        module: the nn.Linear (or Conv1D) whose weight is tuned.
+        grid: target grid.
+        weight: original weight f32 [out, in].
+        importance: E[x²] f32 [in].
+    """
+
+    name: str
+    module: nn.Module
+    grid: Grid
+    weight: Tensor
+    importance: Tensor
+
+    def install(self, weight: Tensor) -> None:
+        """Put a weight f32 [out, in] into the module."""
+        set_weight(self.module, weight.T.contiguous() if is_transposed(self.module) else weight)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is tuned together, and the data it is tuned on.
+
+    Attributes:
+        matrices: the matrices of the unit.
+        forward: sample indices [n] → the unit's output f32 [n, seqlen, features] for the quantized model's inputs.
+        target: sample indices [n] → the full-precision output, same shape.
+        train, held_out: sample indices.
+    """
+
+    matrices: list[Matrix]
+    forward: Callable[[Tensor], Tensor]
+    target: Callable[[Tensor], Tensor]
+    train: Tensor
+    held_out: Tensor
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """Mean squared errors on the held-out samples.
+
+    Attributes:
+        rounded: after rounding to nearest.
+        tuned: of what is kept; never above `rounded`.
+        best_step: steps after which the kept rounding was found (0: the initial one).
+    """
+
+    rounded: float
+    tuned: float
+    best_step: int
+
+    def __str__(self) -> str:
+        less = 1 - self.tuned / self.rounded if self.rounded else 0.0
+        return f"held-out MSE {self.rounded:.3e} → {self.tuned:.3e} ({less:.0%} less) at step {self.best_step}"
+
+
+def initial_scales(grid: Grid, weight: Tensor, importance: Tensor, method: str) -> BlockScales:
+    """Scales before tuning, by weighted search or from each block's extremes."""
+    blocks = grid.blocked(weight)
+    if method == "absmax":
+        return extreme_scales(grid, blocks)
+    # A channel that calibration never excites must still be stored sensibly.
+    floor = importance.mean() * 1e-4 + 1e-30
+    return grid.search(blocks, importance.clamp_min(floor).view(1, -1, grid.block_size))
+
+
+def tune_unit(
+    unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], device: torch.device
+) -> tuple[dict[str, QuantizedTensor], UnitReport]:
+    """Tune V, α, β of all matrices of a unit; on return the modules hold the kept dequantized weights.
+
+    Args:
+        batches: endless iterator of sample indices to train on.
+    """
+    states = {
+        m.name: RoundingState.start(
+            m.grid, m.weight, initial_scales(m.grid, m.weight, m.importance, settings.scale_init)
+        )
+        for m in unit.matrices
+    }
+    best = {name: state.quantized() for name, state in states.items()}
+    _install(unit, best)
+    rounded = best_loss = _held_out_loss(unit, settings)
+    best_step = 0
+    check_at = {round(settings.steps * (i + 1) / settings.checks) for i in range(settings.checks)}
+    amp = autocast_dtype(settings, device)
+    weights = _tunable_weights(unit) if settings.steps else {}
+    for step in range(settings.steps):
+        index = next(batches)
+        with torch.autocast(device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
+            output = unit.forward(index)
+        loss = nn.functional.mse_loss(output.float(), unit.target(index))
+        loss.backward()  # type: ignore[no-untyped-call]
+        for matrix in unit.matrices:
+            weight = weights[matrix.name]
+            assert weight.grad is not None
+            gradient, out = weight.grad, weight.data
+            if is_transposed(matrix.module):
+                _transposed_step(states[matrix.name], gradient, out, step, settings)
+            else:
+                fused_step(states[matrix.name], gradient, out, step, settings, compiled=device.type == "cuda")
+            weight.grad = None
+        if step + 1 in check_at:
+            candidate = {name: state.quantized() for name, state in states.items()}
+            held_out_loss = _held_out_loss(unit, settings)
+            if held_out_loss < best_loss:
+                best, best_loss, best_step = candidate, held_out_loss, step + 1
+    _install(unit, best)
+    return best, UnitReport(rounded, best_loss, best_step)
+
+
+def autocast_dtype(settings: TuningSettings, device: torch.device) -> torch.dtype | None:
+    """The dtype of matrix products while tuning; None is plain f32."""
+    if settings.compute_dtype == "auto":
+        native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else None
+    return {"float32": None, "bfloat16": torch.bfloat16}[settings.compute_dtype]
+
+
+def _tunable_weights(unit: Unit) -> dict[str, nn.Parameter]:
+    """Make each module's weight a leaf that receives a gradient: name → parameter."""
+    return {
+        m.name: set_weight(m.module, m.module._parameters["weight"].detach().clone(), True)  # type: ignore[union-attr]
+        for m in unit.matrices
+    }
+
+
+def _transposed_step(state: RoundingState, gradient: Tensor, out: Tensor, step: int, settings: TuningSettings) -> None:
+    """The step for Conv1D, whose weight is [in, out]."""
+    weight = torch.empty_like(out.T, memory_format=torch.contiguous_format)
+    fused_step(state, gradient.T.contiguous(), weight, step, settings, compiled=gradient.is_cuda)
+    out.copy_(weight.T)
+
+
+def _install(unit: Unit, tensors: dict[str, QuantizedTensor]) -> None:
+    for matrix in unit.matrices:
+        matrix.install(tensors[matrix.name].dequantize())
+
+
+def _held_out_loss(unit: Unit, settings: TuningSettings) -> float:
+    """Mean squared error over the held-out samples, in f32."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for index in unit.held_out.split(settings.batch_size):
+            difference = unit.forward(index) - unit.target(index)
+            total += float(difference.double().square().sum())
+            count += difference.numel()
+    return total / count

@@ -1,0 +1,115 @@
+"""Packed blocks mean to ggml exactly what the grid means by its codes, and nothing is lost on the way back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gguf import quants
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exporters.gguf.packing import LAYOUTS, pack, require_layout, unpack
+from signround_edge.errors import UserError
+from signround_edge.formats import QuantizedTensor, get_grid
+
+ROWS = 3
+
+
+def random_tensor(grid_name: str, units: int, seed: int, rows: int = ROWS) -> QuantizedTensor:
+    """Any bit pattern that the grid can hold: random codes, random finite fp16 fields."""
+    grid = get_grid(grid_name)
+    generator = torch.Generator().manual_seed(seed)
+    cols = units * grid.row_multiple
+    codes = torch.randint(grid.code_min, grid.code_max + 1, (rows, cols), generator=generator).to(grid.code_dtype)
+    fields = {}
+    for name, (shape, dtype) in grid.field_shapes(rows, cols).items():
+        if dtype == torch.int8:
+            fields[name] = torch.randint(-128, 128, shape, generator=generator).to(torch.int8)
+        else:
+            bits = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator).to(torch.int16)
+            value = bits.view(torch.float16)
+            fields[name] = torch.where(value.isfinite(), value, torch.tensor(65504.0, dtype=torch.float16))
+    return QuantizedTensor(grid, codes, fields)
+
+
+def adversarial_weights(cols: int) -> dict[str, torch.Tensor]:
+    noise = torch.randn(ROWS, cols, generator=torch.Generator().manual_seed(7))
+    outlier = noise * 0.01
+    outlier[:, 5] = 1000.0
+    return {
+        "zeros": torch.zeros(ROWS, cols),
+        "constant": torch.full((ROWS, cols), -0.37),
+        "outlier": outlier,
+        "subnormal": noise * 1e-41,
+        "fp16_subnormal": noise * 3e-7,
+        "fp16_max": torch.where(noise > 0, 65504.0, -65504.0),
+        "one_sided": noise.abs() + 3,
+        "normal": noise,
+    }
+
+
+def assert_ggml_agrees(tensor: QuantizedTensor) -> None:
+    packed = pack(tensor)
+    layout = LAYOUTS[tensor.grid.name]
+    ours = tensor.dequantize().numpy()
+    theirs = quants.dequantize(packed, layout.ggml_type)
+    assert packed.shape == (tensor.shape[0], tensor.grid.stored_bytes(1, tensor.shape[1]))
+    assert np.array_equal(ours.view(np.uint32), theirs.view(np.uint32))
+
+
+@pytest.mark.parametrize("grid_name", LAYOUTS)
+@pytest.mark.parametrize("kind", adversarial_weights(32))
+@pytest.mark.parametrize("units", [1, 3])
+def test_ggml_dequantizes_packed_blocks_to_the_grids_weights(grid_name: str, kind: str, units: int) -> None:
+    grid = get_grid(grid_name)
+    weight = adversarial_weights(units * grid.row_multiple)[kind]
+    tensor = grid.quantize(weight, grid.search(grid.blocked(weight), torch.ones(1)))
+    assert tensor.problem() is None
+    assert_ggml_agrees(tensor)
+
+
+@pytest.mark.parametrize("grid_name", LAYOUTS)
+@given(units=st.integers(1, 5), seed=st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_packing_loses_nothing(grid_name: str, units: int, seed: int) -> None:
+    tensor = random_tensor(grid_name, units, seed)
+    again = unpack(grid_name, pack(tensor))
+    assert torch.equal(again.codes, tensor.codes)
+    assert again.codes.dtype == tensor.codes.dtype
+    assert set(again.fields) == set(tensor.fields)
+    for name, value in tensor.fields.items():
+        raw = torch.int16 if value.dtype == torch.float16 else value.dtype
+        assert torch.equal(again.fields[name].view(raw), value.view(raw))
+    assert again.problem() is None
+
+
+@pytest.mark.parametrize("grid_name", LAYOUTS)
+@given(seed=st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_ggml_agrees_on_every_bit_pattern(grid_name: str, seed: int) -> None:
+    assert_ggml_agrees(random_tensor(grid_name, 2, seed))
+
+
+@pytest.mark.parametrize("grid_name", LAYOUTS)
+def test_unpacking_arbitrary_bytes_and_packing_restores_them(grid_name: str) -> None:
+    layout = LAYOUTS[grid_name]
+    data = np.random.default_rng(3).integers(0, 256, (4, 5 * layout.unit_bytes), dtype=np.uint8)
+    assert np.array_equal(pack(unpack(grid_name, data)), data)
+
+
+def test_packed_rows_permute_like_the_matrix() -> None:
+    tensor = random_tensor("Q4_0", 2, seed=1, rows=8)
+    order = torch.tensor([3, 1, 0, 2, 7, 6, 5, 4])
+    permuted = QuantizedTensor(tensor.grid, tensor.codes[order], {k: v[order] for k, v in tensor.fields.items()})
+    assert np.array_equal(pack(permuted), pack(tensor)[order.numpy()])
+
+
+@pytest.mark.parametrize("name", ["w4g32", "w8g32"])
+def test_onnx_names_of_block_32_are_ggml_types(name: str) -> None:
+    require_layout(get_grid(name).name, "x")
+
+
+def test_a_grid_that_gguf_lacks_is_refused_with_the_way_out() -> None:
+    with pytest.raises(UserError, match=r"model\.x .*w4g128-asym.*GGUF.*Q4_0.*--dtype f16"):
+        require_layout("w4g128-asym", "model.x")

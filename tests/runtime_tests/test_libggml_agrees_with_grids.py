@@ -1,0 +1,66 @@
+"""Design section 2: what libggml's own dequantizer makes of a packed tensor is `QuantizedTensor.dequantize()`, bit for
+bit, on every grid that GGUF can store."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from exporters.gguf.packing import LAYOUTS, pack
+from runtime_tests.runtimes.llama_cpp import dequantize
+from signround_edge.formats import QuantizedTensor, get_grid
+
+ROWS, COLS = 48, 768  # an odd number of super-blocks a row
+FP16_TINY, FP16_SMALLEST_NORMAL, FP16_MAX = 2.0**-24, 2.0**-14, 65504.0
+
+
+def random_fields(name: str, generator: torch.Generator) -> QuantizedTensor:
+    """Every code of the range, every field drawn from all its values: also scales that no search would choose."""
+    grid = get_grid(name)
+    codes = torch.randint(grid.code_min, grid.code_max + 1, (ROWS, COLS), generator=generator)
+    fields = {}
+    for field, (shape, dtype) in grid.field_shapes(ROWS, COLS).items():
+        if dtype == torch.float16:
+            bits = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator, dtype=torch.int16)
+            values = bits.view(torch.float16)
+            fields[field] = torch.where(values.isfinite(), values, torch.zeros_like(values))
+        else:
+            info = torch.iinfo(dtype)
+            fields[field] = torch.randint(info.min, info.max + 1, shape, generator=generator).to(dtype)
+    return QuantizedTensor(grid, codes.to(grid.code_dtype), fields)
+
+
+def adversarial_weights(generator: torch.Generator) -> torch.Tensor:
+    """Rows of [ROWS, COLS]: zeros, constants, one outlier, subnormals, ±fp16 max and beyond, signed zeros, noise."""
+    w = torch.randn(ROWS, COLS, generator=generator)
+    w[0] = 0.0
+    w[1] = -0.0
+    w[2], w[3] = 1.0, -3.25
+    w[4] = 0.0
+    w[4, 17] = 1e4
+    w[5] = 1e-3 * w[5]
+    w[5, -1] = -6e4
+    w[6] = FP16_TINY * w[6]
+    w[7] = FP16_SMALLEST_NORMAL * w[7]
+    w[8], w[9] = FP16_MAX, -FP16_MAX
+    w[10] = FP16_MAX * w[10].sign()
+    w[11] = 1e30 * w[11]
+    w[12] = 1e-42
+    w[13] = w[13].abs() + 100
+    return w
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_libggml_dequantizes_to_the_same_bits(name: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    grid = get_grid(name)
+    weights = adversarial_weights(generator)
+    searched = grid.quantize(weights, grid.search(grid.blocked(weights), torch.ones(1)))
+    tensors = [searched, *(random_fields(name, generator) for _ in range(5))]
+    for tensor in tensors:
+        assert tensor.problem() is None
+    data = b"".join(pack(tensor).tobytes() for tensor in tensors)
+    found = dequantize(int(LAYOUTS[name].ggml_type), data, ROWS * len(tensors), COLS)
+    expected = torch.cat([tensor.dequantize() for tensor in tensors])
+    differing = torch.from_numpy(found).view(torch.int32) != expected.view(torch.int32)
+    assert int(differing.sum()) == 0

@@ -1,0 +1,129 @@
+"""Run directories and tiny models for tests, made without the tuner: every weight rounded to nearest on its grid."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from signround_edge.formats import Grid, QuantizedTensor
+from signround_edge.formats.schemes import Role, Scheme, parse_scheme
+from signround_edge.run_directory import OUTSIDE, Manifest, RunDirectory, TensorEntry, dtype_name, sha256_of
+
+CONFIG_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+
+
+def save_random_model(config: PretrainedConfig, out: Path, tokenizer_from: Path | None = None, seed: int = 0) -> Path:
+    """Save a randomly initialised model (f32) in Hugging Face layout, with another model's tokenizer files beside it.
+
+    Norm weights and biases are drawn too (their initial values, all 1 and all 0, would hide errors in a mapping).
+    """
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(out)
+    if tokenizer_from is not None:
+        for file in tokenizer_from.iterdir():
+            if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")):
+                shutil.copy(file, out / file.name)
+    return out
+
+
+def make_run(model_dir: Path, out: Path, scheme_text: str) -> RunDirectory:
+    """Round a Hugging Face model to nearest (with the grids' scale search) into a complete run directory at `out`."""
+    scheme = parse_scheme(scheme_text)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
+    blocks_name, blocks = _decoder_blocks(model)
+    modules = dict(model.named_modules())
+    tied = _tied_parameters(model)
+    entries: list[TensorEntry] = []
+    parts: dict[str, dict[str, Tensor | QuantizedTensor]] = {f"{i:04d}": {} for i in range(len(blocks))}
+    parts[OUTSIDE] = {}
+    for name, parameter in model.named_parameters():
+        owner = modules[name.rpartition(".")[0]]
+        part = OUTSIDE
+        if name.startswith(blocks_name + "."):
+            part = f"{int(name.removeprefix(blocks_name + '.').partition('.')[0]):04d}"
+        entry = TensorEntry(name, part, list(parameter.shape), dtype_name(parameter.dtype))
+        tensor: Tensor | QuantizedTensor = parameter.detach()
+        role = _role(model, owner, name, part, tied)
+        if role is not None:
+            entry.transposed = isinstance(owner, Conv1D)
+            weight = parameter.detach().float()
+            quantized, grid = _round(weight.T.contiguous() if entry.transposed else weight, scheme, role)
+            if quantized is not None and grid is not None:
+                entry.format, tensor = grid.name, quantized
+        entries.append(entry)
+        parts[part][name] = tensor
+    manifest = Manifest(
+        scheme=scheme.text,
+        targets=list(scheme.targets),
+        source={
+            "model": str(model_dir),
+            "files": {f.name: sha256_of(f) for f in sorted(model_dir.glob("*.safetensors"))},
+        },
+        settings={"steps": 0, "seed": 0},
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        parts=list(parts),
+        tied=tied,
+        tensors=entries,
+    )
+    (out / "config").mkdir(parents=True)
+    for file in model_dir.iterdir():
+        if file.suffix in CONFIG_SUFFIXES and not file.name.endswith(".index.json"):
+            shutil.copy(file, out / "config" / file.name)
+    run = RunDirectory.create(out, manifest)
+    for part, tensors in parts.items():
+        run.write_part(part, tensors, {})
+    return RunDirectory.open(out)
+
+
+def dequantized_model(run: RunDirectory) -> PreTrainedModel:
+    """The torch model (f32, eval) with the run's dequantized weights: what artifacts are compared with."""
+    config = transformers.AutoConfig.from_pretrained(run.config_dir)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    missing, unexpected = model.load_state_dict(dict(run.state_dict()), strict=False)
+    assert not unexpected, unexpected
+    assert set(missing) <= set(run.manifest.tied), missing
+    model.tie_weights()
+    return model.eval()
+
+
+def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _tied_parameters(model: PreTrainedModel) -> dict[str, str]:
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), name)
+        if owner != name:
+            tied[name] = owner
+    return tied
+
+
+def _role(model: PreTrainedModel, owner: nn.Module, name: str, part: str, tied: dict[str, str]) -> Role | None:
+    if not name.endswith(".weight"):
+        return None
+    if owner is model.get_input_embeddings():
+        return Role.OUTPUT if name in tied.values() else Role.EMBEDDING
+    if owner is model.get_output_embeddings():
+        return Role.OUTPUT
+    return Role.DECODER if part != OUTSIDE and isinstance(owner, nn.Linear | Conv1D) else None
+
+
+def _round(weight: Tensor, scheme: Scheme, role: Role) -> tuple[QuantizedTensor | None, Grid | None]:
+    grid = scheme.grid_for(role, weight.shape[1])
+    if grid is None:
+        return None, None
+    return grid.quantize(weight, grid.search(grid.blocked(weight), torch.ones(1))), grid

@@ -27,10 +27,35 @@ class ExportOptions:
     log: Callable[[str], None] = print
 
 
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of an artifact, as `inspect` lists it.
+
+    Attributes:
+        name: the artifact's name of the tensor.
+        type: the artifact's name of its format ("Q4_0", "MatMulNBits-4x32", "F32").
+        shape: as in the Hugging Face model, outermost first.
+        bytes: stored bytes, scale fields included.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
 class Exporter(Protocol):
     """Turns a complete run directory into an artifact; packs bits, never rounds a weight."""
 
     name: str
+
+    def recognises(self, path: Path) -> bool:
+        """Whether a file or folder looks like this exporter's format (cheap; it may still be broken)."""
+        ...
+
+    def inspect(self, path: Path) -> list[TensorInfo]:
+        """Tensors of an artifact; UserError when it is truncated or broken."""
+        ...
 
     def export(self, run: RunDirectory, out: Path, options: ExportOptions) -> Path:
         """Write the artifact at `out` (whole or not at all) and return the path that a runtime loads."""

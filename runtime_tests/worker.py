@@ -10,6 +10,8 @@ Requests, by their "op":
     tokenize    {text, add_special, parse_special} → tokens i32
     detokenize  {} + tokens                → {text}
     dequantize  {type, count} + data u8    → weights f32 [count]   (libggml)
+    onnx_weights {artifact}                → {}                    (ONNX Runtime)
+    next_weight {}                         → {name} + weights f32, or {name: null} after the last
 A reply with "error" holds one sentence about the input; a crash holds none.
 """
 
@@ -21,7 +23,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +36,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._engine: Any = None
+        self._weights: Iterator[tuple[str, Any]] = iter(())
         self._operations: dict[str, Callable[[Message], Message]] = {
             "open": self._open,
             "logits": lambda m: Message({}, {"logits": self._opened().logits(m.arrays["tokens"])}),
@@ -41,6 +44,8 @@ class Worker:
             "tokenize": self._tokenize,
             "detokenize": lambda m: Message({"text": self._opened().detokenize(m.arrays["tokens"])}),
             "dequantize": self._dequantize,
+            "onnx_weights": self._onnx_weights,
+            "next_weight": self._next_weight,
         }
 
     def answer(self, request: Message) -> Message:
@@ -78,6 +83,17 @@ class Worker:
 
         h = request.header
         return Message({}, {"weights": ggml_to_float(h["type"], request.arrays["data"], h["count"])})
+
+    def _onnx_weights(self, request: Message) -> Message:
+        from runtime_tests.runtimes.onnx_dequantize import dequantize_through_runtime
+
+        self._weights = dequantize_through_runtime(Path(request.header["artifact"]))
+        return Message({})
+
+    def _next_weight(self, _request: Message) -> Message:
+        for name, weights in self._weights:
+            return Message({"name": name}, {"weights": weights})
+        return Message({"name": None})
 
 
 def _llama_cpp(artifact: Path, options: dict[str, Any]) -> Any:

@@ -32,7 +32,9 @@ def save_random_model(config: PretrainedConfig, out: Path, tokenizer_from: Path 
     model.save_pretrained(out)
     if tokenizer_from is not None:
         for file in tokenizer_from.iterdir():
-            if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")):
+            if file.name.startswith(
+                ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
+            ):
                 shutil.copy(file, out / file.name)
     return out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exporters.interface import ExportOptions
+from exporters.interface import ExportOptions, TensorInfo
 from signround_edge.run_directory import RunDirectory
 
 __all__ = ["GgufExporter"]
@@ -14,6 +14,19 @@ class GgufExporter:
     """Writes one .gguf file; see `exporters.gguf.export`."""
 
     name = "gguf"
+
+    def recognises(self, path: Path) -> bool:
+        """Whether it is a file that begins like GGUF, or is called so (a damaged one should be reported as damaged)."""
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF" or path.suffix == ".gguf"
+
+    def inspect(self, path: Path) -> list[TensorInfo]:
+        """Tensors of a GGUF file, rows first. UserError when it is missing, not GGUF, damaged or truncated."""
+        from exporters.gguf.reader import read_tensors
+
+        return [TensorInfo(row.name, row.type, row.shape, row.bytes) for row in read_tensors(path)]
 
     def export(self, run: RunDirectory, out: Path, options: ExportOptions) -> Path:
         """Write `out` (a file, or `model.gguf` in it when it is a folder) whole or not at all, and return its path.

@@ -91,7 +91,7 @@ def _write_head(writer: GGUFWriter, partial: Path) -> None:
 def _write_tensor(write: Callable[[memoryview], object], tensor: PlannedTensor, alignment: int) -> None:
     written = 0
     for piece in tensor.data():
-        view = memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+        view = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
         write(view)
         written += view.nbytes
     assert written == tensor.nbytes, (tensor.name, written, tensor.nbytes)

@@ -107,7 +107,7 @@ class GgufFile:
             mapped = np.memmap(path, mode="r", dtype=np.uint8)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a GGUF file") from error
-        cursor = _Cursor(memoryview(mapped), path)
+        cursor = _Cursor(mapped.data, path)
         return _parse(cls(path, 0), cursor)
 
 

@@ -28,18 +28,20 @@ class Family:
         arch: llama.cpp's architecture.
         interleaved_rope: llama.cpp rotates neighbouring pairs (Meta's original layout), so the rows of q and k are
             stored in that order; otherwise both rotate halves and rows stay.
+        output_bias: llama.cpp's graph has a bias behind the attention output.
     """
 
     model_type: str
     arch: gguf.MODEL_ARCH
     interleaved_rope: bool
+    output_bias: bool
 
 
 _ROWS = (
-    Family("llama", gguf.MODEL_ARCH.LLAMA, interleaved_rope=True),
-    Family("mistral", gguf.MODEL_ARCH.LLAMA, interleaved_rope=True),
-    Family("qwen2", gguf.MODEL_ARCH.QWEN2, interleaved_rope=False),
-    Family("qwen3", gguf.MODEL_ARCH.QWEN3, interleaved_rope=False),
+    Family("llama", gguf.MODEL_ARCH.LLAMA, interleaved_rope=True, output_bias=True),
+    Family("mistral", gguf.MODEL_ARCH.LLAMA, interleaved_rope=True, output_bias=True),
+    Family("qwen2", gguf.MODEL_ARCH.QWEN2, interleaved_rope=False, output_bias=False),
+    Family("qwen3", gguf.MODEL_ARCH.QWEN3, interleaved_rope=False, output_bias=False),
 )
 
 FAMILIES = {family.model_type: family for family in _ROWS}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from exporters.gguf.families import Family, head_dim
 from signround_edge import __version__
 from signround_edge.errors import UserError
-from signround_edge.run_directory import RunDirectory, sha256_of
+from signround_edge.run_directory import OUTSIDE, RunDirectory, sha256_of
 
 PROVENANCE = "signround_edge"
 _FILE_TYPES = {
@@ -39,7 +39,7 @@ def file_type(run: RunDirectory, dtype: str | None) -> gguf.LlamaFileType:
         return _FILE_TYPES[dtype.upper()]
     weights: dict[str, int] = {}
     for entry in run.manifest.tensors:
-        if entry.format is not None:
+        if entry.format is not None and entry.part != OUTSIDE:
             weights[entry.format] = weights.get(entry.format, 0) + math.prod(entry.shape)
     most = max(weights, key=lambda name: weights[name]) if weights else "F32"
     return _FILE_TYPES.get(most, gguf.LlamaFileType.GUESSED)
@@ -148,17 +148,22 @@ def _add_rope(writer: gguf.GGUFWriter, config: dict[str, Any], log: Callable[[st
     writer.add_rope_scaling_orig_ctx_len(int(original))
     attention = _yarn_attention_factor(rope, factor)
     if attention is not None:
-        writer.add_rope_scaling_yarn_attn_factor(attention)
-    if rope.get("beta_fast"):
-        writer.add_rope_scaling_yarn_beta_fast(float(rope["beta_fast"]))
-    if rope.get("beta_slow"):
-        writer.add_rope_scaling_yarn_beta_slow(float(rope["beta_slow"]))
+        writer.add_rope_scaling_attn_factors(attention)
+    beta_fast, beta_slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
+    if (beta_fast, beta_slow) != (32, 1):
+        writer.add_rope_scaling_yarn_beta_fast(beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(beta_slow)
+        log(
+            f"YaRN with beta_fast {beta_fast:g} and beta_slow {beta_slow:g}: llama.cpp computes 32 and 1 for this "
+            "architecture, so results differ from the original"
+        )
 
 
 def _yarn_attention_factor(rope: dict[str, Any], factor: float) -> float | None:
     """llama.cpp's multiplier on top of its own 1 + 0.1·ln(factor), or None where transformers uses the same.
 
-    Source: `rope_yarn` in ggml's ops.cpp against `_compute_yarn_parameters` in transformers.
+    Source: `rope_yarn` in ggml's ops.cpp and `llama_context::llama_context` (`rope_attn_factor`, the one key of this
+    kind that all architectures read) against `_compute_yarn_parameters` in transformers.
     """
     if rope.get("mscale") or rope.get("mscale_all_dim"):
         raise UserError(f"YaRN with mscale has no built-in GGUF metadata; {_TEMPLATE_HINT}")

@@ -43,9 +43,10 @@ def builtin_placements(run: RunDirectory, config: dict[str, Any]) -> list[Placem
     placements = []
     for hf_name in run.names():
         gguf_name = names.get_name(hf_name, try_suffixes=_SUFFIXES)
-        if gguf_name is None:
+        unsupported = hf_name.endswith("o_proj.bias") and not family.output_bias
+        if gguf_name is None or unsupported:
             raise UserError(
-                f"parameter {hf_name} has no name in llama.cpp's {family.model_type} architecture; make an f16 GGUF "
+                f"parameter {hf_name} has no place in llama.cpp's {family.model_type} architecture; make an f16 GGUF "
                 "with llama.cpp's convert_hf_to_gguf.py and give it as --template"
             )
         rows = row_order(family, config, hf_name, matrix_shape(run, hf_name)[0])

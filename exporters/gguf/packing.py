@@ -62,7 +62,7 @@ class SingleScaleLayout(BlockLayout):
         self.unit_bytes = 2 * len(fields) + self.high_bytes + 16
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        parts = [_fp16_bytes(fields[name]) for name in self.fields]
+        parts: list[NDArray[Any]] = [_fp16_bytes(fields[name]) for name in self.fields]
         if self.high_bytes:
             parts.append(np.packbits(codes >> 4, axis=-1, bitorder="little"))
         parts.append((codes[:, :16] & 15) | ((codes[:, 16:] & 15) << 4))

@@ -18,9 +18,9 @@ from signround_edge.errors import UserError
 
 # The text whose token ids llama.cpp's converter hashes; every character counts.
 CHECK_TEXT = (
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 3 33 333 "
-    "3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= нещо на "
-    'Български \'\'\'\'\'\'```````""""......!!!!!!?????? I\'ve been \'told he\'s there, \'RE you sure? \'M not sure '
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 3 33 "
+    "333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= нещо "
+    "на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure "
     "I'll make it, 'D you like some tea? We'Ve a'lL"
 )
 
@@ -86,6 +86,9 @@ _STRUCTURES: dict[tuple[tuple[str, ...], bool], str] = {
     ((_GPT4O,), False): "gpt-4o",
 }
 
+# llama.cpp's own expressions for these replace letter-case classes by ASCII ones and leave combining marks out.
+APPROXIMATE = ("tekken", "gpt-4o", "llama4", "pixtral")
+
 
 def check_hash(token_ids: list[int]) -> str:
     """The hash by which llama.cpp's converter knows a tokenizer, of CHECK_TEXT's token ids (special tokens too)."""
@@ -149,7 +152,7 @@ def _keeps_matches_apart(split: dict[str, Any]) -> bool:
 
 def _merges_reach_every_token(tokenizer: dict[str, Any]) -> bool:
     """Whether each token is what merging its own characters gives: then skipping the merges changes nothing."""
-    plain = {
+    plain: dict[str, Any] = {
         "model": {**tokenizer["model"], "ignore_merges": False, "dropout": None},
         "version": "1.0",
         "truncation": None,

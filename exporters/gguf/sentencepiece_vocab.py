@@ -94,5 +94,5 @@ def extra_splits(model: dict[str, Any]) -> int:
 
 def _pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
     """Merges as pairs; tokenizer.json has them as pairs or, before tokenizers 0.20, as one string with a space."""
-    merges = model["merges"]
-    return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in merges]
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+    return [(left, right) for left, right in pairs]

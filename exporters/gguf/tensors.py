@@ -18,11 +18,10 @@ from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 
 _FLOATS = {"f32": GGMLQuantizationType.F32, "f16": GGMLQuantizationType.F16}
+_OWN_FLOATS = {torch.float16: GGMLQuantizationType.F16, torch.bfloat16: GGMLQuantizationType.BF16}
 
 
-def plan_tensor(
-    run: RunDirectory, placement: Placement, dtype: str | None, keep_f32: bool = False
-) -> PlannedTensor:
+def plan_tensor(run: RunDirectory, placement: Placement, dtype: str | None, keep_f32: bool = False) -> PlannedTensor:
     """Plan one tensor.
 
     Args:
@@ -55,7 +54,7 @@ def plan_tensor(
 def stored_bytes(ggml_type: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor of that type and logical shape."""
     block, size = GGML_QUANT_SIZES[ggml_type]
-    return prod(shape) // block * size
+    return prod(shape) // int(block) * int(size)
 
 
 def vector(name: str, values: NDArray[np.float32]) -> PlannedTensor:
@@ -64,10 +63,8 @@ def vector(name: str, values: NDArray[np.float32]) -> PlannedTensor:
 
 
 def _own_float_type(run: RunDirectory, hf_name: str) -> GGMLQuantizationType:
-    """F16 for a matrix that was fp16 and was not quantized; F32 otherwise, so that nothing is rounded."""
-    entry = run.entry(hf_name)
-    stored_half = entry.dtype == "float16" and float_data(run, hf_name).dtype == torch.float16
-    return GGMLQuantizationType.F16 if stored_half else GGMLQuantizationType.F32
+    """The type of a matrix that was not quantized: the run's own, so that nothing is rounded."""
+    return _OWN_FLOATS.get(float_data(run, hf_name).dtype, GGMLQuantizationType.F32)
 
 
 def _packed(run: RunDirectory, placement: Placement) -> Iterator[NDArray[Any]]:
@@ -79,6 +76,9 @@ def _floats(run: RunDirectory, placement: Placement, ggml_type: GGMLQuantization
     weights = dequantized_rows(run, placement)
     if ggml_type is GGMLQuantizationType.F32:
         yield weights
+        return
+    if ggml_type is GGMLQuantizationType.BF16:
+        yield (weights.view(np.uint32) >> 16).astype(np.uint16)  # exact: the values were bfloat16
         return
     with np.errstate(over="ignore"):
         half = weights.astype(np.float16)

@@ -84,13 +84,14 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, n_vocab: int, log: Call
     _add_special(writer, loaded, n_vocab, log)
 
 
-def _add_byte_level(
-    writer: gguf.GGUFWriter, loaded: LoadedTokenizer, n_vocab: int, log: Callable[[str], None]
-) -> None:
+def _add_byte_level(writer: gguf.GGUFWriter, loaded: LoadedTokenizer, n_vocab: int, log: Callable[[str], None]) -> None:
     """Byte-level BPE: `tokenizer.ggml.model` "gpt2"."""
     check_ids = loaded.hf.encode(pretokenizer.CHECK_TEXT)
+    name = pretokenizer.detect(loaded.content, check_ids)
+    if name in pretokenizer.APPROXIMATE:
+        log(f"llama.cpp's pre-tokenizer {name!r} is approximate: tokens of accented and non-Latin words may differ")
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pretokenizer.detect(loaded.content, check_ids))
+    writer.add_tokenizer_pre(name)
     normalizer = (loaded.content.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):
         log(f"llama.cpp does not apply this tokenizer's normalizer ({normalizer}); token ids may differ")
@@ -125,9 +126,7 @@ def _add_sentencepiece(
     writer.add_add_space_prefix(loaded.adds_leading_space())
 
 
-def _add_tokens(
-    writer: gguf.GGUFWriter, loaded: LoadedTokenizer, vocabulary: Vocabulary, with_scores: bool
-) -> None:
+def _add_tokens(writer: gguf.GGUFWriter, loaded: LoadedTokenizer, vocabulary: Vocabulary, with_scores: bool) -> None:
     """Overlay the added tokens and write tokens, scores and types."""
     unknown = loaded.content["model"].get("unk_token")
     for token in loaded.content.get("added_tokens") or ():

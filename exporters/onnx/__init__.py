@@ -7,9 +7,11 @@ Inside this package the name `onnx` always means the installed package; its own 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from exporters.interface import ExportOptions
-from signround_edge.run_directory import RunDirectory
+if TYPE_CHECKING:
+    from exporters.interface import ExportOptions, TensorInfo
+    from signround_edge.run_directory import RunDirectory
 
 __all__ = ["OnnxExporter"]
 
@@ -18,6 +20,17 @@ class OnnxExporter:
     """Writes a folder that ONNX Runtime and onnxruntime-genai load: model.onnx, tokenizer, genai_config.json."""
 
     name = "onnx"
+
+    def recognises(self, path: Path) -> bool:
+        """Whether it is an .onnx file or a folder that holds one."""
+        return any(path.glob("*.onnx")) if path.is_dir() else path.suffix == ".onnx"
+
+    def inspect(self, path: Path) -> list[TensorInfo]:
+        """Tensors of a folder or .onnx file; UserError when it is truncated or broken."""
+        from exporters.interface import TensorInfo
+        from exporters.onnx.reader import read_tensors
+
+        return [TensorInfo(*row) for row in read_tensors(path)]
 
     def export(self, run: RunDirectory, out: Path, options: ExportOptions) -> Path:
         """Write the folder `out`, whole or not at all, and return it.

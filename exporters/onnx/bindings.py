@@ -63,7 +63,7 @@ class Binding:
 
 
 def quantized_initializers(node: ir.Node) -> dict[str, str]:
-    """"weight", "scales", "zero_points" → initializer name, for those that the node has."""
+    """ "weight", "scales", "zero_points" → initializer name, for those that the node has."""
     found: dict[str, str] = {}
     for role, position in QUANTIZED_INPUTS[node.op_type].items():
         value = node.inputs[position] if position < len(node.inputs) else None

@@ -11,19 +11,20 @@ from typing import Any
 
 from signround_edge.errors import UserError
 
-# Architecture → RoPE types that the builder turns into the right graph. Its Llama class knows default and llama3 and
-# ignores every other type without a word, so those are refused here.
+# Architecture → RoPE types that the builder turns into the graph that transformers computes (shown by tests). Its Llama
+# class ignores every type but default and llama3 without a word, and its yarn neither rounds the correction range as
+# transformers does nor knows attention_factor, so those are refused.
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "LlamaForCausalLM": ("default", "llama3"),
-    "MistralForCausalLM": ("default", "linear", "yarn"),
-    "Qwen2ForCausalLM": ("default", "linear", "yarn"),
-    "Qwen3ForCausalLM": ("default", "linear", "yarn"),
+    "MistralForCausalLM": ("default", "linear"),
+    "Qwen2ForCausalLM": ("default", "linear"),
+    "Qwen3ForCausalLM": ("default", "linear"),
 }
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 EMBEDDING_NODE = "/model/embed_tokens/Gather"
-HEAD_NODE = "/lm_head/MatMul"
+HEAD_BASE = "lm_head.MatMulNBits"
 
 _LAYER = r"model\.layers\.(\d+)\."
 _PROJECTION = re.compile(_LAYER + r"(attn|mlp)\.(\w+_proj)\.(?:MatMul\.weight|MatMulNBits\.qweight|Add\.(bias))")
@@ -39,7 +40,7 @@ def parameters_of(initializer: str) -> tuple[str, ...]:
     >>> parameters_of("model.layers.3.attn.qkv_proj.MatMulNBits.qweight")[1]
     'model.layers.3.self_attn.k_proj.weight'
     """
-    if initializer == EMBEDDING or initializer.startswith("model.embed_tokens.MatMulNBits.qweight"):
+    if initializer == EMBEDDING or initializer == "model.embed_tokens.MatMulNBits.qweight":
         return (EMBEDDING,)
     if initializer in ("lm_head.MatMul.weight", "lm_head.MatMulNBits.qweight"):
         return (HEAD,)

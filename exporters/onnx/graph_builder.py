@@ -88,5 +88,5 @@ def _contained() -> Iterator[None]:
 def _builder_folder() -> Path:
     spec = importlib.util.find_spec("onnxruntime_genai")
     if spec is None or spec.origin is None:
-        raise UserError("--format onnx needs the package onnxruntime-genai; install it with `pip install signround-edge`")
+        raise UserError("--format onnx needs the package onnxruntime-genai; install it with pip")
     return Path(spec.origin).parent / "models"

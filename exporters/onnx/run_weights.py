@@ -68,6 +68,6 @@ class RunWeights:
         operands = pack_operands(self.run.quantized(name))
         if operands is None:
             raise UserError(
-                f"tensor {name} has format {self.run.entry(name).format}, which MatMulNBits cannot hold; use --dtype f32"
+                f"tensor {name} is {self.run.entry(name).format}, which MatMulNBits cannot hold; use --dtype f32"
             )
         return operands

@@ -30,8 +30,8 @@ _PLACEHOLDER_BITS = 8
 def write_olive_checkpoint(weights: RunWeights, config: dict[str, Any], folder: Path) -> None:
     """Write a pre-quantized checkpoint of the run at `folder`, one file per part of the run.
 
-    Matrices that the run keeps in floats get a placeholder of zeros with one block a row, and the embedding one of shape
-    [1, 1] (the builder never looks at its values); the passes put the real ones into the graph.
+    Matrices that the run keeps in floats get a placeholder of zeros with one block a row, and the embedding one of
+    shape [1, 1] (the builder never looks at its values); the passes put the real ones into the graph.
     """
     run = weights.run
     overrides: dict[str, dict[str, int]] = {}

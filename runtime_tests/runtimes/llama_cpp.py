@@ -63,8 +63,8 @@ class LlamaCppRuntime:
     """
 
     timeout: float = DEFAULT_TIMEOUT
-    name: str = "llama.cpp"
-    artifact_format: str = "gguf"
+    name = "llama.cpp"
+    artifact_format = "gguf"
 
     def unavailable(self) -> str | None:
         """Why it cannot run here, with the way out; None when it can."""

@@ -33,6 +33,7 @@ class OnnxEngine:
 
         self._artifact = artifact
         model = model_file(artifact)
+        self._decoder = _decoder_config(model.parent)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 4
@@ -85,10 +86,17 @@ class OnnxEngine:
             return np.ones((1, len(tokens)), dtype=dtype)
         if name == "position_ids":
             return np.arange(len(tokens), dtype=dtype).reshape(1, -1)
-        # An empty cache: [batch 1, heads, past length 0, head size]; dimensions of no fixed size are batch and length.
+        return np.zeros(self._empty_cache(name), dtype=dtype)
+
+    def _empty_cache(self, name: str) -> tuple[int, int, int, int]:
+        """[batch, heads, past length, values a head]; what the graph leaves open stands in genai_config.json."""
         shape = self._inputs[name].shape
-        fixed = [n if isinstance(n, int) else 0 for n in shape]
-        return np.zeros([1, *fixed[1:]], dtype=dtype)
+        if len(shape) == 4:
+            heads = shape[1] if isinstance(shape[1], int) else self._decoder.get("num_key_value_heads")
+            size = shape[3] if isinstance(shape[3], int) else self._decoder.get("head_size")
+            if isinstance(heads, int) and isinstance(size, int):
+                return 1, heads, 0, size
+        raise UserError(f"{self._artifact}: input {name} has the shape {shape}, which is no key-value cache")
 
 
 def model_file(artifact: Path) -> Path:
@@ -99,17 +107,24 @@ def model_file(artifact: Path) -> Path:
     """
     if artifact.is_file() and artifact.suffix == ".onnx":
         return artifact
-    config = artifact / "genai_config.json"
-    if artifact.is_dir() and config.is_file():
-        try:
-            name = json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]["filename"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{config} is not a readable genai_config.json ({error!r}); export again") from error
-        file = artifact / Path(str(name)).name  # a name, never a path out of the folder
-        if file.is_file():
-            return file
+    decoder = _decoder_config(artifact)
+    if "filename" not in decoder:
+        raise UserError(f"{artifact} is neither an .onnx file nor a folder whose genai_config.json names one")
+    file = artifact / Path(str(decoder["filename"])).name  # a name, never a path out of the folder
+    if not file.is_file():
         raise UserError(f"{artifact} has no {file.name}, which its genai_config.json names; export it again")
-    raise UserError(f"{artifact} is neither an .onnx file nor a folder with a genai_config.json")
+    return file
+
+
+def _decoder_config(folder: Path) -> dict[str, Any]:
+    """`model.decoder` of genai_config.json; empty when there is no such file. UserError when it is not readable."""
+    config = folder / "genai_config.json"
+    if not config.is_file():
+        return {}
+    try:
+        return dict(json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config} is not a readable genai_config.json ({error!r}); export it again") from error
 
 
 def _with_accuracy_level(model: Path, level: int) -> bytes:

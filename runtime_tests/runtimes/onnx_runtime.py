@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runtime_tests.interface import StoredTensor
 from runtime_tests.runtimes.worker_session import WorkerSession
-from runtime_tests.transports.local import DEFAULT_TIMEOUT
+from runtime_tests.transports.local import DEFAULT_TIMEOUT, LocalWorker
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class OnnxRuntime:
     """
 
     timeout: float = DEFAULT_TIMEOUT
-    name: str = "onnxruntime"
-    artifact_format: str = "onnx"
+    name = "onnxruntime"
+    artifact_format = "onnx"
 
     def unavailable(self) -> str | None:
         """Why it cannot run here, with the way out; None when it can."""
@@ -43,5 +43,12 @@ class OnnxRuntime:
         return WorkerSession(self.name, artifact, self.timeout, options)
 
     def stored_tensors(self, artifact: Path) -> Iterator[StoredTensor]:
-        """Every weight through ONNX Runtime's own kernels: f32 [rows, values a row] (a vector is one row)."""
-        raise NotImplementedError(artifact)
+        """Every weight of the run: quantized ones [N, K] through ONNX Runtime's kernels, floats as they are stored."""
+        from exporters.onnx.reader import read_tensors
+
+        types = {name: kind for name, kind, _, _ in read_tensors(artifact)}
+        with LocalWorker(str(artifact), self.timeout) as worker:
+            worker.call("onnx_weights", artifact=str(artifact.absolute()))
+            while (reply := worker.call("next_weight")).header["name"] is not None:
+                name = reply.header["name"]
+                yield StoredTensor(name, reply.arrays["weights"], types.get(name, "unknown"))

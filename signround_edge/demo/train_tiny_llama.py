@@ -37,9 +37,9 @@ class Settings:
     vocabulary: int = 3072
     layers: int = 5
     context: int = 256  # BOS + 255 tokens of text
-    batch_size: int = 8
-    epochs: int = 8
-    peak_learning_rate: float = 3e-3
+    batch_size: int = 4
+    epochs: int = 7
+    peak_learning_rate: float = 1e-3
     warmup: float = 0.05  # part of all steps
     weight_decay: float = 0.1
     gradient_norm: float = 1.0

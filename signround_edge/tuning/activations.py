@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,48 +141,84 @@ def block_returns_tuple(decoder: Decoder, tokens: Tensor) -> bool:
 
 
 def run_block(
-    decoder: Decoder, shell: Shell, index: int, tokens: Tensor, hidden: Tensor, batch_size: int, device: torch.device
+    decoder: Decoder,
+    shell: Shell,
+    index: int,
+    tokens: Tensor,
+    hidden: Tensor,
+    batch_size: int,
+    device: torch.device,
+    moments: SecondMoments | None = None,
 ) -> Tensor:
     """Output of a loaded block for all samples, f32 [samples, seqlen, hidden] on the CPU.
 
     Batches always have the same boundaries, so that a resumed run computes the very same bits.
+
+    Args:
+        moments: settled after each batch, with the weights that the loss gives to its tokens.
     """
     out = torch.empty_like(hidden)
     with torch.no_grad():
         for start in range(0, hidden.shape[0], batch_size):
             part = slice(start, start + batch_size)
             call = shell.block_call(index, tokens[part], device)
-            out[part] = call.run(decoder.blocks[index], hidden[part].to(device)).cpu()
+            result = call.run(decoder.blocks[index], hidden[part].to(device))
+            out[part] = result.cpu()
+            if moments is not None:
+                moments.settle(moments.token_weights(result))
     return out
 
 
-class SecondMoments:
-    """Sums up E[x²] of the inputs of matrices: the importance of each input channel."""
+def relative_weights(target: Tensor) -> Tensor:
+    """Weight of each token's squared error, [n, seqlen, 1]: one over the mean square of its exact hidden states.
 
-    def __init__(self) -> None:
+    The next block normalises each token, so only the relative error matters; and a few tokens (mostly the first of a
+    text) have hidden states hundreds of times larger than all others, and would own a plain mean.
+    """
+    return target.square().mean(dim=-1, keepdim=True).add_(1e-12).reciprocal_()
+
+
+def equal_weights(target: Tensor) -> Tensor:
+    """Weights of a plain mean squared error, [n, seqlen, 1]."""
+    return torch.ones_like(target[..., :1])
+
+
+class SecondMoments:
+    """Sums up E[x²] of the inputs of matrices, weighted by token: the importance of each input channel."""
+
+    def __init__(self, token_weights: Callable[[Tensor], Tensor]) -> None:
+        self.token_weights = token_weights
+        self._pending: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._totals: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
     def watching(self, modules: dict[str, nn.Module]) -> Iterator[None]:
-        """Within, every call of a module adds its input."""
-        hooks = [
-            module.register_forward_pre_hook(lambda _, args, name=name: self.add(name, args[0]))
-            for name, module in modules.items()
-        ]
+        """Within, the input of every call of a module waits for `settle`."""
+
+        def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            return lambda module, args: self._pending.update({name: args[0].detach()})
+
+        hooks = [module.register_forward_pre_hook(keep(name)) for name, module in modules.items()]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def add(self, name: str, inputs: Tensor) -> None:
-        """Add inputs [..., in features] of the matrix `name`."""
-        x = inputs.detach().flatten(0, -2).float()
-        total = x.square().sum(0)
+    def settle(self, weights: Tensor) -> None:
+        """Add the inputs that wait, with weights [n, seqlen, 1]."""
+        for name, inputs in self._pending.items():
+            self.add(name, inputs, weights)
+        self._pending.clear()
+
+    def add(self, name: str, inputs: Tensor, weights: Tensor) -> None:
+        """Add inputs [n, seqlen, in features] of the matrix `name` with weights [n, seqlen, 1]."""
+        inputs = inputs.view(*weights.shape[:-1], -1)  # some models flatten samples and tokens
+        total = (inputs.float().square() * weights).sum((0, 1))
         self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._counts[name] = self._counts.get(name, 0) + x.shape[0]
+        self._totals[name] = self._totals.get(name, torch.zeros(())) + weights.sum().cpu()
 
     def result(self) -> dict[str, Tensor]:
         """Name → E[x²] f32 [in features]."""
-        return {name: total / self._counts[name] for name, total in self._sums.items()}
+        return {name: total / self._totals[name].to(total.device) for name, total in self._sums.items()}

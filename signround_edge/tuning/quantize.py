@@ -23,29 +23,21 @@ from signround_edge.decoder import (
 from signround_edge.errors import UserError
 from signround_edge.formats import Grid, QuantizedTensor, get_grid
 from signround_edge.formats.schemes import Scheme
+from signround_edge.progress import SILENT, Progress
 from signround_edge.run_directory import OUTSIDE, Manifest, RunDirectory
 from signround_edge.source_model import SourceModel
-from signround_edge.tuning.activations import SecondMoments, Shell, block_returns_tuple, run_block
+from signround_edge.tuning.activations import (
+    SecondMoments,
+    Shell,
+    block_returns_tuple,
+    equal_weights,
+    relative_weights,
+    run_block,
+)
 from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer, tokens_hash
 from signround_edge.tuning.plan import Plan, listing, make_plan, part_of_block
 from signround_edge.tuning.settings import TuningSettings
 from signround_edge.tuning.signround import Matrix, Unit, UnitReport, initial_scales, tune_unit
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How a long run tells where it is; each callable may be a no-op.
-
-    Attributes:
-        line: one line of text.
-        parts: (parts done, parts in all) after each part.
-    """
-
-    line: Callable[[str], None]
-    parts: Callable[[int, int], None]
-
-
-SILENT = Progress(lambda text: None, lambda done, total: None)
 
 
 def quantize(
@@ -200,9 +192,9 @@ class _Job:
         base_prefix = self.decoder.base_prefix
         load_parameters(block, self.decoder.block_prefix(index), self.source, self.device, base_prefix)
         modules = {name: module for name, module in self.decoder.matrices(index).items() if self.run.is_quantized(name)}
-        moments = SecondMoments()
+        moments = SecondMoments(self._token_weights)
         with moments.watching(modules):
-            target = self._run(shell, index, exact)
+            target = self._run(shell, index, exact, moments)
         importance = moments.result()
         matrices = [
             Matrix(name, module, self._grid(name), _out_in(self.run.entry(name).transposed, module), importance[name])
@@ -244,7 +236,8 @@ class _Job:
             return call.run(block, inputs[samples].to(self.device))
 
         train, held_out = self._split()
-        unit = Unit(matrices, forward, lambda samples: target[samples].to(self.device), train, held_out)
+        targets = (lambda samples: target[samples].to(self.device), self._token_weights)
+        unit = Unit(matrices, forward, *targets, train, held_out)
         return tune_unit(unit, self.settings, self._batches(index, train), self.device)
 
     def _layer_unit(self, shell: Shell, index: int, matrix: Matrix, inputs: Tensor) -> Unit:
@@ -261,6 +254,7 @@ class _Job:
             [matrix],
             lambda samples: matrix.module(layer_inputs[samples].to(self.device)),
             lambda samples: targets[samples].to(self.device),
+            self._token_weights,
             train,
             held_out,
         )
@@ -272,10 +266,11 @@ class _Job:
         if embedding is not None:
             tensors[self.plan.embedding] = embedding
         if name not in tensors:
-            moments = SecondMoments()
+            moments = SecondMoments(equal_weights)
             for start in range(0, len(self.tokens), self.settings.batch_size):
                 part = slice(start, start + self.settings.batch_size)
-                moments.add(name, shell.head_input(self.tokens[part], quantized[part]))
+                inputs = shell.head_input(self.tokens[part], quantized[part])
+                moments.add(name, inputs, equal_weights(inputs))
             load_parameters(head, name.removesuffix("weight"), self.source, _CPU, self.decoder.base_prefix)
             weight, grid = _out_in(False, head), self._grid(name)
             tensors[name] = grid.quantize(weight, initial_scales(grid, weight, moments.result()[name], "search"))
@@ -293,8 +288,13 @@ class _Job:
     def _grid(self, name: str) -> Grid:
         return get_grid(str(self.run.entry(name).format))
 
-    def _run(self, shell: Shell, index: int, hidden: Tensor) -> Tensor:
-        return run_block(self.decoder, shell, index, self.tokens, hidden, self.settings.batch_size, self.device)
+    @property
+    def _token_weights(self) -> Callable[[Tensor], Tensor]:
+        return relative_weights if self.settings.loss == "relative" else equal_weights
+
+    def _run(self, shell: Shell, index: int, hidden: Tensor, moments: SecondMoments | None = None) -> Tensor:
+        size = self.settings.batch_size
+        return run_block(self.decoder, shell, index, self.tokens, hidden, size, self.device, moments)
 
     def _split(self) -> tuple[Tensor, Tensor]:
         """Sample indices to (train on, hold out): every n-th sample is held out, so the slice covers the whole text."""

@@ -21,6 +21,7 @@ class TuningSettings:
         tune_scales: whether α and β (clip tuning) move at all.
         scale_range: bounds of α and β around 1.
         scale_init: "search" (weighted search) or "absmax" (the block's extremes).
+        loss: "relative" (each token's squared error over its mean square; see `relative_weights`) or "mse" (the paper's).
         granularity: "block" (the decoder block's output) or "layer" (each matrix's own output).
         optimizer: "signsgd" or "adam".
         held_out: share of the samples kept for choosing the best step, never trained on.
@@ -39,6 +40,7 @@ class TuningSettings:
     tune_scales: bool = True
     scale_range: tuple[float, float] = (0.5, 1.5)
     scale_init: str = "search"
+    loss: str = "relative"
     granularity: str = "block"
     optimizer: str = "signsgd"
     held_out: float = 0.125
@@ -66,10 +68,24 @@ RECIPES: dict[str, TuningSettings] = {
     "fast": TuningSettings(steps=100, samples=64, seqlen=256),
     "best": TuningSettings(steps=1000, samples=512, seqlen=512),
     "paper-v1": TuningSettings(
-        steps=400, samples=512, seqlen=2048, tune_scales=False, scale_init="absmax", lr=1 / 400, held_out=0.02
+        steps=400,
+        samples=512,
+        seqlen=2048,
+        tune_scales=False,
+        scale_init="absmax",
+        lr=1 / 400,
+        loss="mse",
+        held_out=0.02,
     ),
     "paper-v2": TuningSettings(
-        steps=200, samples=512, seqlen=2048, scale_init="absmax", lr=1 / 200, scale_range=(0.0, 1.0), held_out=0.02
+        steps=200,
+        samples=512,
+        seqlen=2048,
+        scale_init="absmax",
+        lr=1 / 200,
+        scale_range=(0.0, 1.0),
+        loss="mse",
+        held_out=0.02,
     ),
 }
 

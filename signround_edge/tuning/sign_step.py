@@ -132,7 +132,9 @@ def fused_step(
 
 @functools.cache
 def _compiled_update() -> Callable[..., None]:
-    compiled: Callable[..., None] = torch.compile(_update, dynamic=False)
+    # Without this option inductor drops the round trip of scales through fp16, and ŵ leaves the grid.
+    exact = {"emulate_precision_casts": True}
+    compiled: Callable[..., None] = torch.compile(_update, dynamic=False, options=exact)
     return compiled
 
 

@@ -46,19 +46,21 @@ class Unit:
         matrices: the matrices of the unit.
         forward: sample indices [n] → the unit's output f32 [n, seqlen, features] for the quantized model's inputs.
         target: sample indices [n] → the full-precision output, same shape.
+        token_weights: full-precision output → weights of the tokens' squared errors [n, seqlen, 1].
         train, held_out: sample indices.
     """
 
     matrices: list[Matrix]
     forward: Callable[[Tensor], Tensor]
     target: Callable[[Tensor], Tensor]
+    token_weights: Callable[[Tensor], Tensor]
     train: Tensor
     held_out: Tensor
 
 
 @dataclass(frozen=True)
 class UnitReport:
-    """Mean squared errors on the held-out samples.
+    """Losses on the held-out samples.
 
     Attributes:
         rounded: after rounding to nearest.
@@ -72,7 +74,7 @@ class UnitReport:
 
     def __str__(self) -> str:
         less = 1 - self.tuned / self.rounded if self.rounded else 0.0
-        return f"held-out MSE {self.rounded:.3e} → {self.tuned:.3e} ({less:.0%} less) at step {self.best_step}"
+        return f"held-out loss {self.rounded:.3e} → {self.tuned:.3e} ({less:.0%} less) at step {self.best_step}"
 
 
 def initial_scales(grid: Grid, weight: Tensor, importance: Tensor, method: str) -> BlockScales:
@@ -110,7 +112,7 @@ def tune_unit(
         index = next(batches)
         with torch.autocast(device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
             output = unit.forward(index)
-        loss = nn.functional.mse_loss(output.float(), unit.target(index))
+        loss = weighted_loss(unit, output.float(), index).mean()
         loss.backward()  # type: ignore[no-untyped-call]
         for matrix in unit.matrices:
             weight = weights[matrix.name]
@@ -128,6 +130,12 @@ def tune_unit(
                 best, best_loss, best_step = candidate, held_out_loss, step + 1
     _install(unit, best)
     return best, UnitReport(rounded, best_loss, best_step)
+
+
+def weighted_loss(unit: Unit, output: Tensor, index: Tensor) -> Tensor:
+    """Weighted squared errors of the unit's output for some samples, same shape as the output."""
+    target = unit.target(index)
+    return (output - target).square() * unit.token_weights(target)
 
 
 def autocast_dtype(settings: TuningSettings, device: torch.device) -> torch.dtype | None:
@@ -159,11 +167,11 @@ def _install(unit: Unit, tensors: dict[str, QuantizedTensor]) -> None:
 
 
 def _held_out_loss(unit: Unit, settings: TuningSettings) -> float:
-    """Mean squared error over the held-out samples, in f32."""
+    """Loss over the held-out samples, in f32."""
     total, count = 0.0, 0
     with torch.no_grad():
         for index in unit.held_out.split(settings.batch_size):
-            difference = unit.forward(index) - unit.target(index)
-            total += float(difference.double().square().sum())
-            count += difference.numel()
+            loss = weighted_loss(unit, unit.forward(index), index)
+            total += float(loss.double().sum())
+            count += loss.numel()
     return total / count

@@ -1,0 +1,68 @@
+"""Score a peer's Llama-architecture GGUF file in torch: its weights dequantized by gguf-py, the graph transformers'.
+
+So files of different tools are compared on their weights alone, without a runtime's own activation rounding.
+
+    python benchmarks/gguf_in_torch.py FILE.gguf --model HF_FOLDER --text TEXT [--windows 24] [--n-ctx 512]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import gguf
+import torch
+from torch import Tensor, nn
+
+from signround_edge.decoder import build_decoder
+from signround_edge.evaluation import TorchSession, evaluate, load_source_model, text_windows
+
+
+def unpermute(weight: Tensor, heads: int) -> Tensor:
+    """Undo the row order of q and k that llama.cpp's converter makes for Llama (pairs → halves)."""
+    rows, cols = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, cols).transpose(1, 2).reshape(rows, cols)
+
+
+def load_llama_gguf(file: Path, config_dir: Path) -> nn.Module:
+    """The HF model of config_dir with the dequantized weights of a GGUF file, f32."""
+    decoder = build_decoder(config_dir)
+    config = decoder.model.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    tensors = {t.name: t for t in gguf.GGUFReader(file).tensors}
+    for name, _ in list(decoder.model.named_parameters()):
+        stored = tensors.get(names.get_name(name, try_suffixes=(".weight", ".bias")))
+        if stored is None:
+            continue  # a tied head
+        data = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
+        if ".q_proj." in name:
+            data = unpermute(data, config.num_attention_heads)
+        elif ".k_proj." in name:
+            data = unpermute(data, config.num_key_value_heads)
+        owner, _, leaf = name.rpartition(".")
+        decoder.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(data.float(), requires_grad=False)
+    decoder.model.tie_weights()
+    return decoder.model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--n-ctx", type=int, default=512)
+    args = parser.parse_args()
+    windows = text_windows(args.model, args.text, args.n_ctx, args.windows)
+    peer = TorchSession(load_llama_gguf(args.file, args.model))
+    scores = evaluate(peer, windows, TorchSession(load_source_model(args.model)))
+    types: dict[str, int] = {}
+    for tensor in gguf.GGUFReader(args.file).tensors:
+        types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
+    print(json.dumps({"file": str(args.file), "bytes_by_type": types, **asdict(scores)}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

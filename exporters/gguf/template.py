@@ -1,0 +1,155 @@
+"""The template route: everything from a GGUF file that llama.cpp's converter made, except the weights themselves.
+
+It serves every architecture that llama.cpp knows. Names come from gguf's TensorNameMap, and each match is checked by
+value, which also finds the order of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import quants
+from numpy.typing import NDArray
+
+from exporters.gguf.container import PlannedTensor, write_file
+from exporters.gguf.container_reader import GgufFile, StoredTensorInfo
+from exporters.gguf.families import RowOrder
+from exporters.gguf.matching import find_row_order, find_vector
+from exporters.gguf.metadata import PROVENANCE, add_provenance, file_type
+from exporters.gguf.naming import Placement, candidate_names, dequantized_rows
+from exporters.gguf.tensors import plan_tensor
+from exporters.interface import ExportOptions
+from signround_edge.errors import UserError
+from signround_edge.run_directory import RunDirectory
+
+_COPY_BYTES = 64 << 20
+_OWN_KEYS = ("general.architecture", "general.file_type", "general.quantization_version")
+_DROPPED_PREFIXES = ("split.", "quantize.imatrix.", f"{PROVENANCE}.")
+
+
+def export_with_template(run: RunDirectory, path: Path, options: ExportOptions, template: Path) -> Path:
+    """Write `path` with the template's metadata and tensor names and the run's data.
+
+    Raises:
+        UserError: the template is unreadable, or a parameter of the run finds no place in it.
+    """
+    source = GgufFile.open(template)
+    if template.resolve() == path.resolve():
+        raise UserError(f"--template and -o are the same file ({path}); choose another -o")
+    placements = {p.gguf_name: p for p in match_by_value(run, source)}
+    missing = set(run.names()) - {p.hf_name for p in placements.values()}
+    if missing:
+        raise UserError(
+            f"{template} has no place for {len(missing)} of the run's parameters ({', '.join(sorted(missing)[:3])}"
+            f"{', …' if len(missing) > 3 else ''}): by name or by value none of its tensors is theirs; make "
+            "the template from the same model"
+        )
+    kept = [name for name in source.tensors if name not in placements]
+    if kept:
+        options.log(f"kept {len(kept)} tensors of the template as they are: {', '.join(kept[:8])}")
+    tensors = [
+        _planned(run, source, info, placements.get(name), options.dtype) for name, info in source.tensors.items()
+    ]
+    writer = gguf.GGUFWriter(None, source.architecture)
+    _copy_metadata(writer, source, options)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(file_type(run, options.dtype))
+    add_provenance(writer, run)
+    # `verify` must not expect the built-in route's metadata here.
+    writer.add_string(f"{PROVENANCE}.template", template.name)
+    options.log(f"writing {path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:.1f} MB")
+    return write_file(path, writer, tensors)
+
+
+def match_by_value(run: RunDirectory, file: GgufFile) -> list[Placement]:
+    """Placement of the run's parameters in a file of any architecture; those without a place are left out."""
+    arch = file.architecture
+    names = candidate_names(run, int(file.get(f"{arch}.block_count") or 0), arch)
+    heads = _head_counts(file)
+    orders: dict[str, RowOrder] = {}
+    placements = []
+    # Weights first: a bias has the order of its weight's rows.
+    for gguf_name in sorted(set(names) & set(file.tensors), key=lambda name: name.endswith(".bias")):
+        hf_name = names[gguf_name]
+        placement = _place(run, file, gguf_name, hf_name, heads, orders)
+        if placement is not None:
+            placements.append(placement)
+            if placement.rows is not None:
+                orders[hf_name] = placement.rows
+    return placements
+
+
+def _place(
+    run: RunDirectory, file: GgufFile, gguf_name: str, hf_name: str, heads: list[int], orders: dict[str, RowOrder]
+) -> Placement | None:
+    ours = dequantized_rows(run, Placement(gguf_name, hf_name))
+    theirs = float_rows(file, gguf_name)
+    if ours.shape != theirs.shape:
+        return None
+    if len(file.tensors[gguf_name].shape) > 1:
+        found, order = find_row_order(ours, theirs, heads)
+        return Placement(gguf_name, hf_name, order) if found else None
+    weight = orders.get(hf_name.removesuffix(".bias") + ".weight")
+    found, order, added = find_vector(ours[0], theirs[0], [weight] if weight is not None else [])
+    return Placement(gguf_name, hf_name, order, added) if found else None
+
+
+def float_rows(file: GgufFile, name: str) -> NDArray[np.float32]:
+    """A stored tensor as f32 [rows, values a row], through gguf's dequantizer (numpy)."""
+    info = file.tensors[name]
+    try:
+        weights: NDArray[np.float32] = quants.dequantize(file.raw(name), info.ggml_type)
+    except NotImplementedError as error:
+        raise UserError(
+            f"{file.path}: tensor {name} has type {info.ggml_type.name}, which cannot be read; "
+            "use an f16 or f32 template"
+        ) from error
+    return weights.reshape(-1, info.shape[-1])
+
+
+def _head_counts(file: GgufFile) -> list[int]:
+    """Head counts of queries and of keys; some architectures have one of each for every layer."""
+    counts: list[int] = []
+    for key in ("head_count", "head_count_kv"):
+        value = file.get(f"{file.architecture}.attention.{key}")
+        counts += value if isinstance(value, list) else [value]
+    return [count for count in dict.fromkeys(counts) if isinstance(count, int) and count > 0]
+
+
+def _planned(
+    run: RunDirectory, source: GgufFile, info: StoredTensorInfo, placement: Placement | None, dtype: str | None
+) -> PlannedTensor:
+    if placement is None:
+        return PlannedTensor(info.name, info.ggml_type, info.shape, info.nbytes, lambda: _copied(source, info.name))
+    template_is_f32 = info.ggml_type is gguf.GGMLQuantizationType.F32
+    keep_f32 = template_is_f32 and not run.is_quantized(placement.hf_name)
+    return plan_tensor(run, placement, dtype, keep_f32)
+
+
+def _copied(source: GgufFile, name: str) -> Iterator[NDArray[Any]]:
+    data = source.raw(name).reshape(-1)
+    for start in range(0, data.size, _COPY_BYTES):
+        yield data[start : start + _COPY_BYTES]
+
+
+def _copy_metadata(writer: gguf.GGUFWriter, source: GgufFile, options: ExportOptions) -> None:
+    for key, entry in source.metadata.items():
+        if key in _OWN_KEYS or key.startswith(_DROPPED_PREFIXES):
+            continue
+        if key == "general.alignment":
+            writer.add_custom_alignment(entry.value)
+        elif isinstance(entry.value, list) and not entry.value:
+            options.log(f"metadata {key} is an empty array and was left out")
+        else:
+            writer.add_key_value(key, _writable(entry.value), entry.type, entry.item_type)
+
+
+def _writable(value: Any) -> Any:
+    """Text as the bytes that it was read from: it need not be valid UTF-8."""
+    if isinstance(value, str):
+        return value.encode("utf-8", errors="surrogateescape")
+    return [_writable(item) for item in value] if isinstance(value, list) else value

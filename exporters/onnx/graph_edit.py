@@ -1,0 +1,92 @@
+"""Small edits that the passes share: initializers whose data is made when the file is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from exporters.onnx.bindings import Binding
+from exporters.onnx.run_weights import RunWeights
+
+# Key in `ir.Value.meta`: the initializer whose bytes in the data file this one is another view of.
+SHARES_BYTES = "signround_edge.shares_bytes"
+
+_DTYPES = {"uint8": ir.DataType.UINT8, "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+
+
+def set_initializer(
+    graph: ir.Graph, name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], NDArray[Any]]
+) -> ir.Value:
+    """Create the initializer of that name, or give the existing one new data.
+
+    Args:
+        graph: the graph to edit.
+        name: the initializer's name.
+        dtype: "uint8", "float32" or "float16".
+        shape: its shape.
+        make: returns the data, [*shape] in that dtype; called when the file is written, and then not kept.
+    """
+    onnx_type, onnx_shape = _DTYPES[dtype], ir.Shape(shape)
+
+    def evaluate() -> ir.Tensor:
+        array = make()
+        assert (str(array.dtype), array.shape) == (dtype, shape), name
+        return ir.Tensor(np.ascontiguousarray(array), name=name)
+
+    tensor = ir.LazyTensor(evaluate, dtype=onnx_type, shape=onnx_shape, name=name)
+    value: ir.Value | None = graph.initializers.get(name)
+    if value is None:
+        value = ir.Value(name=name, type=ir.TensorType(onnx_type), shape=onnx_shape, const_value=tensor)
+        graph.register_initializer(value)
+    else:
+        value.type, value.shape, value.const_value = ir.TensorType(onnx_type), onnx_shape, tensor
+    return value
+
+
+def set_operand_initializers(
+    graph: ir.Graph, base: str, parameters: tuple[str, ...], weights: RunWeights
+) -> list[ir.Value]:
+    """Initializers `<base>.qweight`, `.scales` and `.qzeros` with the run's operands of quantized parameters."""
+    packed = weights.operands(parameters)
+    # They are written one after the other, so `weights` packs each matrix once.
+    return [
+        set_initializer(
+            graph, f"{base}.qweight", "uint8", packed.weight.shape, lambda: weights.operands(parameters).weight
+        ),
+        set_initializer(
+            graph, f"{base}.scales", "float32", packed.scales.shape, lambda: weights.operands(parameters).scales
+        ),
+        set_initializer(
+            graph, f"{base}.qzeros", "uint8", packed.zero_points.shape, lambda: weights.operands(parameters).zero_points
+        ),
+    ]
+
+
+def set_float_initializer(graph: ir.Graph, binding: Binding, dtype: str, weights: RunWeights) -> ir.Value:
+    """The binding's weight initializer with the run's floats in "float32" or "float16"."""
+    entry = [weights.run.entry(weights.owner(p)).shape for p in binding.parameters]
+    rows, cols = sum(shape[0] for shape in entry), entry[0][1]
+    shape = (cols, rows) if binding.transposed else (rows, cols)
+    return set_initializer(
+        graph, binding.initializers["weight"], dtype, shape, lambda: weights.stored_floats(binding, dtype)
+    )
+
+
+def replace_node(
+    graph: ir.Graph, old: ir.Node, op: str, domain: str, inputs: list[ir.Value], attributes: dict[str, int]
+) -> None:
+    """Put a node of another operator in the place of `old`, writing the same output value."""
+    name = (old.name or "").replace(old.op_type, op)
+    new = ir.node(op, inputs, attributes, domain=domain, name=name, num_outputs=1)
+    ir.convenience.replace_nodes_and_values(graph, old, [old], [new], old.outputs, new.outputs)
+
+
+def drop_unused_initializers(graph: ir.Graph) -> None:
+    """Remove initializers that no node reads any more."""
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]

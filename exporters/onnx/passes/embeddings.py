@@ -1,0 +1,52 @@
+"""Replace the builder's float embedding: by GatherBlockQuantized where the run stores codes, else by the run's floats.
+
+A quantized embedding that is tied to the head shares everything with the head's MatMulNBits: the same scales and zero
+points, and the same bytes of codes, which MatMulNBits sees as [N, blocks, g·bits/8] and GatherBlockQuantized as
+[N, K·bits/8]. Two initializers at one place in the data file cost nothing; a Reshape in the graph would be folded by
+ONNX Runtime into a second copy in memory.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from exporters.onnx.bindings import Binding
+from exporters.onnx.families import EMBEDDING, EMBEDDING_NODE, HEAD, HEAD_BASE
+from exporters.onnx.graph_edit import (
+    SHARES_BYTES,
+    replace_node,
+    set_float_initializer,
+    set_initializer,
+    set_operand_initializers,
+)
+from exporters.onnx.run_weights import RunWeights
+
+_BASE = "model.embed_tokens.MatMulNBits"
+
+
+def set_embedding(graph: ir.Graph, weights: RunWeights) -> None:
+    """Replace the placeholder embedding of the builder's graph."""
+    gather = next(node for node in graph if node.name == EMBEDDING_NODE)
+    if not weights.is_quantized((EMBEDDING,)):
+        set_float_initializer(
+            graph, Binding(EMBEDDING_NODE, "Gather", (EMBEDDING,), {"weight": EMBEDDING}), "float32", weights
+        )
+        return
+    packed = weights.operands((EMBEDDING,))
+    shape = (packed.shape[0], packed.shape[1] * packed.bits // 8)
+
+    def codes() -> NDArray[np.uint8]:
+        return weights.operands((EMBEDDING,)).weight.reshape(shape)
+
+    if weights.run.manifest.tied.get(HEAD) == EMBEDDING:
+        scales, zeros = (graph.initializers[f"{HEAD_BASE}.{operand}"] for operand in ("scales", "qzeros"))
+        value = set_initializer(graph, f"{_BASE}.qweight", "uint8", shape, codes)
+        value.meta[SHARES_BYTES] = f"{HEAD_BASE}.qweight"
+    else:
+        _, scales, zeros = set_operand_initializers(graph, _BASE, (EMBEDDING,), weights)
+        value = set_initializer(graph, f"{_BASE}.qweight", "uint8", shape, codes)
+    attributes = {"bits": packed.bits, "block_size": packed.block_size, "gather_axis": 0, "quantize_axis": 1}
+    inputs = [value, gather.inputs[1], scales, zeros]
+    replace_node(graph, gather, "GatherBlockQuantized", "com.microsoft", inputs, attributes)

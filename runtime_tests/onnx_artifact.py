@@ -1,0 +1,46 @@
+"""What `verify` knows of ONNX artifacts: what they should hold, and their control.
+
+At accuracy level 0 or 1 ONNX Runtime computes in f32, so the artifact itself must agree with torch to KL 1e-5. A graph
+of level 4, which rounds activations to int8, has as control the same file opened with every MatMulNBits at level 0.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from exporters.onnx.reader import changed_files, iter_expected, open_artifact, read_sidecar
+from runtime_tests.formats import Expectation
+from runtime_tests.interface import Runtime, Session
+from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
+from signround_edge.errors import UserError
+from signround_edge.run_directory import RunDirectory
+
+_FLOAT_LEVELS = (0, 1)  # 0: the runtime's choice, which is f32 on CPUs; 1: f32
+_NAMED = 3
+
+
+def expect_onnx(run: RunDirectory, artifact: Path) -> Expectation:
+    """What an exported folder should hold.
+
+    Raises:
+        UserError: it is damaged, or not exported by signround-edge.
+        CheckFailed: it lacks a parameter of the run.
+    """
+    expected = {name: weights for name, _, weights in iter_expected(run, artifact)}
+    changed = changed_files(artifact)
+    problem = None
+    if changed:
+        problem = f"{artifact}: changed after export: {', '.join(changed[:_NAMED])}; export the run again"
+    nodes = [node for node in open_artifact(artifact).quantized_nodes() if node.op_type == "MatMulNBits"]
+    levels = {node.attributes["accuracy_level"].as_int() for node in nodes if "accuracy_level" in node.attributes}
+    rounds_activations = any(level not in _FLOAT_LEVELS for level in levels)
+    half = read_sidecar(artifact).dtype == "f16"
+
+    def open_control(runtime: Runtime) -> Session:
+        if not isinstance(runtime, OnnxRuntime):
+            raise UserError(f"{runtime.name} cannot open {artifact} at accuracy level 0, which its control needs")
+        return runtime.open(artifact, accuracy_level=0)
+
+    return Expectation(
+        expected, not rounds_activations and not half, open_control if rounds_activations else None, problem
+    )

@@ -1,0 +1,106 @@
+"""Parity and fidelity: runtimes against torch, window by window, and the gates that their figures must pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from devices import Tolerances
+from signround_edge.errors import UserError
+from signround_edge.metrics import FloatArray, ScoreKeeper, Scores, TokenArray, Windows
+
+
+class GivesLogits(Protocol):
+    """A torch model or a runtime's session."""
+
+    def logits(self, tokens: TokenArray) -> FloatArray:
+        """f32 [n, vocab] next-token logits at every position of int32 [n]."""
+        ...
+
+
+@dataclass
+class Contender:
+    """One artifact, or its control, on one runtime.
+
+    Attributes:
+        session: what computes its logits.
+        parity: its figures against torch with the same dequantized weights.
+        fidelity: its figures against the original model.
+        failure: why it could not be scored to the end, in one sentence.
+    """
+
+    session: GivesLogits
+    parity: ScoreKeeper = field(default_factory=ScoreKeeper)
+    fidelity: ScoreKeeper = field(default_factory=ScoreKeeper)
+    failure: str | None = None
+
+
+def score(
+    contenders: Sequence[Contender],
+    windows: Windows,
+    torch_session: GivesLogits,
+    reference: GivesLogits | None = None,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Fill the figures of all contenders.
+
+    Torch runs once a window for all of them; the logits of one window are all that is kept. A contender that fails is
+    left out from then on.
+    """
+    for index, window in enumerate(windows.tokens):
+        running = [c for c in contenders if c.failure is None]
+        if not running:
+            return
+        log(f"window {index + 1} of {len(windows.tokens)}")
+        scored, targets = windows.scored, windows.targets(index)
+        base = torch_session.logits(window)[scored]
+        original = None if reference is None else reference.logits(window)[scored]
+        for contender in running:
+            try:
+                logits = contender.session.logits(window)[scored]
+            except UserError as error:
+                contender.failure = str(error)
+                continue
+            if logits.shape != base.shape:
+                contender.failure = f"its logits have the shape {list(logits.shape)}, torch's {list(base.shape)}"
+                continue
+            contender.parity.add(logits, targets, base)
+            if original is not None:
+                contender.fidelity.add(logits, targets, original)
+
+
+def miss_exact_gate(scores: Scores, tolerances: Tolerances) -> str | None:
+    """Why a runtime that computes in floats does not agree with torch; None when it does."""
+    kld = scores.kld_mean
+    if kld is not None and kld <= tolerances.exact_kld_mean:
+        return None
+    return f"the mean KL divergence from torch is {_figure(kld)}, more than {tolerances.exact_kld_mean:g}"
+
+
+def miss_quantized_gate(scores: Scores, tolerances: Tolerances) -> str | None:
+    """Why a runtime that rounds activations does not agree with torch; None when it does.
+
+    The mean KL divergence is bounded, and ln(perplexity) may differ by what chance explains: a number of standard
+    errors of the paired log-ratio, or the small bias that rounding activations is allowed.
+    """
+    kld = scores.kld_mean
+    if miss_exact_gate(scores, tolerances) is None:
+        return None
+    if kld is None or not kld <= tolerances.quantized_kld_mean:
+        return f"the mean KL divergence from torch is {_figure(kld)}, more than {tolerances.quantized_kld_mean:g}"
+    assert scores.ppl_reference is not None
+    assert scores.ln_ratio_stderr is not None
+    difference = math.log(scores.ppl / scores.ppl_reference)
+    by_chance = tolerances.standard_errors * scores.ln_ratio_stderr
+    if abs(difference) <= max(by_chance, tolerances.ln_ppl_bias):
+        return None
+    return (
+        f"ln(perplexity) differs from torch's by {difference:+.4f}, more than {tolerances.standard_errors:g} standard "
+        f"errors ({by_chance:.4f}) and more than {tolerances.ln_ppl_bias:g}"
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3g}"

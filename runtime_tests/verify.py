@@ -1,0 +1,204 @@
+"""`verify`: does an artifact hold the run's weights exactly, and do runtimes compute with them what torch computes?
+
+Three parts for every artifact. Exactness: each stored weight, through the runtime's own dequantizer, equals the run's.
+Parity: the runtime's logits against torch's with the same dequantized weights; tight where the runtime computes in
+floats (the control), statistical where it rounds activations. Fidelity: the runtime against the original model, for
+information.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from devices import DEFAULT_DEVICE, DeviceProfile, Tolerances, get_device
+from runtime_tests.exactness import check_exactness
+from runtime_tests.formats import Expectation, artifact_format, expect
+from runtime_tests.interface import Runtime, Session
+from runtime_tests.parity import Contender, GivesLogits, miss_exact_gate, miss_quantized_gate, score
+from runtime_tests.registry import find_runtimes
+from runtime_tests.report import ArtifactReport, RuntimeReport, VerifyReport
+from signround_edge.errors import CheckFailed, UserError
+from signround_edge.metrics import Windows
+from signround_edge.run_directory import RunDirectory
+
+DEFAULT_CONTEXT = 512
+DEFAULT_WINDOWS = 16
+
+
+@dataclass
+class _Trial:
+    """One artifact on one runtime of one device, and where its figures collect."""
+
+    report: RuntimeReport
+    tolerances: Tolerances
+    artifact: Contender | None = None
+    control: Contender | None = None
+
+
+def verify(
+    run: RunDirectory,
+    artifacts: Sequence[Path],
+    text: Path,
+    devices: Sequence[str] = (DEFAULT_DEVICE,),
+    reference: Path | None = None,
+    n_ctx: int = DEFAULT_CONTEXT,
+    max_windows: int = DEFAULT_WINDOWS,
+    log: Callable[[str], None] = print,
+) -> VerifyReport:
+    """Check artifacts of a run.
+
+    Args:
+        run: the complete run directory.
+        artifacts: .gguf files, and folders that hold an ONNX model.
+        text: UTF-8 text to score; `max_windows` windows of `n_ctx` tokens of it.
+        devices: names of device profiles.
+        reference: Hugging Face folder of the original model, for fidelity.
+        log: called with one line of progress.
+    Raises:
+        UserError: an unknown device, a text that is too short, something that is no artifact at all. A damaged
+            artifact is no error but a failed check.
+    """
+    from signround_edge.evaluation import TorchSession, load_run_model, load_source_model, text_windows
+
+    profiles = [get_device(name) for name in dict.fromkeys(devices)]
+    paths = list(dict.fromkeys(artifacts))
+    formats = [artifact_format(path) for path in paths]
+    windows = text_windows(run.config_dir, text, n_ctx, max_windows)
+    report = VerifyReport(str(run.path), str(text), None if reference is None else str(reference))
+    trials: list[_Trial] = []
+    with ExitStack() as stack:
+        for path, format_ in zip(paths, formats, strict=True):
+            log(f"{path}: comparing stored weights with {run.path}")
+            trials += _prepare(run, path, format_, profiles, windows, report, stack, text)
+        report.runtimes = [trial.report for trial in trials]
+        contenders = [c for t in trials for c in (t.artifact, t.control) if c is not None]
+        if contenders:
+            original: GivesLogits | None = None if reference is None else TorchSession(load_source_model(reference))
+            score(contenders, windows, TorchSession(load_run_model(run)), original, log)
+    for trial in trials:
+        _judge(trial)
+    return report
+
+
+def _prepare(
+    run: RunDirectory,
+    path: Path,
+    format_: str,
+    profiles: Sequence[DeviceProfile],
+    windows: Windows,
+    report: VerifyReport,
+    stack: ExitStack,
+    text: Path,
+) -> list[_Trial]:
+    """Check the weights of one artifact, and open it on every runtime that can run it."""
+    artifact = ArtifactReport(str(path), format_)
+    report.artifacts.append(artifact)
+    trials: list[_Trial] = []
+    ready: list[tuple[Runtime, _Trial]] = []
+    for profile in profiles:
+        for name in profile.runtimes:
+            runtime = find_runtimes().get(name)
+            if runtime is not None and runtime.artifact_format != format_:
+                continue
+            trial = _Trial(RuntimeReport(name, profile.name, str(path)), profile.tolerances)
+            trials.append(trial)
+            missing = "no such runtime is installed" if runtime is None else runtime.unavailable()
+            trial.report.reason = profile.unavailable() or missing
+            if runtime is not None and trial.report.reason is None:
+                ready.append((runtime, trial))
+    if not ready:
+        artifact.reason = "no runtime could read it: " + "; ".join(
+            f"{t.report.name} on {t.report.device}: {t.report.reason}" for t in trials
+        )
+        return trials
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="signround-verify-")))
+    try:
+        expectation = expect(run, path, format_, folder)
+        artifact.exactness = check_exactness(expectation.expected, ready[0][0].stored_tensors(path))
+    except (UserError, CheckFailed) as error:
+        artifact.status, artifact.reason = "fail", str(error)
+        for _, trial in ready:
+            trial.report.status, trial.report.reason = "fail", str(error)
+        return trials
+    _judge_weights(artifact)
+    for runtime, trial in ready:
+        _open(runtime, trial, path, expectation, windows, stack, text)
+    return trials
+
+
+def _judge_weights(artifact: ArtifactReport) -> None:
+    exactness = artifact.exactness
+    assert exactness is not None
+    if exactness.exact:
+        artifact.status = "pass"
+        return
+    artifact.status = "fail"
+    if not exactness.differences:
+        artifact.reason = "it holds no weight of the run"
+        return
+    first, others = exactness.differences[0], len(exactness.differences) - 1
+    artifact.reason = f"tensor {first.tensor} {first.what}" + (f"; {others} more tensors differ" if others else "")
+
+
+def _open(
+    runtime: Runtime,
+    trial: _Trial,
+    path: Path,
+    expectation: Expectation,
+    windows: Windows,
+    stack: ExitStack,
+    text: Path,
+) -> None:
+    report = trial.report
+    report.gate = "exact" if expectation.computes_in_floats else "quantized"
+    report.notes += expectation.notes
+    report.reason = expectation.problem
+    try:
+        session = _opened(runtime.open(path), stack)
+        trial.artifact = Contender(session)
+        note = expectation.tokenizer_note(session, windows, text)
+        report.notes += [note] if note else []
+        if expectation.open_control is not None:
+            trial.control = Contender(_opened(expectation.open_control(runtime), stack))
+    except UserError as error:
+        report.reason = str(error)
+        trial.artifact = trial.control = None
+    report.status = "fail"  # until `_judge` says otherwise
+
+
+def _opened(session: Session, stack: ExitStack) -> Session:
+    stack.callback(session.close)
+    return session
+
+
+def _judge(trial: _Trial) -> None:
+    """Turn the figures into a status; a reason that is there already means failure."""
+    report = trial.report
+    if trial.artifact is None:
+        return
+    reasons = [] if report.reason is None else [report.reason]
+    if trial.artifact.failure is not None:
+        reasons.append(trial.artifact.failure)
+    else:
+        report.parity = trial.artifact.parity.scores()
+        if trial.artifact.fidelity.nll:
+            report.fidelity = trial.artifact.fidelity.scores()
+        gate = miss_exact_gate if report.gate == "exact" else miss_quantized_gate
+        miss = gate(report.parity, trial.tolerances)
+        reasons += [miss] if miss else []
+    if trial.control is not None:
+        reasons += _judge_control(trial.control, report, trial.tolerances)
+    report.reason = "; ".join(reasons) or None
+    report.status = "fail" if reasons else "pass"
+
+
+def _judge_control(control: Contender, report: RuntimeReport, tolerances: Tolerances) -> list[str]:
+    if control.failure is not None:
+        return [f"the control: {control.failure}"]
+    report.control = control.parity.scores()
+    miss = miss_exact_gate(report.control, tolerances)
+    return [] if miss is None else [f"the control, which computes in floats, shows that the graph differs: {miss}"]

@@ -1,0 +1,251 @@
+"""The command line: parse, call the library, render. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from signround_edge import __version__
+from signround_edge.errors import CheckFailed, UserError
+
+EXIT_CHECK_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class _Group(click.Group):
+    """Turns the library's errors into one sentence on stderr and the contract's exit codes."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (UserError, CheckFailed, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            _say(f"error: {_one_sentence(error)}")
+            ctx.exit(EXIT_CHECK_FAILED if isinstance(error, CheckFailed) else EXIT_BAD_INPUT)
+
+
+def _one_sentence(error: Exception) -> str:
+    if isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror or error}; nothing half-written was kept, free space or fix access and try again"
+    return " ".join(str(error).split())
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=1))
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="signround-edge")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Tune 4- and 8-bit weights with SignRound, export them unchanged to GGUF or ONNX, and prove parity."""
+
+
+_model = click.argument("model")
+_run = click.argument("run", type=click.Path(path_type=Path))
+_text = click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text to score.")
+_windows = click.option("--windows", type=click.IntRange(1), default=None, help="Windows to score at most.")
+_n_ctx = click.option("--n-ctx", type=click.IntRange(4), default=512, show_default=True, help="Tokens a window.")
+_reference = click.option("--reference", default=None, help="The full-precision model to compare with.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")
+
+
+@main.command()
+@_model
+@click.option("--scheme", required=True, help="gguf:q4_0, onnx:w4g128-asym, …; a comma joins those that share a grid.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Run directory to write.")
+@click.option("--calibration", default=None, help="Text file, JSON lines or dataset name (default: shipped speeches).")
+@click.option("--recipe", default="default", show_default=True, help="default, fast, best, paper-v1 or paper-v2.")
+@click.option("--samples", type=int, help="Calibration samples.")
+@click.option("--seqlen", type=int, help="Tokens a sample.")
+@click.option("--steps", type=int, help="Gradient steps a block; 0 rounds to nearest.")
+@click.option("--batch-size", type=int, help="Samples a step.")
+@click.option("--lr", type=float, help="Learning rate of the rounding (default 1/steps, falling linearly to 0).")
+@click.option("--scale-lr", type=float, help="Learning rate of the clip factors (default: as --lr).")
+@click.option("--tune-scales/--no-tune-scales", default=None, help="Clip tuning: let scales and minima move.")
+@click.option("--scale-init", type=click.Choice(["search", "absmax"]), help="Initial scales.")
+@click.option("--loss", type=click.Choice(["relative", "mse"]), help="Squared error of tokens: relative or plain.")
+@click.option("--granularity", type=click.Choice(["block", "layer"]), help="Reconstruct blocks, or each layer alone.")
+@click.option("--optimizer", type=click.Choice(["signsgd", "adam"]), help="Optimizer of the rounding.")
+@click.option("--compute-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), help="Matrix products in tuning.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--seed", type=int, help="Seed of the sample order.")
+@click.option("--resume", is_flag=True, help="Continue after the last complete block.")
+@click.option("--float-fallback", is_flag=True, help="Keep matrices that no block size divides in 16-bit floats.")
+def quantize(
+    model: str, scheme: str, out: Path, calibration: str | None, recipe: str, device: str, resume: bool,
+    float_fallback: bool, **settings: Any,
+) -> None:  # fmt: skip
+    """Tune MODEL (a folder or a Hugging Face name) on the grids of a scheme."""
+    from signround_edge.formats.schemes import parse_scheme
+
+    parsed = parse_scheme(scheme)
+    from signround_edge.progress import terminal_progress
+    from signround_edge.source_model import resolve_model
+    from signround_edge.tuning.settings import settings_from
+
+    chosen = settings_from(recipe, settings)
+    if calibration is None:
+        from signround_edge.demo import calibration_text_path
+
+        calibration = str(calibration_text_path())
+        _say("note: calibrating on the shipped speeches; text like your application's (--calibration) is better")
+    from signround_edge.tuning.quantize import quantize as run_quantize
+
+    try:
+        with terminal_progress("tuning") as progress:
+            folder = resolve_model(model)
+            run_quantize(folder, parsed, out, calibration, chosen, device, resume, float_fallback, progress)
+    except KeyboardInterrupt:
+        _say(f"interrupted; {out} keeps every finished block: run the same command with --resume to continue")
+        sys.exit(EXIT_INTERRUPTED)
+    _say(f"wrote {out}")
+
+
+@main.command()
+@_run
+@click.option("--format", "target", required=True, help="gguf or onnx.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File or folder to write.")
+@click.option("--template", type=click.Path(path_type=Path), help="A file of that format whose metadata to copy.")
+@click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="0", help="Of MatMulNBits, ONNX only.")
+@click.option("--dtype", type=click.Choice(["f32", "f16"]), help="Write the dequantized weights as floats instead.")
+def export(run: Path, target: str, out: Path, template: Path | None, accuracy_level: str, dtype: str | None) -> None:
+    """Write the integers and scales of RUN, unchanged, as GGUF or ONNX."""
+    from signround_edge.plugins import exporters
+    from signround_edge.run_directory import RunDirectory
+
+    known = exporters()
+    if target not in known:
+        raise UserError(f"--format {target} is unknown; known are {', '.join(known)}")
+    from exporters.interface import ExportOptions
+
+    options = ExportOptions(dtype, template, int(accuracy_level), log=_say)
+    path = known[target].export(RunDirectory.open(run), out, options)
+    _say(f"wrote {path}")
+
+
+@main.command()
+@_run
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_text
+@click.option("--device", "devices", multiple=True, default=("cpu-x86",), show_default=True, help="Device profile.")
+@_reference
+@click.option("--report", type=click.Path(path_type=Path), help="Folder for the report.")
+@_windows
+@_n_ctx
+@_json
+def verify(
+    run: Path, artifacts: tuple[Path, ...], text: Path, devices: tuple[str, ...], reference: str | None,
+    report: Path | None, windows: int | None, n_ctx: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Prove on the real runtime that ARTIFACTS hold RUN's weights exactly and behave like them."""
+    from runtime_tests.report import render
+    from runtime_tests.verify import verify as run_verify
+    from signround_edge.progress import terminal_progress
+    from signround_edge.run_directory import RunDirectory
+    from signround_edge.source_model import resolve_model
+
+    folder = None if reference is None else resolve_model(reference)
+    with terminal_progress("verifying") as progress:
+        result = run_verify(
+            RunDirectory.open(run), artifacts, text, devices=devices, reference=folder, n_ctx=n_ctx,
+            max_windows=windows, log=progress.line,
+        )  # fmt: skip
+    if report is not None:
+        report.mkdir(parents=True, exist_ok=True)
+        (report / "verify.json").write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        _render(render(result))
+    if not result.passed:
+        raise CheckFailed(result.verdict)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@_json
+def inspect(path: Path, as_json: bool) -> None:
+    """List the tensors of a run directory or an artifact: format, shape, bytes, bits a weight."""
+    from signround_edge.inspection import inspect as run_inspect
+    from signround_edge.inspection import render
+
+    found = run_inspect(path)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _render(render(found))
+
+
+@main.command()
+@click.argument("path")
+@_text
+@_reference
+@_windows
+@_n_ctx
+@_json
+def evaluate(path: str, text: Path, reference: str | None, windows: int | None, n_ctx: int, as_json: bool) -> None:
+    """Perplexity of a model folder, a run directory or an artifact; with --reference also KL divergence."""
+    from signround_edge.scoring import score
+
+    scores = score(path, text, reference, n_ctx, windows)
+    if as_json:
+        _print_json({key: value for key, value in vars(scores).items() if value is not None})
+        return
+    for key, value in vars(scores).items():
+        if value is not None:
+            click.echo(f"{key:>16}  {value:.6g}")
+
+
+@main.command()
+@_json
+def devices(as_json: bool) -> None:
+    """List the device profiles and whether each can run here."""
+    from runtime_tests.profiles import device_status
+
+    rows = device_status()
+    if as_json:
+        _print_json([vars(row) for row in rows])
+        return
+    for row in rows:
+        click.echo(f"{row.name:<16} {'ready' if row.ready else 'not ready: ' + str(row.reason)}  {row.description}")
+
+
+@main.command()
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Keep run, files and report here.")
+@_json
+def demo(out: Path | None, as_json: bool) -> None:
+    """The whole chain on the shipped tiny model: quantize, export to GGUF and ONNX, verify; one table."""
+    from signround_edge.demo.chain import render, run_demo
+    from signround_edge.progress import terminal_progress
+
+    with terminal_progress("demo") as progress:
+        result = run_demo(out, progress)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        _render(render(result))
+    if not result.passed:
+        raise CheckFailed("the demo's verification failed; see the table above")
+
+
+def _render(renderable: Any) -> None:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width).print(renderable)
+
+
+if __name__ == "__main__":
+    run: Callable[[], None] = main
+    run()

@@ -1,0 +1,90 @@
+"""`inspect`: what a run directory or an artifact holds."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from signround_edge.errors import UserError
+from signround_edge.plugins import exporter_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from exporters.interface import TensorInfo
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Tensors of one thing on disk.
+
+    Attributes:
+        format: "run", "gguf" or "onnx".
+        tensors: each tensor's name, type, shape and stored bytes.
+        scheme: the run's scheme; None for artifacts.
+    """
+
+    format: str
+    tensors: list[TensorInfo]
+    scheme: str | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensor data."""
+        return sum(t.bytes for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a parameter."""
+        return 8 * self.total_bytes / max(1, sum(math.prod(t.shape) for t in self.tensors))
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract of `inspect --json`."""
+        return {
+            "format": self.format,
+            **({"scheme": self.scheme} if self.scheme else {}),
+            "total_bytes": self.total_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "tensors": [{**vars(t), "shape": list(t.shape)} for t in self.tensors],
+        }
+
+
+def inspect(path: Path) -> Inspection:
+    """Read the headers of a run directory or artifact; UserError when it is neither, or broken."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a run directory, a GGUF file or an ONNX folder")
+    if (path / "manifest.json").is_file():
+        return _inspect_run(path)
+    exporter = exporter_of(path)
+    return Inspection(exporter.name, exporter.inspect(path))
+
+
+def _inspect_run(path: Path) -> Inspection:
+    from exporters.interface import TensorInfo
+    from signround_edge.run_directory import RunDirectory
+    from signround_edge.tuning.plan import entry_bytes
+
+    run = RunDirectory.open(path)
+    tensors = [TensorInfo(t.name, t.format or t.dtype, tuple(t.shape), entry_bytes(t)) for t in run.manifest.tensors]
+    return Inspection("run", tensors, run.manifest.scheme)
+
+
+def render(found: Inspection) -> Table:
+    """A table: one line per tensor type with counts and bytes, and the total."""
+    from rich.table import Table
+
+    table = Table(title=f"{found.format}{' ' + found.scheme if found.scheme else ''}")
+    for column, justify in (("type", "left"), ("tensors", "right"), ("bytes", "right"), ("bits/weight", "right")):
+        table.add_column(column, justify="right" if justify == "right" else "left")
+    counts: Counter[str] = Counter(t.type for t in found.tensors)
+    for kind, count in counts.most_common():
+        group = [t for t in found.tensors if t.type == kind]
+        size = sum(t.bytes for t in group)
+        bits = 8 * size / max(1, sum(math.prod(t.shape) for t in group))
+        table.add_row(kind, str(count), f"{size:,}", f"{bits:.4g}")
+    table.add_section()
+    table.add_row("total", str(len(found.tensors)), f"{found.total_bytes:,}", f"{found.bits_per_weight:.4g}")
+    return table

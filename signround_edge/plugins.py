@@ -1,0 +1,38 @@
+"""Exporters and runtimes, found through entry points, so that a third party can add one."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from signround_edge.errors import UserError
+
+if TYPE_CHECKING:
+    from exporters.interface import Exporter
+    from runtime_tests.interface import Runtime
+
+
+def exporters() -> dict[str, Exporter]:
+    """Entry-point name ("gguf", "onnx") → exporter."""
+    return _load("signround_edge.exporters")
+
+
+def runtimes() -> dict[str, Runtime]:
+    """Entry-point name → runtime."""
+    return _load("signround_edge.runtimes")
+
+
+def exporter_of(artifact: Path) -> Exporter:
+    """The exporter whose format the artifact has; UserError when none knows it."""
+    found = exporters()
+    for exporter in found.values():
+        if exporter.recognises(artifact):
+            return exporter
+    raise UserError(
+        f"{artifact} is neither {' nor '.join(name.upper() for name in found)}; give a file made by `export`"
+    )
+
+
+def _load(group: str) -> dict[str, Any]:
+    return {point.name: point.load()() for point in entry_points(group=group)}

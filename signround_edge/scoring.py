@@ -1,0 +1,53 @@
+"""`evaluate`: score anything that gives logits: a model folder, a run directory, or an artifact on its runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from signround_edge.errors import UserError
+from signround_edge.evaluation import TorchSession, evaluate, load_run_model, load_source_model, text_windows
+from signround_edge.metrics import Scores
+from signround_edge.plugins import exporter_of, runtimes
+from signround_edge.run_directory import RunDirectory
+from signround_edge.source_model import resolve_model
+
+
+def score(path: str, text: Path, reference: str | None, n_ctx: int, max_windows: int | None) -> Scores:
+    """Scores of `path` on a text; an artifact runs on its own runtime, and then tokenizes with the reference's files.
+
+    Raises:
+        UserError: neither model, run nor artifact; or an artifact without a --reference to take the tokenizer from.
+    """
+    reference_dir = None if reference is None else resolve_model(reference)
+    session, tokenizer_dir = _open(path, reference_dir)
+    try:
+        windows = text_windows(tokenizer_dir, text, n_ctx, max_windows)
+        base = None if reference_dir is None else TorchSession(load_source_model(reference_dir))
+        return evaluate(session, windows, base)
+    finally:
+        close = getattr(session, "close", None)
+        if close is not None:
+            close()
+
+
+def _open(path: str, reference_dir: Path | None) -> tuple[Any, Path]:
+    """(session, folder of the tokenizer)."""
+    local = Path(path)
+    if (local / "manifest.json").is_file():
+        run = RunDirectory.open(local)
+        return TorchSession(load_run_model(run)), run.config_dir
+    if (local / "config.json").is_file() or not local.exists():
+        folder = resolve_model(path)
+        return TorchSession(load_source_model(folder)), folder
+    artifact_format = exporter_of(local).name
+    tokenizer_dir = local if (local / "tokenizer.json").is_file() else reference_dir
+    if tokenizer_dir is None:
+        raise UserError(f"{path}: give --reference MODEL too; its tokenizer cuts the text into windows")
+    for runtime in runtimes().values():
+        if runtime.artifact_format == artifact_format:
+            reason = runtime.unavailable()
+            if reason:
+                raise UserError(f"{path} needs the runtime {runtime.name}, which cannot run here: {reason}")
+            return runtime.open(local), tokenizer_dir
+    raise UserError(f"{path}: no runtime for {artifact_format} is installed")

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+from transformers import BloomConfig, LlamaConfig, PretrainedConfig, Qwen2Config
+
+from exporters.onnx import export as export_module
+from signround_edge.errors import CheckFailed, UserError
+from signround_edge.run_directory import RunDirectory
+from tests.exporters.onnx.conftest import BASE, Exported, export
+
+MakeRun = Callable[[PretrainedConfig, str], RunDirectory]
+
+
+def refused(run: RunDirectory, out: Path, **options: object) -> str:
+    with pytest.raises(UserError) as caught:
+        export(run, out, **options)
+    assert "\n" not in str(caught.value)
+    assert not out.with_name(out.name + ".partial").exists()
+    return str(caught.value)
+
+
+def test_unknown_architecture_names_those_that_work(make_random_run: MakeRun, tmp_path: Path) -> None:
+    config = BloomConfig(hidden_size=64, n_layer=1, n_head=2, vocab_size=600)
+    message = refused(make_random_run(config, "onnx:w4g32"), tmp_path / "out")
+    assert "BloomForCausalLM" in message
+    assert "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "rope"),
+    [(LlamaConfig, {"rope_type": "linear", "factor": 4.0}), (Qwen2Config, {"rope_type": "yarn", "factor": 4.0})],
+)
+def test_rope_types_that_the_builder_gets_wrong_are_refused(
+    config: type[PretrainedConfig], rope: dict[str, object], make_random_run: MakeRun, tmp_path: Path
+) -> None:
+    parameters = {"rope_theta": 10000.0, "original_max_position_embeddings": 64, **rope}
+    run = make_random_run(config(**{**BASE, "num_hidden_layers": 1}, rope_parameters=parameters), "onnx:w4g32")
+    message = refused(run, tmp_path / "out")
+    assert str(rope["rope_type"]) in message
+    assert "default" in message
+
+
+def test_a_grid_with_a_minimum_names_schemes_that_export(make_random_run: MakeRun, tmp_path: Path) -> None:
+    run = make_random_run(LlamaConfig(**{**BASE, "num_hidden_layers": 1}), "gguf:q4_1")
+    message = refused(run, tmp_path / "out")
+    assert "Q4_1" in message
+    assert "gguf:q4_0, gguf:q5_0, gguf:q8_0" in message
+    assert "--dtype f32" in message
+
+
+def test_options_without_a_meaning_are_refused(llama_run: RunDirectory, tmp_path: Path) -> None:
+    assert "0, 1 and 4" in refused(llama_run, tmp_path / "out", accuracy_level=2)
+    assert "f32 or f16" in refused(llama_run, tmp_path / "out", dtype="bf16")
+    assert "--template" in refused(llama_run, tmp_path / "out", template=tmp_path)
+
+
+def test_other_peoples_files_and_folders_are_left_alone(llama_run: RunDirectory, tmp_path: Path) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("mine")
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    assert "is a file" in refused(llama_run, file)
+    assert "other files" in refused(llama_run, folder)
+    assert file.read_text() == (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_a_run_without_tokenizer_is_one_sentence(llama_run: RunDirectory, tmp_path: Path) -> None:
+    shutil.copytree(llama_run.path, tmp_path / "run")
+    for file in (tmp_path / "run" / "config").glob("tokenizer*"):
+        file.unlink()
+    message = refused(RunDirectory.open(tmp_path / "run"), tmp_path / "out")
+    assert "tokenizer" in message
+    (tmp_path / "run" / "config" / "config.json").write_text("{")
+    assert "config.json" in refused(RunDirectory.open(tmp_path / "run"), tmp_path / "out")
+
+
+def test_a_full_disk_leaves_the_earlier_export_and_no_partial_one(
+    llama_export: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(llama_export.folder, tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+
+    def full(model: ir.Model, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export_module, "write_model", full)
+    assert "disk is full" in refused(llama_export.run, out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_a_killed_exports_leftovers_are_cleaned(
+    llama_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leftover = tmp_path / "out.partial" / "staging"
+    leftover.mkdir(parents=True)
+    (leftover / "half.safetensors").write_bytes(b"half")
+
+    def killed(model: ir.Model, path: Path) -> None:
+        assert not (leftover / "half.safetensors").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module, "write_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export(llama_run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("operand", ["qweight", "scales", "qzeros"])
+def test_a_builder_that_changes_a_value_is_caught_and_the_tensor_named(
+    operand: str, llama_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = export_module.build_graph
+
+    def build_wrongly(checkpoint: Path, out: Path, precision: str, pack_qkv: bool = True) -> None:
+        build(checkpoint, out, precision, pack_qkv)
+        model = ir.load(out / "model.onnx")
+        tensor = model.graph.initializers[f"model.layers.1.mlp.down_proj.MatMulNBits.{operand}"].const_value
+        data = bytearray((out / "model.onnx.data").read_bytes())
+        data[tensor.offset + tensor.length // 2] ^= 1
+        (out / "model.onnx.data").write_bytes(data)
+
+    monkeypatch.setattr(export_module, "build_graph", build_wrongly)
+    with pytest.raises(CheckFailed, match=r"model\.layers\.1\.mlp\.down_proj\.weight .* differ .* in 1 of"):
+        export(llama_run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_parameter_that_the_graph_does_not_hold_is_caught(
+    llama_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = export_module.find_bindings
+    monkeypatch.setattr(export_module, "find_bindings", lambda graph: find(graph)[:-2])
+    with pytest.raises(CheckFailed, match=r"model\.norm\.weight"):
+        export(llama_run, tmp_path / "out")
+
+
+def test_a_bias_of_zeros_may_be_left_out(make_random_run: MakeRun, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from tests.support import make_run
+
+    run = make_random_run(Qwen2Config(**{**BASE, "num_hidden_layers": 1}), "onnx:w4g32")
+    model = Path(run.manifest.source["model"])
+    tensors = load_file(model / "model.safetensors")
+    tensors |= {name: torch.zeros_like(t) for name, t in tensors.items() if name.endswith(".bias")}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    out = export(make_run(model, tmp_path / "run", "onnx:w4g32"), tmp_path / "out")
+    sidecar = json.loads((out / "signround_edge.json").read_text())
+    assert sidecar["zero_biases"] == [f"model.layers.0.self_attn.{p}_proj.bias" for p in "qkv"]

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exporters.onnx.packing import container_of, pack_bits, pack_operands, stack_rows, unpack_bits
+from runtime_tests.runtimes.onnx_dequantize import dequantize_operands
+from signround_edge.formats import GRIDS, QuantizedTensor, get_grid
+from tests.adversarial import ADVERSARIAL, adversarial_matrix
+
+PACKABLE = [name for name, grid in GRIDS.items() if container_of(grid) is not None]
+
+
+@given(
+    bits=st.sampled_from([2, 4, 8]),
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_unpacking_inverts_packing_and_rows_are_whole_bytes(bits: int, rows: int, columns: int, seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
+    packed = pack_bits(values, bits)
+    assert packed.shape == (rows, -(-columns * bits // 8))
+    assert np.array_equal(unpack_bits(packed, bits, columns), values)
+
+
+def test_packing_puts_the_first_value_in_the_lowest_bits() -> None:
+    assert pack_bits(np.array([[1, 2, 3]], dtype=np.uint8), 4).tolist() == [[0x21, 0x03]]
+    assert pack_bits(np.array([[1, 2, 3, 0, 2]], dtype=np.uint8), 2).tolist() == [[0b00111001, 0b10]]
+
+
+def test_only_grids_with_a_real_valued_minimum_have_no_container() -> None:
+    assert {name for name in GRIDS if name not in PACKABLE} == {"Q4_1", "Q5_1"}
+    assert container_of(get_grid("w4g32")) == (4, 32)
+    assert container_of(get_grid("Q5_0")) == (8, 32)
+    assert container_of(get_grid("Q6_K")) == (8, 16)
+
+
+def random_fields(name: str, rows: int, cols: int, seed: int) -> QuantizedTensor:
+    """Every code of the range and every finite value of every scale field, also those that no search would choose."""
+    grid, generator = get_grid(name), torch.Generator().manual_seed(seed)
+    codes = torch.randint(grid.code_min, grid.code_max + 1, (rows, cols), generator=generator)
+    fields = {}
+    for field, (shape, dtype) in grid.field_shapes(rows, cols).items():
+        if dtype == torch.float16:
+            halves = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator, dtype=torch.int16)
+            values = halves.view(torch.float16)
+            fields[field] = torch.where(values.isfinite(), values, torch.zeros_like(values))
+        elif dtype == torch.uint8:
+            fields[field] = torch.randint(0, grid.code_max + 1, shape, generator=generator).to(dtype)
+        else:
+            fields[field] = torch.randint(-128, 128, shape, generator=generator).to(dtype)
+    return QuantizedTensor(grid, codes.to(grid.code_dtype), fields)
+
+
+@pytest.mark.parametrize("name", PACKABLE)
+def test_onnx_runtime_dequantizes_to_the_same_bits(name: str) -> None:
+    grid = get_grid(name)
+    rows, cols = 7, 3 * grid.row_multiple  # an odd number of blocks pads the zero points of every row
+    matrices = [adversarial_matrix(kind, rows, cols) for kind in ADVERSARIAL]
+    tensors = [grid.quantize(w, grid.search(grid.blocked(w), torch.ones(1))) for w in matrices]
+    tensors += [random_fields(name, rows, cols, seed) for seed in range(3)]
+    # One matrix of all of them: a session each would take its time.
+    packed = [pack_operands(tensor) for tensor in tensors]
+    operands = stack_rows([p for p in packed if p is not None])
+    expected = torch.cat([tensor.dequantize() for tensor in tensors]).numpy()
+    stored = {"weight": operands.weight, "scales": operands.scales, "zero_points": operands.zero_points}
+    attributes = {"bits": operands.bits, "block_size": operands.block_size}
+    multiplied = dequantize_operands("MatMulNBits", stored, attributes)
+    assert np.array_equal(multiplied, expected)
+    stored["weight"] = operands.weight.reshape(operands.weight.shape[0], -1)
+    assert np.array_equal(dequantize_operands("GatherBlockQuantized", stored, attributes), expected)
+
+
+def test_long_rows_are_multiplied_in_pieces() -> None:
+    grid = get_grid("w4g32")
+    weight = adversarial_matrix("random", 3, 2080)  # more than one run's input features
+    tensor = grid.quantize(weight, grid.search(grid.blocked(weight), torch.ones(1)))
+    operands = pack_operands(tensor)
+    assert operands is not None
+    stored = {"weight": operands.weight, "scales": operands.scales, "zero_points": operands.zero_points}
+    found = dequantize_operands("MatMulNBits", stored, {"bits": 4, "block_size": 32})
+    assert np.array_equal(found, tensor.dequantize().numpy())

@@ -1,0 +1,102 @@
+"""Arithmetic of the grids: round trips, adversarial blocks, schemes and fallbacks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adversarial import ADVERSARIAL, adversarial_matrix
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from signround_edge.errors import UserError
+from signround_edge.formats import GRIDS, as_matmul_nbits, get_grid
+from signround_edge.formats.schemes import Role, known_schemes, parse_scheme
+
+ALL_GRIDS = sorted(GRIDS)
+
+
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+@pytest.mark.parametrize("name", ALL_GRIDS)
+def test_adversarial_blocks_stay_finite_and_valid(name: str, kind: str) -> None:
+    grid = get_grid(name)
+    weight = adversarial_matrix(kind, rows=3, cols=3 * grid.row_multiple)
+    tensor = grid.quantize(weight, grid.search(grid.blocked(weight), torch.ones(1)))
+    assert tensor.problem() is None
+    assert bool(tensor.dequantize().isfinite().all())
+
+
+@pytest.mark.parametrize("name", ALL_GRIDS)
+def test_rounding_again_on_the_same_scales_changes_nothing(name: str) -> None:
+    grid = get_grid(name)
+    weight = torch.randn(8, 2 * grid.row_multiple, generator=torch.Generator().manual_seed(1))
+    tensor = grid.quantize(weight, grid.search(grid.blocked(weight), torch.ones(1)))
+    again = grid.round_codes(grid.blocked(tensor.dequantize()), tensor.fields)
+    assert torch.equal(again.reshape(tensor.shape).to(grid.code_dtype), tensor.codes)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_K", "w4g64", "w4g128-asym", "w8g32-asym"])
+def test_search_beats_the_extremes_on_weighted_error(name: str) -> None:
+    from signround_edge.formats.scale_search import extreme_scales
+
+    grid = get_grid(name)
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(16, 4 * grid.row_multiple, generator=generator)
+    importance = torch.rand(weight.shape[1], generator=generator).view(1, -1, grid.block_size) ** 4
+
+    def error(scales: object) -> float:
+        approx = grid.quantize(weight, scales).dequantize()  # type: ignore[arg-type]
+        return float((grid.blocked(approx - weight).square() * importance).sum())
+
+    assert error(grid.search(grid.blocked(weight), importance)) < error(extreme_scales(grid, grid.blocked(weight)))
+
+
+@given(st.sampled_from(ALL_GRIDS), st.integers(0, 2**31), st.floats(1e-6, 1e3))
+@settings(max_examples=60, deadline=None)
+def test_matmul_nbits_view_holds_the_same_weights(name: str, seed: int, spread: float) -> None:
+    grid = get_grid(name)
+    weight = torch.randn(2, grid.row_multiple, generator=torch.Generator().manual_seed(seed)) * spread
+    tensor = grid.quantize(weight, grid.search(grid.blocked(weight), torch.ones(1)))
+    view = as_matmul_nbits(tensor)
+    if view is None:
+        assert name in ("Q4_1", "Q5_1")
+        return
+    codes = view.codes.view(2, -1, view.block_size).float() - view.zero_points.float().unsqueeze(-1)
+    assert torch.equal((codes * view.scales.unsqueeze(-1)).view(2, -1), tensor.dequantize())
+    assert int(view.codes.max()) < 2**view.bits
+
+
+def test_one_grid_serves_gguf_and_onnx() -> None:
+    scheme = parse_scheme("gguf:q4_0,onnx:w4g32")
+    assert scheme.targets == ("gguf", "onnx")
+    assert scheme.preset.decoder == "Q4_0"
+    assert get_grid("w4g32") is get_grid("Q4_0")
+    assert get_grid("w8g32") is get_grid("Q8_0")
+
+
+def test_unknown_scheme_lists_those_that_exist() -> None:
+    with pytest.raises(UserError) as error:
+        parse_scheme("gguf:q9_9")
+    assert all(name in str(error.value) for name in known_schemes())
+
+
+def test_schemes_that_share_no_grid_are_refused() -> None:
+    with pytest.raises(UserError, match="do not share a grid"):
+        parse_scheme("gguf:q4_0,onnx:w4g128")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "role", "cols", "expected"),
+    [
+        ("gguf:q4_0", Role.OUTPUT, 768, "Q6_K"),
+        ("gguf:q4_0", Role.OUTPUT, 576, "Q8_0"),
+        ("gguf:q8_0", Role.OUTPUT, 768, "Q8_0"),
+        ("gguf:q4_0", Role.DECODER, 100, None),
+        ("onnx:w4g128-asym", Role.DECODER, 576, "w4g64-asym"),
+        ("onnx:w4g128", Role.DECODER, 96, "Q4_0"),
+        ("onnx:w4g32", Role.EMBEDDING, 576, "Q8_0"),
+        ("onnx:w4g32", Role.DECODER, 40, None),
+    ],
+)
+def test_fallbacks(scheme: str, role: Role, cols: int, expected: str | None) -> None:
+    grid = parse_scheme(scheme).grid_for(role, cols)
+    assert (None if grid is None else grid.name) == expected

@@ -29,7 +29,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.run
 
 clean:
 	rm -rf .venv build dist *.egg-info

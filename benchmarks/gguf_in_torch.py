@@ -48,6 +48,7 @@ def load_llama_gguf(file: Path, config_dir: Path) -> nn.Module:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--model", type=Path, required=True)

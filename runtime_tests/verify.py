@@ -29,6 +29,17 @@ DEFAULT_CONTEXT = 512
 DEFAULT_WINDOWS = 16
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What all artifacts have in common; `stack` closes sessions and removes controls at the end."""
+
+    run: RunDirectory
+    text: Path
+    windows: Windows
+    profiles: Sequence[DeviceProfile]
+    stack: ExitStack
+
+
 @dataclass
 class _Trial:
     """One artifact on one runtime of one device, and where its figures collect."""
@@ -71,9 +82,11 @@ def verify(
     report = VerifyReport(str(run.path), str(text), None if reference is None else str(reference))
     trials: list[_Trial] = []
     with ExitStack() as stack:
+        job = _Job(run, text, windows, profiles, stack)
         for path, format_ in zip(paths, formats, strict=True):
             log(f"{path}: comparing stored weights with {run.path}")
-            trials += _prepare(run, path, format_, profiles, windows, report, stack, text)
+            report.artifacts.append(ArtifactReport(str(path), format_))
+            trials += _prepare(job, path, report.artifacts[-1])
         report.runtimes = [trial.report for trial in trials]
         contenders = [c for t in trials for c in (t.artifact, t.control) if c is not None]
         if contenders:
@@ -84,50 +97,49 @@ def verify(
     return report
 
 
-def _prepare(
-    run: RunDirectory,
-    path: Path,
-    format_: str,
-    profiles: Sequence[DeviceProfile],
-    windows: Windows,
-    report: VerifyReport,
-    stack: ExitStack,
-    text: Path,
-) -> list[_Trial]:
+def _prepare(job: _Job, path: Path, artifact: ArtifactReport) -> list[_Trial]:
     """Check the weights of one artifact, and open it on every runtime that can run it."""
-    artifact = ArtifactReport(str(path), format_)
-    report.artifacts.append(artifact)
-    trials: list[_Trial] = []
-    ready: list[tuple[Runtime, _Trial]] = []
-    for profile in profiles:
-        for name in profile.runtimes:
-            runtime = find_runtimes().get(name)
-            if runtime is not None and runtime.artifact_format != format_:
-                continue
-            trial = _Trial(RuntimeReport(name, profile.name, str(path)), profile.tolerances)
-            trials.append(trial)
-            missing = "no such runtime is installed" if runtime is None else runtime.unavailable()
-            trial.report.reason = profile.unavailable() or missing
-            if runtime is not None and trial.report.reason is None:
-                ready.append((runtime, trial))
+    trials, ready = _find_runtimes(job, artifact)
     if not ready:
         artifact.reason = "no runtime could read it: " + "; ".join(
             f"{t.report.name} on {t.report.device}: {t.report.reason}" for t in trials
         )
         return trials
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="signround-verify-")))
+    folder = Path(job.stack.enter_context(tempfile.TemporaryDirectory(prefix="signround-verify-")))
     try:
-        expectation = expect(run, path, format_, folder)
+        expectation = expect(job.run, path, artifact.format, folder)
         artifact.exactness = check_exactness(expectation.expected, ready[0][0].stored_tensors(path))
-    except (UserError, CheckFailed) as error:
-        artifact.status, artifact.reason = "fail", str(error)
+    except Exception as error:
+        # Readers raise UserError and CheckFailed, but libraries below them raise anything on a damaged file.
+        known = isinstance(error, UserError | CheckFailed)
+        reason = str(error) if known else f"{path} is damaged ({type(error).__name__}: {error}); export it again"
+        artifact.status, artifact.reason = "fail", reason
         for _, trial in ready:
-            trial.report.status, trial.report.reason = "fail", str(error)
+            trial.report.status, trial.report.reason = "fail", reason
         return trials
     _judge_weights(artifact)
     for runtime, trial in ready:
-        _open(runtime, trial, path, expectation, windows, stack, text)
+        _open(job, runtime, trial, path, expectation)
     return trials
+
+
+def _find_runtimes(job: _Job, artifact: ArtifactReport) -> tuple[list[_Trial], list[tuple[Runtime, _Trial]]]:
+    """A trial for every runtime of the artifact's format that a profile names, and those that can run here."""
+    known = find_runtimes()
+    trials: list[_Trial] = []
+    ready: list[tuple[Runtime, _Trial]] = []
+    for profile in job.profiles:
+        for name in profile.runtimes:
+            runtime = known.get(name)
+            if runtime is not None and runtime.artifact_format != artifact.format:
+                continue
+            trial = _Trial(RuntimeReport(name, profile.name, artifact.path), profile.tolerances)
+            trials.append(trial)
+            missing = "no such runtime is installed" if runtime is None else runtime.unavailable()
+            trial.report.reason = profile.unavailable() or missing
+            if runtime is not None and trial.report.reason is None:
+                ready.append((runtime, trial))
+    return trials, ready
 
 
 def _judge_weights(artifact: ArtifactReport) -> None:
@@ -144,26 +156,19 @@ def _judge_weights(artifact: ArtifactReport) -> None:
     artifact.reason = f"tensor {first.tensor} {first.what}" + (f"; {others} more tensors differ" if others else "")
 
 
-def _open(
-    runtime: Runtime,
-    trial: _Trial,
-    path: Path,
-    expectation: Expectation,
-    windows: Windows,
-    stack: ExitStack,
-    text: Path,
-) -> None:
+def _open(job: _Job, runtime: Runtime, trial: _Trial, path: Path, expectation: Expectation) -> None:
+    """Open the artifact and its control on one runtime."""
     report = trial.report
     report.gate = "exact" if expectation.computes_in_floats else "quantized"
     report.notes += expectation.notes
     report.reason = expectation.problem
     try:
-        session = _opened(runtime.open(path), stack)
+        session = _opened(runtime.open(path), job.stack)
         trial.artifact = Contender(session)
-        note = expectation.tokenizer_note(session, windows, text)
+        note = expectation.tokenizer_note(session, job.windows, job.text)
         report.notes += [note] if note else []
         if expectation.open_control is not None:
-            trial.control = Contender(_opened(expectation.open_control(runtime), stack))
+            trial.control = Contender(_opened(expectation.open_control(runtime), job.stack))
     except UserError as error:
         report.reason = str(error)
         trial.artifact = trial.control = None

@@ -150,6 +150,7 @@ def verify(
 ) -> None:  # fmt: skip
     """Prove on the real runtime that ARTIFACTS hold RUN's weights exactly and behave like them."""
     from runtime_tests.report import render
+    from runtime_tests.verify import DEFAULT_WINDOWS
     from runtime_tests.verify import verify as run_verify
     from signround_edge.progress import terminal_progress
     from signround_edge.run_directory import RunDirectory
@@ -159,17 +160,16 @@ def verify(
     with terminal_progress("verifying") as progress:
         result = run_verify(
             RunDirectory.open(run), artifacts, text, devices=devices, reference=folder, n_ctx=n_ctx,
-            max_windows=windows, log=progress.line,
+            max_windows=windows or DEFAULT_WINDOWS, log=progress.line,
         )  # fmt: skip
     if report is not None:
-        report.mkdir(parents=True, exist_ok=True)
-        (report / "verify.json").write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+        _say(f"wrote {result.write(report)}")
     if as_json:
         _print_json(result.to_json())
     else:
         _render(render(result))
     if not result.passed:
-        raise CheckFailed(result.verdict)
+        raise CheckFailed("verification failed or could not be made; see the reasons above")
 
 
 @main.command()
@@ -211,14 +211,16 @@ def evaluate(path: str, text: Path, reference: str | None, windows: int | None, 
 @_json
 def devices(as_json: bool) -> None:
     """List the device profiles and whether each can run here."""
-    from runtime_tests.profiles import device_status
+    from runtime_tests.device_status import list_devices
 
-    rows = device_status()
+    rows = list_devices()
     if as_json:
-        _print_json([vars(row) for row in rows])
+        _print_json([row.to_json() for row in rows])
         return
     for row in rows:
-        click.echo(f"{row.name:<16} {'ready' if row.ready else 'not ready: ' + str(row.reason)}  {row.description}")
+        reasons = [row.reason, *row.runtimes.values()]
+        state = "ready" if row.ready else f"not ready: {next(r for r in reasons if r)}"
+        click.echo(f"{row.profile.name:<16} {state}  {row.profile.description}")
 
 
 @main.command()

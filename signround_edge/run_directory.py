@@ -118,11 +118,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write under a temporary name, flush to disk, rename: readers see the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def sha256_of(path: Path) -> str:
@@ -238,11 +242,17 @@ class RunDirectory:
                 flat[name] = tensor.detach().cpu().contiguous()
         target = self._part_path(part)
         temporary = target.with_name(target.name + ".partial")
-        save_file(flat, temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        digest = sha256_of(temporary)
-        os.replace(temporary, target)
+        try:
+            save_file(flat, temporary)
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            digest = sha256_of(temporary)
+            os.replace(temporary, target)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"{target} could not be written ({error}); free some disk space and run the same command with --resume"
+            ) from error
         self.manifest.complete[part] = PartRecord(digest, report)
         self._write_manifest()
 

@@ -31,8 +31,8 @@ def calibration_text() -> Path:
 
 
 @pytest.fixture(scope="session")
-def test_text() -> Path:
+def evaluation_text() -> Path:
     """The shipped evaluation text."""
-    from signround_edge.demo import test_text_path
+    from signround_edge.demo import evaluation_text_path
 
-    return test_text_path()
+    return evaluation_text_path()

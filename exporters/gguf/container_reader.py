@@ -23,6 +23,7 @@ VERSIONS = (2, 3)
 _MAX_DIMS = 4
 _SMALLEST_ENTRY = 13  # a key of no letters (8), a type (4) and one byte of value
 _MAX_ARRAY_DEPTH = 4
+_MAX_ITEMS = 1 << 24  # of one array or text: far above any tokenizer, and a bound on what damage can allocate
 
 _SCALARS: dict[GGUFValueType, str] = {
     GGUFValueType.UINT8: "<B",
@@ -139,6 +140,8 @@ class _Cursor:
         count = int(self.scalar("<Q"))
         if count * smallest > self.left:
             raise self.damaged(f"it announces {count} {what}, more than fit into it")
+        if count > _MAX_ITEMS:
+            raise self.damaged(f"it announces {count} {what}")
         return count
 
     def string(self) -> str:

@@ -78,8 +78,7 @@ def _unit_rows(matrix: Matrix) -> Matrix:
     scale = np.abs(matrix).max(axis=1, keepdims=True)
     scaled = matrix / np.where(scale > 0, scale, np.float32(1))
     norm = np.linalg.norm(scaled, axis=1, keepdims=True)
-    unit: Matrix = scaled / np.where(norm > 0, norm, np.float32(1))
-    return unit
+    return (scaled / np.where(norm > 0, norm, 1)).astype(np.float32)
 
 
 def _mean_cosine(ours: Matrix, theirs: Matrix) -> float:

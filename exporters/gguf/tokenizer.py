@@ -8,7 +8,9 @@ conventions: `get_vocab_base`, `_create_vocab_sentencepiece` in conversion/base.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +157,8 @@ def _looks_special(text: str) -> bool:
 
 def _add_special(writer: gguf.GGUFWriter, loaded: LoadedTokenizer, n_vocab: int, log: Callable[[str], None]) -> None:
     """Special token ids, add_bos and add_eos flags, chat template."""
-    special = gguf.SpecialVocab(loaded.folder, load_merges=False, n_vocab=n_vocab)
+    with _quiet("gguf.vocab"):  # it warns of templates for pairs of texts, which nothing here uses
+        special = gguf.SpecialVocab(loaded.folder, load_merges=False, n_vocab=n_vocab)
     ids = special.special_token_ids
     for kind in _SPECIAL:
         index = getattr(loaded.hf, f"{kind}_token_id", None)  # an attribute of every transformers tokenizer
@@ -174,3 +177,15 @@ def _add_special(writer: gguf.GGUFWriter, loaded: LoadedTokenizer, n_vocab: int,
         named = isinstance(template, dict)
         special.chat_template = [{"name": k, "template": v} for k, v in template.items()] if named else template
     special.add_to_gguf(writer, quiet=True)
+
+
+@contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    """Warnings of another package's logger do not reach the user meanwhile."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -6,6 +6,8 @@ needs `signround_edge.json`.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +48,16 @@ class Artifact:
         """MatMulNBits and GatherBlockQuantized nodes whose codes are stored in the file, in graph order."""
         return [n for n in self.graph if n.op_type in QUANTIZED_INPUTS and "weight" in quantized_initializers(n)]
 
+    def attribute(self, node: ir.Node, name: str) -> int:
+        """The node's "bits" or "block_size"; UserError when it is no positive integer."""
+        attribute = node.attributes.get(name)
+        if attribute is None:  # the operators' own defaults (ONNX Runtime, docs/ContribOperators.md)
+            return {"bits": 4, "block_size": 128}[name]
+        value = attribute.value if attribute.type == ir.AttributeType.INT else None
+        if not isinstance(value, int) or value <= 0:
+            raise UserError(f"{self.path}: node {node.name} has {name} {value}; export the run again")
+        return value
+
     def array(self, initializer: str) -> NDArray[Any]:
         """The stored array of an initializer; UserError when the graph has none of that name."""
         value = self.graph.initializers.get(initializer)
@@ -80,16 +92,11 @@ def open_artifact(path: Path) -> Artifact:
     """Parse the model and check that all its data is in place; UserError on a broken, truncated or missing file."""
     file = resolve(path)
     try:
-        model = ir.load(file)
-        sizes = {v.name: (v.const_value, v.const_value.nbytes) for v in model.graph.initializers.values()}
+        return Artifact(file, _parse(file))
+    except UserError:
+        raise
     except Exception as error:  # protobuf and onnx_ir raise many types on bytes that are no model
         raise UserError(f"{file} is not a readable ONNX file ({_first_line(error)}); export the run again") from error
-    if not list(model.graph):
-        raise UserError(f"{file} is not an ONNX model (its graph is empty); export the run again")
-    for name, (tensor, nbytes) in sizes.items():
-        if isinstance(tensor, ir.ExternalTensor):
-            _check_external(file, str(name), tensor, nbytes)
-    return Artifact(file, model.graph)
 
 
 def read_tensors(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:
@@ -108,8 +115,8 @@ def read_tensors(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:
     for node in artifact.quantized_nodes():
         operands = quantized_initializers(node)
         inside.update(operands.values())
-        bits, block_size = (_attribute(artifact, node, a) for a in ("bits", "block_size"))
-        shape = tuple(initializers[operands["weight"]].shape.numpy())
+        bits, block_size = (artifact.attribute(node, a) for a in ("bits", "block_size"))
+        shape = tuple(initializers[operands["weight"]].const_value.shape.numpy())
         values = int(np.prod(shape)) * 8 // bits
         size = sum(_bytes_once(initializers[name], counted) for name in operands.values())
         kind = f"{node.op_type}-{bits}x{block_size}"
@@ -173,6 +180,33 @@ def _expected(artifact: Artifact, binding: Binding, weights: RunWeights) -> Call
     return read
 
 
+def _parse(file: Path) -> ir.Graph:
+    """The graph, complete: every value that a node reads comes from somewhere, and all external data is there."""
+    log = logging.getLogger("onnx_ir")  # what it would warn of ends in an error below
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = ir.load(file).graph
+    finally:
+        log.setLevel(level)
+    if not list(graph):
+        raise UserError(f"{file} is not an ONNX model (its graph is empty); export the run again")
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            _check_external(file, name, tensor, int(tensor.nbytes))
+    known = set(graph.inputs)
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value.producer() is None and not value.is_initializer() and value not in known:
+                raise UserError(
+                    f"{file}: node {node.name} reads {value.name}, which nothing gives; export the run again"
+                )
+    return graph
+
+
 def _check_external(file: Path, name: str, tensor: ir.ExternalTensor, nbytes: int) -> None:
     location = Path(tensor.location)
     if location.is_absolute() or ".." in location.parts:
@@ -182,15 +216,6 @@ def _check_external(file: Path, name: str, tensor: ir.ExternalTensor, nbytes: in
         raise UserError(f"{data} is missing, but {file.name} keeps tensor {name} there; restore it or export again")
     if (tensor.length or nbytes) != nbytes or (tensor.offset or 0) + nbytes > data.stat().st_size:
         raise UserError(f"{data} is truncated: tensor {name} ends behind its end; restore it or export the run again")
-
-
-def _attribute(artifact: Artifact, node: ir.Node, name: str) -> int:
-    attribute = node.attributes.get(name)
-    # The operators' own defaults (ONNX Runtime, docs/ContribOperators.md).
-    value: int = attribute.as_int() if attribute is not None else {"bits": 4, "block_size": 128}[name]
-    if value <= 0:
-        raise UserError(f"{artifact.path}: node {node.name} has {name} {value}; export the run again")
-    return value
 
 
 def _bytes_once(value: ir.Value, counted: set[Any]) -> int:

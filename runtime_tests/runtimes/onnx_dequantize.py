@@ -48,7 +48,7 @@ def dequantize_through_runtime(artifact: Path, threads: int = 1) -> Iterator[tup
 def dequantize_node(artifact: Artifact, node: Any, threads: int = 1) -> FloatArray:
     """f32 [N, K] of one MatMulNBits or GatherBlockQuantized node (an `onnx_ir.Node`)."""
     operands = {role: artifact.array(name) for role, name in quantized_initializers(node).items()}
-    attributes = {name: node.attributes[name].as_int() for name in ("bits", "block_size") if name in node.attributes}
+    attributes = {name: artifact.attribute(node, name) for name in ("bits", "block_size")}
     try:
         return dequantize_operands(node.op_type, operands, attributes, threads)
     except Exception as error:  # onnxruntime's error classes share no base but Exception

@@ -19,10 +19,6 @@ def calibration_text_path() -> Path:
     return _HERE / "speeches-train.txt"
 
 
-def test_text_path() -> Path:
+def evaluation_text_path() -> Path:
     """About 40 kB of speeches that the tiny model has never seen (UTF-8)."""
     return _HERE / "speeches-test.txt"
-
-
-# pytest collects imported functions by their name; this one is no test.
-test_text_path.__test__ = False  # type: ignore[attr-defined]

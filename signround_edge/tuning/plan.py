@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
+
 from signround_edge.decoder import Decoder, checkpoint_name, is_transposed
 from signround_edge.errors import UserError
 from signround_edge.formats import get_grid
@@ -45,9 +47,10 @@ class Plan:
 
 
 def entry_bytes(entry: TensorEntry) -> int:
-    """Bytes of one tensor in the target file; floats are F32 when 1-D (as llama.cpp wants norms), else F16."""
+    """Bytes of one tensor in the target file; 1-D floats are F32, as llama.cpp wants norms; others keep their dtype."""
     if entry.format is None:
-        return math.prod(entry.shape) * (4 if len(entry.shape) == 1 else 2)
+        width = 4 if len(entry.shape) == 1 else getattr(torch, entry.dtype).itemsize
+        return math.prod(entry.shape) * int(width)
     rows, cols = entry.shape[::-1] if entry.transposed else entry.shape
     return get_grid(entry.format).stored_bytes(rows, cols)
 
@@ -113,7 +116,7 @@ def listing(plan: Plan) -> list[str]:
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for entry in plan.tensors:
-        kind = entry.format or ("F32" if len(entry.shape) == 1 else "F16")
+        kind = entry.format or ("F32" if len(entry.shape) == 1 else entry.dtype)
         counts[kind] += 1
         sizes[kind] += entry_bytes(entry)
     for kind, size in sorted(sizes.items(), key=lambda item: -item[1]):

@@ -21,7 +21,8 @@ class TuningSettings:
         tune_scales: whether α and β (clip tuning) move at all.
         scale_range: bounds of α and β around 1.
         scale_init: "search" (weighted search) or "absmax" (the block's extremes).
-        loss: "relative" (each token's squared error over its mean square; see `relative_weights`) or "mse" (the paper's).
+        loss: "relative" (each token's squared error over its mean square; see `relative_weights`) or "mse" (as in
+            the paper).
         granularity: "block" (the decoder block's output) or "layer" (each matrix's own output).
         optimizer: "signsgd" or "adam".
         held_out: share of the samples kept for choosing the best step, never trained on.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from exporters.gguf.container_reader import GgufFile
 from exporters.interface import ExportOptions
 from exporters.onnx.sidecar import SIDECAR, hash_files
 from runtime_tests.report import VerifyReport
+from runtime_tests.transports.local import LocalWorker
 from runtime_tests.verify import verify
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
@@ -247,3 +251,77 @@ def test_a_truncated_onnx_folder_fails(name: str, onnx_copy: Path, check: Callab
     report = check(onnx_copy)
     assert report.status == "fail"
     assert name in reasons(report)
+
+
+@pytest.mark.parametrize("damage", [0.5, 1.0])
+def test_nothing_is_left_behind(
+    damage: float, gguf: Path, tmp_path: Path, check: Callable[[Path], VerifyReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = gguf.read_bytes()
+    gguf.write_bytes(content[: int(damage * len(content))])
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    assert check(gguf).passed is (damage == 1.0)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_an_interrupted_verify_leaves_nothing_behind(
+    gguf: Path, run: RunDirectory, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(line: str) -> None:
+        if line.startswith("window 2"):
+            raise KeyboardInterrupt
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    started: list[LocalWorker] = []
+    start = LocalWorker.__init__
+
+    def recorded(self: LocalWorker, *arguments: Any) -> None:
+        start(self, *arguments)
+        started.append(self)
+
+    monkeypatch.setattr(LocalWorker, "__init__", recorded)
+    with pytest.raises(KeyboardInterrupt):
+        verify(run, [gguf], text, n_ctx=64, max_windows=2, log=interrupt)
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert len(started) == 3  # stored weights, the artifact, its control
+    for worker in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker.pid, 0)
+
+
+SEEDS = [*range(4), *(pytest.param(seed, marks=pytest.mark.full) for seed in range(4, 60))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_any_flipped_bit_in_the_head_of_a_gguf_fails(
+    seed: int, gguf: Path, check: Callable[[Path], VerifyReport]
+) -> None:
+    """Magic, counts, keys, values, tensor descriptions; the padding before the data (up to 31 bytes) means nothing."""
+    generator = random.Random(seed)
+    end = min(t.offset for t in GgufFile.open(gguf).tensors.values()) - 31
+    bit = 1 << generator.randrange(8)
+    edit(gguf, generator.randrange(end), lambda raw: bytes([raw[0] ^ bit]))
+    report = check(gguf)
+    assert report.status == "fail"
+    assert reasons(report)
+
+
+@pytest.mark.parametrize("hashes_fit", [True, False])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_any_flipped_bit_in_an_onnx_graph_fails_or_changes_nothing(
+    seed: int, hashes_fit: bool, onnx_copy: Path, check: Callable[[Path], VerifyReport]
+) -> None:
+    """With hashes that fit it passes where only a name changed that nobody reads."""
+    generator = random.Random(seed)
+    path = onnx_copy / "model.onnx"
+    bit = 1 << generator.randrange(8)
+    edit(path, generator.randrange(path.stat().st_size), lambda raw: bytes([raw[0] ^ bit]))
+    if hashes_fit:
+        rehash(onnx_copy)
+    report = check(onnx_copy)
+    assert report.status in (("fail", "pass") if hashes_fit else ("fail",))
+    if report.status == "pass":
+        assert report.weights_exact
+        assert report.to_json()["runtimes"][0]["kld_mean"] <= 1e-5

@@ -23,7 +23,7 @@ from signround_edge.run_directory import RunDirectory
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
 
-SMALL = TuningSettings(steps=8, samples=8, seqlen=16, batch_size=4, compute_dtype="float32")
+SMALL = TuningSettings(steps=20, samples=16, seqlen=32, batch_size=4, lr=0.02, compute_dtype="float32")
 LLAMA_LIKE = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -117,7 +117,9 @@ def command(model: Path, out: Path, calibration: Path) -> list[str]:
     return [sys.executable, "-m", "signround_edge.cli", *arguments, *sizes]
 
 
-@pytest.mark.parametrize("attempt", [0, pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "attempt", [0, pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full)]
+)
 def test_killed_at_random_moments_and_resumed_gives_the_same_bytes(
     attempt: int, tmp_path: Path, tiny_llama: Path, calibration_text: Path
 ) -> None:
@@ -149,7 +151,7 @@ def test_resume_refuses_a_run_of_another_model_or_other_settings(
     with pytest.raises(UserError, match="made from another model"):
         quantize(tiny_llama, scheme, out, str(calibration_text), SMALL, resume=True)
     changed = TuningSettings(**{**vars(SMALL), "steps": 9})
-    with pytest.raises(UserError, match="its steps is 8, not 9"):
+    with pytest.raises(UserError, match="its steps is 20, not 9"):
         quantize(other, scheme, out, str(calibration_text), changed, resume=True)
     with pytest.raises(UserError, match="add --resume"):
         quantize(other, scheme, out, str(calibration_text), SMALL)
@@ -176,5 +178,3 @@ def test_rows_that_no_block_divides(tmp_path: Path, tiny_llama: Path, calibratio
         model, parse_scheme("gguf:q4_0"), tmp_path / "run", str(calibration_text), SMALL, float_fallback=True
     )
     assert not run.is_quantized("model.layers.0.mlp.down_proj.weight")
-
-

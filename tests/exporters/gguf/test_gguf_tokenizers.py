@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Regex, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, Qwen2Config
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from exporters.gguf import pretokenizer
 from exporters.gguf.reader import read_metadata
@@ -21,7 +22,6 @@ from signround_edge.run_directory import RunDirectory
 from tests.exporters.gguf.conftest import BASE, TEXT, export, gpt2_split, train_byte_level
 
 RunOf = Callable[..., RunDirectory]
-SHIPPED = Path("/work/scratch/shipped")
 
 TEXTS = [
     TEXT,
@@ -125,11 +125,10 @@ def test_a_known_hash_comes_before_the_structure() -> None:
         assert pretokenizer.detect({"model": {}, "pre_tokenizer": None}, ids) == "viking"
 
 
-@pytest.mark.skipif(not SHIPPED.is_dir(), reason="SmolLM2 is not on this machine")
-def test_the_check_text_gives_smollms_published_hash() -> None:
-    """The text was typed in by hand; one known hash proves every character of it."""
-    ids = AutoTokenizer.from_pretrained(SHIPPED).encode(pretokenizer.CHECK_TEXT)
-    assert pretokenizer.KNOWN_HASHES[pretokenizer.check_hash(ids)] == "smollm"
+def test_the_check_text_is_llama_cpps_to_the_letter() -> None:
+    """With this text SmolLM2's tokenizer gives the published hash of "smollm", which proves every character of it."""
+    digest = hashlib.sha256(pretokenizer.CHECK_TEXT.encode()).hexdigest()
+    assert digest == "a36179c1e2b1cfcfbfad1dc779addad2ffc778201e4cf0d538bddeafa2c526da"
 
 
 @pytest.mark.parametrize("with_bos", [False, True])
@@ -169,6 +168,25 @@ def test_sentencepiece_tokens_are_transformers_tokens(
     assert types[:3] == [2, 3, 3]
     assert types[metadata["tokenizer.ggml.tokens"].index("<0x0A>")] == 6
     assert_same_tokens(artifact, folder, [text for text in TEXTS if text])
+
+
+def test_transformers_own_llama_class_is_followed(run_of: RunOf, sentencepiece_folder: Path, tmp_path: Path) -> None:
+    """It rebuilds the tokenizer, and unlike SentencePiece and llama.cpp adds no space where a text begins with one."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    shutil.copy(sentencepiece_folder / "tokenizer.model", folder)
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    artifact = export(run_of(CONFIG, tokenizer=folder), tmp_path / "a.gguf")
+    assert_same_tokens(artifact, folder, [text for text in TEXTS if text and not text.startswith(" ")])
+
+
+def test_unigram_tokenizers_are_refused_with_the_way_out(run_of: RunOf, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("▁", -2.0)], unk_id=0))
+    PreTrainedTokenizerFast(tokenizer_object=unigram, unk_token="<unk>").save_pretrained(folder)
+    with pytest.raises(UserError, match=r"tokenizers of kind Unigram.*--template"):
+        export(run_of(CONFIG, tokenizer=folder), tmp_path / "a.gguf")
 
 
 def test_scores_order_pieces_as_merges_do() -> None:

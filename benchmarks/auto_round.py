@@ -1,0 +1,34 @@
+"""The yardstick: Intel's auto-round, from PyPI in an environment of its own, to a GGUF Q4_0 file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.measure import Cost, run_measured
+
+VERSION = "0.16.1"
+REQUIREMENTS = ("torch==2.13.0", f"auto-round=={VERSION}", "gguf==0.19.0", "sentencepiece", "protobuf")
+
+
+def environment(folder: Path) -> Path:
+    """Path of the environment's `auto-round` command; installs it once."""
+    command = folder / "bin" / "auto-round"
+    if not command.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        for requirement in REQUIREMENTS:  # torch first and alone: a looser requirement would pull CUDA packages
+            subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "-q", requirement], check=True)
+    return command
+
+
+def quantize(
+    command: Path, model: Path, calibration: Path, out: Path, samples: int, seqlen: int, steps: int, batch_size: int
+) -> tuple[Path, Cost]:
+    """Quantize to GGUF Q4_0 with the given settings; `calibration` is JSON lines. Returns (file, cost)."""
+    arguments = ["quantize", "--model", model, "--scheme", "gguf:q4_0", "--format", "gguf:q4_0", "--device_map", "cpu"]
+    arguments += ["--dataset", calibration.resolve(), "--nsamples", samples, "--seqlen", seqlen, "--iters", steps]
+    arguments += ["--batch_size", batch_size, "--output_dir", out]
+    cost = run_measured([str(command), *map(str, arguments)], out / "log.txt", {"HF_HUB_OFFLINE": "1"})
+    (file,) = out.rglob("*.gguf")
+    return file, cost

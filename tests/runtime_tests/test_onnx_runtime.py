@@ -1,0 +1,76 @@
+"""ONNX Runtime as a runtime of `verify`: logits, stored weights, refusals."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
+from signround_edge.errors import UserError
+from signround_edge.evaluation import TorchSession, load_run_model
+from signround_edge.run_directory import RunDirectory
+
+TOKENS = np.random.default_rng(0).integers(0, 300, 150).astype(np.int32)
+
+
+def test_logits_at_accuracy_level_0_are_those_of_torch(onnx_folder: Path, run: RunDirectory) -> None:
+    with OnnxRuntime().open(onnx_folder) as session:
+        found = session.logits(TOKENS)
+        np.testing.assert_array_equal(found, session.logits(TOKENS))
+    expected = TorchSession(load_run_model(run)).logits(TOKENS)
+    assert found.shape == expected.shape
+    assert float(np.abs(found - expected).max()) < 1e-4
+
+
+def test_the_accuracy_level_can_be_overridden_without_touching_the_file(
+    onnx_folder: Path, onnx_int8_folder: Path
+) -> None:
+    before = (onnx_int8_folder / "model.onnx").read_bytes()
+    with OnnxRuntime().open(onnx_folder) as session:
+        floats = session.logits(TOKENS)
+    with OnnxRuntime().open(onnx_int8_folder) as session:
+        assert not np.array_equal(session.logits(TOKENS), floats)
+    with OnnxRuntime().open(onnx_int8_folder, accuracy_level=0) as session:
+        np.testing.assert_array_equal(session.logits(TOKENS), floats)
+    assert (onnx_int8_folder / "model.onnx").read_bytes() == before
+
+
+def test_a_folder_and_its_onnx_file_are_the_same_artifact(onnx_folder: Path) -> None:
+    with OnnxRuntime().open(onnx_folder) as folder, OnnxRuntime().open(onnx_folder / "model.onnx") as file:
+        np.testing.assert_array_equal(folder.logits(TOKENS), file.logits(TOKENS))
+
+
+def test_stored_tensors_name_their_format(onnx_folder: Path) -> None:
+    types = {t.name: t.stored_type for t in OnnxRuntime().stored_tensors(onnx_folder)}
+    assert "MatMulNBits-4x32" in types.values()
+    assert "F32" in types.values()
+    assert "unknown" not in types.values()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a protobuf", bytes(200)])
+def test_a_file_that_is_no_model_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.onnx"):
+        OnnxRuntime().open(tmp_path / "model.onnx")
+    with pytest.raises(UserError, match=tmp_path.name):
+        OnnxRuntime().open(tmp_path)
+
+
+def test_a_model_that_is_no_decoder_is_one_sentence(tmp_path: Path) -> None:
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [value], [out])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "model.onnx")
+    with pytest.raises(UserError, match="is not a decoder"):
+        OnnxRuntime().open(tmp_path / "model.onnx")
+
+
+def test_missing_external_data_is_one_sentence(onnx_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(onnx_folder / "model.onnx", tmp_path)
+    with pytest.raises(UserError, match="ONNX Runtime refuses"):
+        OnnxRuntime().open(tmp_path / "model.onnx")

@@ -1,0 +1,207 @@
+"""Gates, statuses and device profiles: what decides between pass, fail and skipped."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import devices
+from devices import Tolerances, get_device, load_devices, read_profile
+from runtime_tests.device_status import list_devices
+from runtime_tests.exactness import Difference, Exactness, check_exactness
+from runtime_tests.interface import StoredTensor
+from runtime_tests.parity import Contender, miss_exact_gate, miss_quantized_gate, score
+from runtime_tests.report import ArtifactReport, RuntimeReport, VerifyReport, render
+from runtime_tests.verify import verify
+from signround_edge.errors import UserError
+from signround_edge.metrics import FloatArray, Scores, TokenArray, Windows
+from signround_edge.run_directory import RunDirectory
+
+LIMITS = Tolerances(exact_kld_mean=1e-5, quantized_kld_mean=0.02, standard_errors=3.0, ln_ppl_bias=0.01)
+
+
+def scores(kld: float, ln_ratio: float = 0.0, stderr: float = 0.001) -> Scores:
+    return Scores(
+        ppl=10 * math.exp(ln_ratio),
+        ppl_stderr=0.1,
+        tokens=100,
+        ppl_reference=10.0,
+        kld_mean=kld,
+        ln_ratio_stderr=stderr,
+        top1_agreement=1.0,
+    )
+
+
+@pytest.mark.parametrize(("kld", "passes"), [(-1e-9, True), (1e-5, True), (1.1e-5, False), (math.nan, False)])
+def test_the_exact_gate_bounds_the_divergence(kld: float, passes: bool) -> None:
+    assert (miss_exact_gate(scores(kld), LIMITS) is None) is passes
+
+
+@pytest.mark.parametrize(
+    ("kld", "ln_ratio", "stderr", "passes"),
+    [
+        (1e-6, 0.0, 0.0, True),
+        (0.007, 0.02, 0.01, True),  # within three standard errors
+        (0.007, 0.009, 0.001, True),  # significant, and as small as rounding activations makes it
+        (0.007, 0.02, 0.005, False),
+        (0.007, -0.02, 0.005, False),
+        (0.021, 0.0, 0.01, False),
+        (math.nan, 0.0, 0.01, False),
+        (0.007, math.nan, 0.01, False),
+    ],
+)
+def test_the_quantized_gate_is_statistical(kld: float, ln_ratio: float, stderr: float, passes: bool) -> None:
+    assert (miss_quantized_gate(scores(kld, ln_ratio, stderr), LIMITS) is None) is passes
+
+
+class Fixed:
+    """A session that always gives the same logits, or fails."""
+
+    def __init__(self, logits: FloatArray | None) -> None:
+        self._logits = logits
+
+    def logits(self, _tokens: TokenArray) -> FloatArray:
+        if self._logits is None:
+            raise UserError("it died")
+        return self._logits
+
+
+def test_a_contender_that_fails_does_not_stop_the_others() -> None:
+    windows = Windows(np.zeros((3, 8), dtype=np.int32))
+    logits = np.random.default_rng(0).standard_normal((8, 5)).astype(np.float32)
+    good, dead, narrow = Contender(Fixed(logits)), Contender(Fixed(None)), Contender(Fixed(logits[:, :4]))
+    score([good, dead, narrow], windows, Fixed(logits), Fixed(logits), log=str)
+    assert good.parity.scores().tokens == 9
+    assert good.fidelity.scores().kld_mean == pytest.approx(0, abs=1e-7)
+    assert dead.failure == "it died"
+    assert narrow.failure is not None
+    assert "[3, 4]" in narrow.failure
+
+
+def stored(name: str, values: list[list[float]], kind: str = "F32") -> StoredTensor:
+    return StoredTensor(name, np.array(values, dtype=np.float32), kind)
+
+
+def test_exactness_counts_and_places_the_differences() -> None:
+    expected = {
+        "a": lambda: np.zeros((2, 2), dtype=np.float32),
+        "b": lambda: np.ones((2, 2), dtype=np.float32),
+        "c": lambda: np.ones(2, dtype=np.float32),
+        "d": lambda: np.ones((1, 4), dtype=np.float32),
+        "e": lambda: np.ones(2, dtype=np.float32),
+    }
+    result = check_exactness(
+        expected,
+        [
+            stored("b", [[1, 1], [2, math.nan]], "Q4_0"),
+            stored("a", [[0, -0.0], [0, 0]]),
+            stored("c", [[1, 1]]),
+            stored("d", [[1], [1], [1], [1]]),
+            stored("x", [[1]]),
+        ],
+    )
+    assert (result.tensors_checked, result.values_checked) == (4, 14)
+    assert [(d.tensor, d.values) for d in result.differences] == [("b", 2), ("d", 0), ("x", 0), ("e", 0)]
+    assert "first at row 1, column 0: 2, not 1" in result.differences[0].what
+    assert not result.exact
+
+
+def test_comparing_nothing_is_not_exact() -> None:
+    assert not check_exactness({}, []).exact
+
+
+def report(artifact: str = "pass", runtime: str = "pass") -> VerifyReport:
+    exactness = Exactness(2, 20, [] if artifact == "pass" else [Difference("w", 1, "differs")])
+    return VerifyReport(
+        "run",
+        "text",
+        None,
+        [ArtifactReport("a.gguf", "gguf", artifact, None, exactness)],  # type: ignore[arg-type]
+        [RuntimeReport("llama.cpp", "cpu-x86", "a.gguf", runtime, "because")],  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    ("artifact", "runtime", "status"),
+    [
+        ("pass", "pass", "pass"),
+        ("pass", "fail", "fail"),
+        ("fail", "pass", "fail"),
+        ("pass", "skipped", "skipped"),
+        ("skipped", "skipped", "skipped"),
+    ],
+)
+def test_only_a_run_that_passed_everything_passes(artifact: str, runtime: str, status: str) -> None:
+    found = report(artifact, runtime)
+    assert found.status == status
+    assert found.passed is (status == "pass")
+    assert found.to_json()["status"] == status
+    console = Console(width=150, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render(found))
+    assert ("PASS" in console.export_text()) is (status == "pass")
+
+
+def test_no_artifact_is_no_pass() -> None:
+    assert not VerifyReport("run", "text", None).passed
+
+
+def test_a_report_is_written_as_a_certificate(tmp_path: Path) -> None:
+    import json
+
+    path = report().write(tmp_path / "new")
+    assert json.loads(path.read_text())["weights_exact"] is True
+
+
+def test_a_runtime_that_cannot_run_here_is_skipped_and_that_is_no_pass(
+    run: RunDirectory, gguf_file: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(_name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    found = verify(run, [gguf_file], text, n_ctx=64, max_windows=1, log=str)
+    (runtime,) = found.to_json()["runtimes"]
+    assert runtime["status"] == "skipped"
+    assert "xllamacpp is not installed" in runtime["reason"]
+    assert not found.passed
+
+
+def test_a_device_that_is_another_machine_is_skipped(
+    run: RunDirectory, gguf_file: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    found = verify(run, [gguf_file], text, n_ctx=64, max_windows=1, log=str)
+    assert found.runtimes[0].status == "skipped"
+    assert "this machine is riscv64" in str(found.runtimes[0].reason)
+    assert not list_devices()[0].ready
+
+
+def test_an_unknown_device_lists_the_known_ones(run: RunDirectory, gguf_file: Path, text: Path) -> None:
+    with pytest.raises(UserError, match="known devices are cpu-x86"):
+        verify(run, [gguf_file], text, devices=["toaster"], log=str)
+
+
+def test_the_shipped_profiles_are_listed_with_what_is_ready() -> None:
+    assert set(load_devices()) == {status.profile.name for status in list_devices()}
+    status = next(s for s in list_devices() if s.profile.name == "cpu-x86")
+    data = status.to_json()
+    assert data["ready"] is status.ready
+    assert [r["name"] for r in data["runtimes"]] == list(get_device("cpu-x86").runtimes)
+
+
+@pytest.mark.parametrize("content", ["", "name = 3", "not toml at all ["])
+def test_a_broken_profile_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(content)
+    with pytest.raises(UserError, match=r"mine\.toml is not a device profile"):
+        read_profile(tmp_path / "mine.toml")
+
+
+def test_every_profile_file_is_named_as_its_device() -> None:
+    folder = Path(devices.__file__).parent
+    assert {p.stem for p in folder.glob("*.toml")} == set(load_devices())

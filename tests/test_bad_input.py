@@ -1,0 +1,209 @@
+"""Bad input ends in exit code 2 and one sentence that names the file or flag and the way out; nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+from support import save_random_model
+
+from signround_edge.cli import main
+
+TINY = transformers.LlamaConfig(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=3072,
+)
+SIZES = ["--steps", "2", "--samples", "4", "--seqlen", "16", "--batch-size", "2"]
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_llama: Path) -> Path:
+    return save_random_model(TINY, tmp_path / "model", tokenizer_from=tiny_llama)
+
+
+def run_cli(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def quantize(model: Path, calibration: Path, *more: object, scheme: str = "gguf:q4_0", out: str = "run") -> Result:
+    target = model.parent / out
+    return run_cli("quantize", model, "--scheme", scheme, "-o", target, "--calibration", calibration, *SIZES, *more)
+
+
+def assert_refused(result: Result, *words: str) -> None:
+    assert result.exit_code == 2, result.output
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in message
+
+
+def test_missing_shard(model: Path, calibration_text: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_refused(quantize(model, calibration_text), "model-00001-of-00002.safetensors is missing", "download")
+
+
+def test_missing_tensor(model: Path, calibration_text: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors")
+    assert_refused(quantize(model, calibration_text), "model.layers.1.mlp.up_proj.weight is missing")
+
+
+def test_truncated_safetensors(model: Path, calibration_text: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert_refused(quantize(model, calibration_text), "model.safetensors is truncated", "download it again")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(bad: float, model: Path, calibration_text: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = bad
+    save_file(tensors, model / "model.safetensors")
+    assert_refused(quantize(model, calibration_text), "model.layers.1.mlp.up_proj.weight holds NaN or infinity")
+
+
+def test_no_weights(model: Path, calibration_text: Path) -> None:
+    (model / "model.safetensors").unlink()
+    assert_refused(quantize(model, calibration_text), "has no *.safetensors file")
+
+
+def test_pickle_checkpoint(model: Path, calibration_text: Path) -> None:
+    (model / "model.safetensors").unlink()
+    torch.save({}, model / "pytorch_model.bin")
+    assert_refused(quantize(model, calibration_text), "pickle checkpoint", "convert it to safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "no-such-architecture"}, "transformers cannot build this architecture"),
+        ({"hidden_size": 128}, "weights and config are not of the same model"),
+    ],
+)
+def test_config_that_does_not_fit(change: dict[str, object], words: str, model: Path, calibration_text: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **change}))
+    assert_refused(quantize(model, calibration_text), "config.json" if "build" in words else "model", words)
+
+
+def test_encoder_decoder_model(tmp_path: Path, calibration_text: Path) -> None:
+    folder = tmp_path / "model"
+    transformers.T5Config(d_model=64, num_layers=2).save_pretrained(folder)
+    save_file({"shared.weight": torch.zeros(4, 4)}, folder / "model.safetensors")
+    assert_refused(quantize(folder, calibration_text), "config.json", "causal language model")
+
+
+@pytest.mark.parametrize("text", ["", "too short"])
+def test_calibration_without_enough_text(text: str, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "calibration.txt"
+    file.write_text(text)
+    assert_refused(quantize(model, file), "calibration.txt has fewer than 16 tokens", "smaller --seqlen")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("bad.jsonl", b"{not json\n", "line 1 is not JSON"),
+        ("bad.jsonl", b'{"body": "x"}\n', "has none of the keys text, content, prompt"),
+        ("bad.txt", b"\xff\xfe\xfa", "is not UTF-8"),
+    ],
+)
+def test_calibration_that_cannot_be_read(name: str, content: bytes, words: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert_refused(quantize(model, tmp_path / name), name, words)
+
+
+def test_calibration_that_does_not_exist(model: Path, tmp_path: Path) -> None:
+    assert_refused(quantize(model, tmp_path / "none.txt"), "none.txt does not exist")
+
+
+def test_scheme_that_does_not_exist(model: Path, calibration_text: Path) -> None:
+    result = quantize(model, calibration_text, scheme="gguf:q9_9")
+    assert_refused(result, "unknown scheme 'gguf:q9_9'", "gguf:q4_0", "onnx:w4g128-asym")
+
+
+@pytest.mark.parametrize("flags", [("--steps", "-1"), ("--samples", "0"), ("--lr", "7"), ("--recipe", "none")])
+def test_settings_out_of_range(flags: tuple[str, str], model: Path, calibration_text: Path) -> None:
+    assert_refused(quantize(model, calibration_text, *flags), flags[0].strip("-"))
+
+
+def test_model_that_does_not_exist(tmp_path: Path, calibration_text: Path) -> None:
+    assert_refused(quantize(tmp_path / "none", calibration_text), "none does not exist")
+
+
+def test_folder_that_is_no_run(model: Path) -> None:
+    result = run_cli("export", model, "--format", "gguf", "-o", model.parent / "out.gguf")
+    assert_refused(result, "is not a run directory", "quantize")
+
+
+def test_out_folder_with_other_files_is_left_alone(model: Path, calibration_text: Path) -> None:
+    other = model.parent / "run"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    assert_refused(quantize(model, calibration_text), "run exists and is not a run directory", "another -o")
+    assert [p.name for p in other.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\xff" * 64])
+def test_artifact_that_is_no_artifact(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(content)
+    assert_refused(run_cli("inspect", file), "model.gguf")
+
+
+def test_path_that_does_not_exist(tmp_path: Path) -> None:
+    assert_refused(run_cli("inspect", tmp_path / "none.gguf"), "none.gguf does not exist")
+
+
+def test_full_disk_keeps_what_is_complete(model: Path, calibration_text: Path, tmp_path: Path) -> None:
+    """A file-size limit makes the first part's write fail half-way; with the limit gone, --resume finishes the run."""
+    out = tmp_path / "run"
+    arguments = ["quantize", str(model), "--scheme", "gguf:q4_0", "-o", str(out), "--resume"]
+    command = [sys.executable, "-m", "signround_edge.cli", *arguments, "--calibration", str(calibration_text), *SIZES]
+    limit = 30_000 + max(f.stat().st_size for f in model.iterdir() if f.suffix == ".json")
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    failed = subprocess.run(command, preexec_fn=limited, capture_output=True, text=True, check=False)
+    if failed.returncode == 0:
+        pytest.skip("this system does not enforce file-size limits")
+    assert failed.returncode == 2, failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert "could not be written" in failed.stderr.strip().splitlines()[-1]
+    assert not list(out.rglob("*.partial"))
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = "import sys, signround_edge.cli; print([m for m in ('torch', 'transformers', 'onnx') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_incomplete_run_says_how_to_finish_it(model: Path, calibration_text: Path) -> None:
+    assert quantize(model, calibration_text).exit_code == 0
+    run = model.parent / "run"
+    manifest = json.loads((run / "manifest.json").read_text())
+    del manifest["complete"]["outside"]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert_refused(run_cli("inspect", run), "is incomplete (2 of 3 parts)", "--resume")
+    shutil.rmtree(run)

@@ -50,7 +50,7 @@ def load_source_model(path: Path, device: str = "cpu") -> nn.Module:
 
 
 def _load(config_dir: Path, tensors: Iterator[tuple[str, Tensor]], device: str) -> nn.Module:
-    model = build_decoder(config_dir).model
+    model: Any = build_decoder(config_dir).model
     for name, tensor in tensors:
         owner = model.get_submodule(name.rpartition(".")[0])
         owner._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor.to(device), requires_grad=False)
@@ -58,7 +58,8 @@ def _load(config_dir: Path, tensors: Iterator[tuple[str, Tensor]], device: str) 
     unloaded = [name for name, p in model.named_parameters() if p.device.type == "meta"]
     if unloaded:
         raise UserError(f"{config_dir}: no data for tensor {unloaded[0]}; weights and config are not of the same model")
-    return model.to(device)
+    loaded: nn.Module = model.to(device)
+    return loaded
 
 
 def text_windows(tokenizer_dir: Path, text: Path, n_ctx: int = 512, max_windows: int | None = None) -> Windows:

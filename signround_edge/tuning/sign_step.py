@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ def fused_step(
 @functools.cache
 def _compiled_update() -> Callable[..., None]:
     # Without this option inductor drops the round trip of scales through fp16, and ŵ leaves the grid.
-    exact = {"emulate_precision_casts": True}
+    exact: dict[str, Any] = {"emulate_precision_casts": True}
     compiled: Callable[..., None] = torch.compile(_update, dynamic=False, options=exact)
     return compiled
 

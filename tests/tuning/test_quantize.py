@@ -130,14 +130,14 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bytes(
     duration = time.monotonic() - began
     moment = random.Random(attempt)
     for _ in range(4):
-        started = command(tiny_llama, broken, calibration_text) + ["--resume"]
+        started = [*command(tiny_llama, broken, calibration_text), "--resume"]
         process = subprocess.Popen(started, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             process.wait(timeout=duration * moment.uniform(0.4, 0.9))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-    finished = command(tiny_llama, broken, calibration_text) + ["--resume"]
+    finished = [*command(tiny_llama, broken, calibration_text), "--resume"]
     subprocess.run(finished, check=True, env=environment, capture_output=True)
     assert_same_files(whole, broken)
 

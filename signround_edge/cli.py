@@ -27,6 +27,14 @@ class _Group(click.Group):
                 raise
             _say(f"error: {_one_sentence(error)}")
             ctx.exit(EXIT_CHECK_FAILED if isinstance(error, CheckFailed) else EXIT_BAD_INPUT)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if ctx.params.get("debug"):
+                raise
+            what = f"{type(error).__name__}: {_one_sentence(error)}"
+            _say(f"error: unexpected {what}; this is a bug, please report it with what --debug shows")
+            ctx.exit(EXIT_BAD_INPUT)
 
 
 def _one_sentence(error: Exception) -> str:

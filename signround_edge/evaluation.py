@@ -21,10 +21,16 @@ class TorchSession:
     """A torch model that gives logits for one window of tokens."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model
 
     def logits(self, tokens: TokenArray) -> FloatArray:
         """f32 [n, vocab] next-token logits at every position of one window, int32 [n]."""
+        known = self.model.get_input_embeddings().weight.shape[0]
+        if int(tokens.max()) >= known:
+            raise UserError(
+                f"the tokenizer gives token {int(tokens.max())}, but the model knows {known}; "
+                "tokenizer files and weights are not of the same model"
+            )
         with torch.no_grad():
             device = next(self.model.parameters()).device
             ids = torch.from_numpy(tokens.astype("int64")).unsqueeze(0).to(device)

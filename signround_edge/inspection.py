@@ -38,8 +38,8 @@ class Inspection:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits a parameter."""
-        return 8 * self.total_bytes / max(1, sum(math.prod(t.shape) for t in self.tensors))
+        """Stored bits a parameter; a tensor of 0 bytes shares another one's data and counts once."""
+        return 8 * self.total_bytes / max(1, sum(math.prod(t.shape) for t in self.tensors if t.bytes))
 
     def to_json(self) -> dict[str, Any]:
         """The contract of `inspect --json`."""
@@ -68,7 +68,10 @@ def _inspect_run(path: Path) -> Inspection:
     from signround_edge.tuning.plan import entry_bytes
 
     run = RunDirectory.open(path)
-    tensors = [TensorInfo(t.name, t.format or t.dtype, tuple(t.shape), entry_bytes(t)) for t in run.manifest.tensors]
+    target = run.manifest.targets[0]
+    tensors = [
+        TensorInfo(t.name, t.format or t.dtype, tuple(t.shape), entry_bytes(t, target)) for t in run.manifest.tensors
+    ]
     return Inspection("run", tensors, run.manifest.scheme)
 
 

@@ -29,20 +29,17 @@ _MAX_VALUES = 1 << 31
 class LlamaCppEngine:
     """A GGUF file loaded by llama.cpp.
 
-    One thread; micro-batch of 512; attention (flash attention: automatic) and repacking of weights as llama.cpp
-    ships them, so that the figures are those of a deployment.
+    One thread; micro-batch of 512; attention (flash attention: automatic), the f16 cache and the repacking of weights
+    as llama.cpp ships them, so that the figures are those of a deployment.
 
-    Args:
-        exact_cache: keep keys and values in f32 instead of f16, for the control of the parity test.
     Raises:
         UserError: llama.cpp refuses the file; the sentence holds its own words.
     """
 
-    def __init__(self, artifact: Path, exact_cache: bool = False) -> None:
+    def __init__(self, artifact: Path) -> None:
         self._lib: Any = c.load_library()
         self._context: int | None = None
         self._context_size = 0
-        self._exact_cache = exact_cache
         self._errors: deque[str] = deque(maxlen=4)
         self._log = c.LogCallback(self._on_log)  # kept: C holds the pointer
         self._lib.llama_log_set(self._log, None)
@@ -134,8 +131,6 @@ class LlamaCppEngine:
         params.n_ctx = params.n_batch = params.n_outputs_max = params.n_outputs_max_per_seq = size
         params.n_ubatch = MICRO_BATCH
         params.n_threads = params.n_threads_batch = 1
-        if self._exact_cache:
-            params.type_k = params.type_v = _GGML_F32
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
             raise UserError(f"llama.cpp cannot make a context of {size} tokens{self._said()}")

@@ -77,6 +77,23 @@ class NBitsView:
     f32_scales: bool = False
 
 
+def matmul_nbits_bytes(grid: Grid, rows: int, cols: int) -> int | None:
+    """Bytes of codes, f32 scales and packed zero points of a [rows, cols] matrix as MatMulNBits; None without a form.
+
+    Each row of zero points is padded to a byte. ONNX Runtime takes scales in the dtype of the activations: f32.
+    """
+    if not isinstance(grid, MatMulNBitsAsymmetric | SymmetricFp16 | Q6K):
+        return None
+    bits = _container_bits(grid)
+    blocks = cols // grid.block_size
+    return rows * (cols * bits // 8 + 4 * blocks + (blocks * bits + 7) // 8)
+
+
+def _container_bits(grid: Grid) -> int:
+    """4 or 8: ONNX Runtime has no 5- and 6-bit containers."""
+    return 4 if grid.code_max - grid.code_min <= 15 else 8
+
+
 def as_matmul_nbits(tensor: QuantizedTensor) -> NBitsView | None:
     """The same integers and scales as MatMulNBits operands, or None where the grid has a real-valued minimum.
 

@@ -11,6 +11,7 @@ import torch
 from signround_edge.decoder import Decoder, checkpoint_name, is_transposed
 from signround_edge.errors import UserError
 from signround_edge.formats import get_grid
+from signround_edge.formats.matmul_nbits import matmul_nbits_bytes
 from signround_edge.formats.schemes import Role, Scheme
 from signround_edge.run_directory import OUTSIDE, TensorEntry, dtype_name
 from signround_edge.source_model import SourceModel
@@ -24,12 +25,14 @@ class Plan:
         tensors: one entry per parameter, in model order.
         parts: part names in the order in which they are written.
         tied: alias → owner of shared parameters.
+        target: whose bytes are counted: the scheme's first target.
         embedding, head: parameter names of the token embedding and the output head; the same name when they are tied.
     """
 
     tensors: list[TensorEntry]
     parts: list[str]
     tied: dict[str, str]
+    target: str
     embedding: str
     head: str
 
@@ -39,20 +42,25 @@ class Plan:
 
     def tensor_bytes(self) -> int:
         """Bytes of all tensor data in the target file."""
-        return sum(entry_bytes(t) for t in self.tensors)
+        return sum(entry_bytes(t, self.target) for t in self.tensors)
 
     def bits_per_weight(self) -> float:
         """Stored bits a parameter over the whole model."""
         return 8 * self.tensor_bytes() / sum(math.prod(t.shape) for t in self.tensors)
 
 
-def entry_bytes(entry: TensorEntry) -> int:
-    """Bytes of one tensor in the target file; 1-D floats are F32, as llama.cpp wants norms; others keep their dtype."""
+def entry_bytes(entry: TensorEntry, target: str) -> int:
+    """Bytes of one tensor in the target file ("gguf" or "onnx").
+
+    Floats: GGUF holds norms and biases as F32 and others in their own dtype; the ONNX graph computes in F32.
+    """
     if entry.format is None:
-        width = 4 if len(entry.shape) == 1 else getattr(torch, entry.dtype).itemsize
+        width = 4 if len(entry.shape) == 1 or target == "onnx" else getattr(torch, entry.dtype).itemsize
         return math.prod(entry.shape) * int(width)
     rows, cols = entry.shape[::-1] if entry.transposed else entry.shape
-    return get_grid(entry.format).stored_bytes(rows, cols)
+    grid = get_grid(entry.format)
+    in_onnx = matmul_nbits_bytes(grid, rows, cols) if target == "onnx" else None
+    return grid.stored_bytes(rows, cols) if in_onnx is None else in_onnx
 
 
 def part_of_block(index: int) -> str:
@@ -87,7 +95,7 @@ def make_plan(decoder: Decoder, source: SourceModel, scheme: Scheme, float_fallb
         tensors.append(entry)
     parts = [part_of_block(i) for i in range(len(decoder.blocks))] + [OUTSIDE]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return Plan(tensors, parts, tied, names[id(embedding)], names[id(head)])
+    return Plan(tensors, parts, tied, scheme.targets[0], names[id(embedding)], names[id(head)])
 
 
 def _part_of(name: str, decoder: Decoder) -> str:
@@ -118,11 +126,11 @@ def listing(plan: Plan) -> list[str]:
     for entry in plan.tensors:
         kind = entry.format or ("F32" if len(entry.shape) == 1 else entry.dtype)
         counts[kind] += 1
-        sizes[kind] += entry_bytes(entry)
+        sizes[kind] += entry_bytes(entry, plan.target)
     for kind, size in sorted(sizes.items(), key=lambda item: -item[1]):
         lines.append(f"{kind:>10}  {counts[kind]:5d} tensors  {size:15,d} bytes")
     lines.append(f"{'total':>10}  {len(plan.tensors):5d} tensors  {plan.tensor_bytes():15,d} bytes")
-    lines[-1] += f"  {plan.bits_per_weight():.3f} bits/weight"
+    lines[-1] += f"  {plan.bits_per_weight():.3f} bits/weight as {plan.target.upper()}"
     for entry in plan.tensors:
         if entry.fallback_from:
             kept = entry.format or "floats"

@@ -216,6 +216,8 @@ class _Job:
     def _tune(
         self, shell: Shell, index: int, matrices: list[Matrix], inputs: Tensor, target: Tensor
     ) -> tuple[dict[str, QuantizedTensor], dict[str, UnitReport]]:
+        if not matrices:
+            return {}, {}
         if self.settings.granularity == "block":
             tensors, report = self._tune_block(shell, index, matrices, inputs, target)
             return tensors, {"block": report}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from devices import DeviceProfile, load_devices
-from runtime_tests.registry import find_runtimes
+from signround_edge.plugins import runtimes as runtimes_by_name
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class DeviceStatus:
 
 def list_devices() -> list[DeviceStatus]:
     """Every shipped profile, in alphabetical order."""
-    runtimes = find_runtimes()
+    runtimes = runtimes_by_name()
     listed = []
     for profile in load_devices().values():
         reasons = {

@@ -18,7 +18,7 @@ from exporters.gguf.container_reader import GgufFile
 from exporters.gguf.metadata import PROVENANCE
 from exporters.gguf.reader import iter_expected
 from exporters.interface import ExportOptions
-from runtime_tests.formats import Expectation
+from runtime_tests.expectation import Expectation
 from signround_edge.errors import UserError
 from signround_edge.metrics import FloatArray
 from signround_edge.run_directory import RunDirectory

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from exporters.onnx.reader import changed_files, iter_expected, open_artifact, read_sidecar
-from runtime_tests.formats import Expectation
+from runtime_tests.expectation import Expectation
 from runtime_tests.interface import Runtime, Session
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from signround_edge.errors import UserError

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from devices import DEFAULT_DEVICE, DeviceProfile, Tolerances, get_device
+from runtime_tests.artifacts import artifact_format, expect
 from runtime_tests.exactness import check_exactness
-from runtime_tests.formats import Expectation, artifact_format, expect
+from runtime_tests.expectation import Expectation
 from runtime_tests.interface import Runtime, Session
 from runtime_tests.parity import Contender, GivesLogits, miss_exact_gate, miss_quantized_gate, score
-from runtime_tests.registry import find_runtimes
 from runtime_tests.report import ArtifactReport, RuntimeReport, VerifyReport
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.metrics import Windows
+from signround_edge.plugins import runtimes as runtimes_by_name
 from signround_edge.run_directory import RunDirectory
 
 DEFAULT_CONTEXT = 512
@@ -125,7 +126,7 @@ def _prepare(job: _Job, path: Path, artifact: ArtifactReport) -> list[_Trial]:
 
 def _find_runtimes(job: _Job, artifact: ArtifactReport) -> tuple[list[_Trial], list[tuple[Runtime, _Trial]]]:
     """A trial for every runtime of the artifact's format that a profile names, and those that can run here."""
-    known = find_runtimes()
+    known = runtimes_by_name()
     trials: list[_Trial] = []
     ready: list[tuple[Runtime, _Trial]] = []
     for profile in job.profiles:

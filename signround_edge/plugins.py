@@ -19,8 +19,8 @@ def exporters() -> dict[str, Exporter]:
 
 
 def runtimes() -> dict[str, Runtime]:
-    """Entry-point name → runtime."""
-    return _load("signround_edge.runtimes")
+    """Runtime name ("llama.cpp", "onnxruntime") → runtime."""
+    return {runtime.name: runtime for runtime in _load("signround_edge.runtimes").values()}
 
 
 def exporter_of(artifact: Path) -> Exporter:

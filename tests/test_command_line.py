@@ -56,7 +56,7 @@ def test_flipped_byte_fails_verification_and_names_the_tensor(chain: Path, evalu
 
     broken = chain / "broken.gguf"
     data = bytearray((chain / "model.gguf").read_bytes())
-    tensor = next(t for t in GgufFile.open(chain / "model.gguf").tensors if t.name == "blk.1.ffn_up.weight")
+    tensor = GgufFile.open(chain / "model.gguf").tensors["blk.1.ffn_up.weight"]
     data[tensor.offset + 5] ^= 0x10
     broken.write_bytes(data)
     options = ["--text", evaluation_text, "--n-ctx", 128, "--windows", 1]

@@ -1,4 +1,4 @@
-"""What `verify` must know of each artifact format, behind one face: `artifact_format` and `expect`."""
+"""What `verify` expects of an artifact: its weights, its control, and whatever besides weights must be right."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from pathlib import Path
 
 from runtime_tests.interface import Runtime, Session
 from runtime_tests.runtimes.llama_cpp import LlamaCppSession
-from signround_edge.errors import UserError
 from signround_edge.metrics import FloatArray, Windows
-from signround_edge.run_directory import RunDirectory
 
 _CHARACTERS_A_TOKEN = 8
 _LAST_TOKENS_IGNORED = 8  # where a text is cut short, its last word may be cut too
@@ -48,37 +46,3 @@ class Expectation:
                     f"({session.detokenize([theirs])!r}), {ours} with the original tokenizer"
                 )
         return None
-
-
-def artifact_format(path: Path) -> str:
-    """Either "gguf" or "onnx". UserError when it is neither, by its name and its first bytes."""
-    if path.is_dir():
-        if (path / "genai_config.json").is_file() or any(path.glob("*.onnx")):
-            return "onnx"
-        raise UserError(f"{path} is a folder without an ONNX model; give the folder or the file that `export` wrote")
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give the path that `export` wrote") from error
-    if magic == b"GGUF" or path.suffix == ".gguf":
-        return "gguf"
-    if path.suffix == ".onnx":
-        return "onnx"
-    raise UserError(f"{path} is neither a GGUF file nor an ONNX model; give the path that `export` wrote")
-
-
-def expect(run: RunDirectory, artifact: Path, format_: str, folder: Path) -> Expectation:
-    """What an artifact of the run should be; its control is written into `folder`.
-
-    Raises:
-        UserError: the artifact is damaged, or its control cannot be made.
-        CheckFailed: it was not exported from this run.
-    """
-    if format_ == "onnx":
-        from runtime_tests.onnx_artifact import expect_onnx
-
-        return expect_onnx(run, artifact)
-    from runtime_tests.gguf_artifact import expect_gguf
-
-    return expect_gguf(run, artifact, folder)

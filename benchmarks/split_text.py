@@ -2,7 +2,7 @@
 
     python -m benchmarks.split_text TEXT --model HF_FOLDER --out DIR
 
-Every sample decodes `seqlen` tokens and a few more, so that each tool, cutting to `seqlen`, calibrates on the same text.
+Every sample decodes `seqlen` tokens and a few more, so that each tool, cutting to `seqlen`, sees the same text.
 """
 
 from __future__ import annotations

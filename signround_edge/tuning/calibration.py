@@ -51,7 +51,7 @@ def _read(source: str) -> Iterable[str] | None:
     """Documents of a JSON-lines file or dataset; None for a plain text file."""
     path = Path(source)
     if not path.is_file():
-        if path.suffix or source.startswith((".", "/", "~")):
+        if not path.is_dir() and (path.suffix or source.startswith((".", "/", "~"))):
             raise UserError(f"--calibration {source} does not exist; give a text file, JSON lines or a dataset name")
         return _dataset(source)
     return _json_lines(path) if path.suffix in (".jsonl", ".ndjson", ".json") else None

@@ -26,9 +26,10 @@ class TuningSettings:
         granularity: "block" (the decoder block's output) or "layer" (each matrix's own output).
         optimizer: "signsgd" or "adam".
         held_out: share of the samples kept for choosing the best step, never trained on.
+        skip_tail: the last steps are left out while their rates add up to less than this; see `effective_steps`.
         checks: how often per block the held-out loss is measured.
-        compute_dtype: dtype of matrix products while tuning: "auto", "float32" or "bfloat16". Weights, V and the
-            held-out loss stay f32. "auto" is bfloat16 where the hardware multiplies it natively.
+        compute_dtype: dtype of matrix products while tuning: "auto", "float32" or "bfloat16". Weights and V stay f32.
+            "auto" is bfloat16 for codes of up to 5 bits where the hardware multiplies it natively.
         seed: seeds sample order.
     """
 
@@ -44,6 +45,7 @@ class TuningSettings:
     loss: str = "relative"
     granularity: str = "block"
     optimizer: str = "signsgd"
+    skip_tail: float = 0.005
     held_out: float = 0.125
     checks: int = 10
     compute_dtype: str = "auto"
@@ -76,6 +78,7 @@ RECIPES: dict[str, TuningSettings] = {
         scale_init="absmax",
         lr=1 / 400,
         loss="mse",
+        skip_tail=0.0,
         held_out=0.02,
     ),
     "paper-v2": TuningSettings(
@@ -86,6 +89,7 @@ RECIPES: dict[str, TuningSettings] = {
         lr=1 / 200,
         scale_range=(0.0, 1.0),
         loss="mse",
+        skip_tail=0.0,
         held_out=0.02,
     ),
 }

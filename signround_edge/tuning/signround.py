@@ -12,7 +12,7 @@ from signround_edge.decoder import is_transposed, set_weight
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.scale_search import extreme_scales
 from signround_edge.tuning.settings import TuningSettings
-from signround_edge.tuning.sign_step import RoundingState, fused_step
+from signround_edge.tuning.sign_step import RoundingState, effective_steps, fused_step
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,16 @@ def tune_unit(
     }
     best = {name: state.quantized() for name, state in states.items()}
     _install(unit, best)
-    rounded = best_loss = _held_out_loss(unit, settings)
+    amp = autocast_dtype(settings, unit, device)
+    autocast = torch.autocast(device.type, dtype=amp or torch.bfloat16, enabled=amp is not None)
+    rounded = best_loss = _held_out_loss(unit, settings, autocast)
     best_step = 0
-    check_at = {round(settings.steps * (i + 1) / settings.checks) for i in range(settings.checks)}
-    amp = autocast_dtype(settings, device)
-    weights = _tunable_weights(unit) if settings.steps else {}
-    for step in range(settings.steps):
+    steps = effective_steps(settings)
+    check_at = {round(steps * (i + 1) / settings.checks) for i in range(settings.checks)}
+    weights = _tunable_weights(unit) if steps else {}
+    for step in range(steps):
         index = next(batches)
-        with torch.autocast(device.type, dtype=amp or torch.bfloat16, enabled=amp is not None):
+        with autocast:
             output = unit.forward(index)
         loss = weighted_loss(unit, output.float(), index).mean()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -125,7 +127,7 @@ def tune_unit(
             weight.grad = None
         if step + 1 in check_at:
             candidate = {name: state.quantized() for name, state in states.items()}
-            held_out_loss = _held_out_loss(unit, settings)
+            held_out_loss = _held_out_loss(unit, settings, autocast)
             if held_out_loss < best_loss:
                 best, best_loss, best_step = candidate, held_out_loss, step + 1
     _install(unit, best)
@@ -138,11 +140,15 @@ def weighted_loss(unit: Unit, output: Tensor, index: Tensor) -> Tensor:
     return (output - target).square() * unit.token_weights(target)
 
 
-def autocast_dtype(settings: TuningSettings, device: torch.device) -> torch.dtype | None:
-    """The dtype of matrix products while tuning; None is plain f32."""
+def autocast_dtype(settings: TuningSettings, unit: Unit, device: torch.device) -> torch.dtype | None:
+    """The dtype of matrix products while tuning; None is plain f32.
+
+    bfloat16 errs by 0.2 %, a fortieth of what rounding to 4 bits does, but as much as rounding to 8 bits.
+    """
     if settings.compute_dtype == "auto":
         native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if native else None
+        coarse = all(m.grid.code_max - m.grid.code_min < 32 for m in unit.matrices)
+        return torch.bfloat16 if native and coarse else None
     return {"float32": None, "bfloat16": torch.bfloat16}[settings.compute_dtype]
 
 
@@ -166,12 +172,14 @@ def _install(unit: Unit, tensors: dict[str, QuantizedTensor]) -> None:
         matrix.install(tensors[matrix.name].dequantize())
 
 
-def _held_out_loss(unit: Unit, settings: TuningSettings) -> float:
-    """Loss over the held-out samples, in f32."""
+def _held_out_loss(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -> float:
+    """Loss over the held-out samples, computed as in the training steps but summed in f64."""
     total, count = 0.0, 0
     with torch.no_grad():
         for index in unit.held_out.split(settings.batch_size):
-            loss = weighted_loss(unit, unit.forward(index), index)
+            with autocast:
+                output = unit.forward(index)
+            loss = weighted_loss(unit, output.float(), index)
             total += float(loss.double().sum())
             count += loss.numel()
     return total / count

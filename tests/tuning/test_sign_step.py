@@ -9,7 +9,7 @@ from torch import Tensor
 from signround_edge.formats import BlockScales, get_grid
 from signround_edge.formats.grid import safe_reciprocal
 from signround_edge.tuning.settings import TuningSettings
-from signround_edge.tuning.sign_step import RoundingState, fused_step, learning_rates
+from signround_edge.tuning.sign_step import RoundingState, effective_steps, fused_step, learning_rates
 
 GRIDS = ["Q4_0", "Q4_1", "Q8_0", "w4g64", "w4g128-asym", "Q6_K"]
 
@@ -104,3 +104,15 @@ def test_no_scale_tuning_leaves_scales_alone() -> None:
     assert torch.equal(state.alpha, torch.ones_like(state.alpha))
     assert state.beta is not None
     assert torch.equal(state.beta, torch.ones_like(state.beta))
+
+
+@pytest.mark.parametrize(("steps", "skip_tail", "expected"), [(0, 0.005, 0), (1, 0.005, 1), (100, 0.0, 100)])
+def test_steps_that_are_worth_taking(steps: int, skip_tail: float, expected: int) -> None:
+    assert effective_steps(TuningSettings(steps=steps, skip_tail=skip_tail)) == expected
+
+
+def test_skipped_tail_moves_less_than_it_promises() -> None:
+    settings = TuningSettings(steps=100)
+    taken = effective_steps(settings)
+    assert 85 < taken < 95
+    assert sum(learning_rates(settings, step)[0] for step in range(taken, 100)) <= settings.skip_tail

@@ -85,12 +85,6 @@ class RoundingState:
             minimum = minimum * self.beta
         return self.grid.store(BlockScales(self.initial.scale * self.alpha, minimum))
 
-    def write_weight(self, out: Tensor) -> None:
-        """Write ŵ into out f32 [R, K], bit for bit what a runtime will multiply with."""
-        for part in _row_chunks(self.blocks):
-            state = self.rows(part)
-            _write_weight(state, out[part])
-
     def quantized(self) -> QuantizedTensor:
         """Codes and fields of the current state."""
         codes = torch.empty(self.blocks.shape, dtype=self.grid.code_dtype, device=self.blocks.device)

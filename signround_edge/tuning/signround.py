@@ -115,7 +115,7 @@ def tune_unit(
         with autocast:
             output = unit.forward(index)
         loss = weighted_loss(unit, output.float(), index).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for matrix in unit.matrices:
             weight = weights[matrix.name]
             assert weight.grad is not None

@@ -1,10 +1,11 @@
 """Our schemes, rounded and tuned, and auto-round, on one model: the same calibration samples, the same evaluation.
 
     python -m benchmarks.run                                        # the shipped tiny model, about 5 minutes
-    python -m benchmarks.run --model HF_FOLDER --calibration C.jsonl --text T.txt --scheme gguf:q4_0 --auto-round
+    python -m benchmarks.run --model HF_FOLDER --calibration C.jsonl --text T.txt --scheme gguf:q4_0 --tool auto-round
 
 Results go to benchmarks/results/<model>.json, one entry per row; a row that is there already is not measured again
-unless --again is given. `python -m benchmarks.table` renders docs/benchmarks.md from them.
+unless --again is given. Two of these commands may run side by side, each pinned to a core (`taskset -c 0 …`), so that
+two tools are timed under the same conditions. `python -m benchmarks.table` renders docs/benchmarks.md from the results.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from signround_edge.run_directory import RunDirectory, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent.parent / ".cache"
+TOOLS = ("signround-edge", "auto-round")
 DEFAULT_SCHEMES = ("gguf:q4_0,onnx:w4g32", "gguf:q4_1", "onnx:w4g128-asym")
 
 
@@ -35,16 +37,20 @@ def main() -> None:
     """Command line."""
     args = _parser().parse_args()
     results = RESULTS / f"{args.name or args.model.name}.json"
-    rows: list[dict[str, Any]] = json.loads(results.read_text()) if results.is_file() else []
     for row in _planned(args):
-        rows = [r for r in rows if r["key"] != row["key"]] if args.again else rows
-        if any(r["key"] == row["key"] for r in rows):
+        if not args.again and any(r["key"] == row["key"] for r in _read(results)):
             continue
         print(f"{row['key']} …", file=sys.stderr, flush=True)
         measured = _auto_round(args) if row["tool"] == "auto-round" else _ours(args, row["scheme"], row["steps"])
-        rows.append({**row, **measured, "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"})
-        write_atomically(results, (json.dumps(rows, indent=1) + "\n").encode())
-        print(json.dumps(rows[-1], indent=1), flush=True)
+        done = {**row, **measured, "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"}
+        others = [r for r in _read(results) if r["key"] != row["key"]]  # read again: another process may add rows
+        write_atomically(results, (json.dumps([*others, done], indent=1) + "\n").encode())
+        print(json.dumps(done, indent=1), flush=True)
+
+
+def _read(results: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(results.read_text()) if results.is_file() else []
+    return rows
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--n-ctx", type=int, default=512)
-    parser.add_argument("--auto-round", action="store_true", help="measure auto-round too")
+    parser.add_argument("--tool", action="append", choices=TOOLS, help="repeatable (default: signround-edge)")
     parser.add_argument("--again", action="store_true", help="replace rows that were measured before")
     return parser
 
@@ -69,10 +75,11 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows to measure, each with a key that names everything that decides its figures."""
     common = f"{args.samples}x{args.seqlen}, batch {args.batch_size}, {args.calibration.name} → {args.text.name}"
     rows = []
-    for scheme in args.scheme or DEFAULT_SCHEMES:
+    tools = args.tool or TOOLS[:1]
+    for scheme in args.scheme or DEFAULT_SCHEMES if "signround-edge" in tools else ():
         for steps in (0, args.steps):
             rows.append({"tool": "signround-edge", "scheme": scheme, "steps": steps})
-    if args.auto_round:
+    if "auto-round" in tools:
         rows.append({"tool": "auto-round", "scheme": "gguf:q4_0", "steps": args.steps})
     return [{"key": f"{r['tool']} {r['scheme']} {r['steps']} steps, {common}", **r} for r in rows]
 

@@ -26,6 +26,7 @@ def main() -> None:
 
 
 def _section(name: str, rows: list[dict[str, Any]]) -> str:
+    rows = sorted(rows, key=lambda r: (r["scheme"], r["steps"], r["tool"]))
     reference = rows[0]["ppl_reference"]
     lines = [f"## {name} (perplexity of the original: {reference:.3f})", ""]
     lines += ["| tool | scheme | steps | bytes | bits/weight | PPL | mean KL | same top-1 | wall s | CPU s | peak MB |"]

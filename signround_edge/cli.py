@@ -79,7 +79,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--steps", type=int, help="Gradient steps a block; 0 rounds to nearest.")
 @click.option("--batch-size", type=int, help="Samples a step.")
 @click.option("--lr", type=float, help="Learning rate of the rounding (default 1/steps, falling linearly to 0).")
-@click.option("--scale-lr", type=float, help="Learning rate of the clip factors (default: as --lr).")
+@click.option("--scale-lr", type=float, help="Learning rate of the clip factors (default: half of --lr).")
 @click.option("--tune-scales/--no-tune-scales", default=None, help="Clip tuning: let scales and minima move.")
 @click.option("--scale-init", type=click.Choice(["search", "absmax"]), help="Initial scales.")
 @click.option("--loss", type=click.Choice(["relative", "mse"]), help="Squared error of tokens: relative or plain.")

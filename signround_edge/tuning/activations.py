@@ -148,6 +148,7 @@ def run_block(
     hidden: Tensor,
     batch_size: int,
     device: torch.device,
+    autocast: torch.autocast,
     moments: SecondMoments | None = None,
 ) -> Tensor:
     """Output of a loaded block for all samples, f32 [samples, seqlen, hidden] on the CPU.
@@ -155,6 +156,7 @@ def run_block(
     Batches always have the same boundaries, so that a resumed run computes the very same bits.
 
     Args:
+        autocast: context of the products, the same as while tuning.
         moments: settled after each batch, with the weights that the loss gives to its tokens.
     """
     out = torch.empty_like(hidden)
@@ -162,7 +164,8 @@ def run_block(
         for start in range(0, hidden.shape[0], batch_size):
             part = slice(start, start + batch_size)
             call = shell.block_call(index, tokens[part], device)
-            result = call.run(decoder.blocks[index], hidden[part].to(device))
+            with autocast:
+                result = call.run(decoder.blocks[index], hidden[part].to(device)).float()
             out[part] = result.cpu()
             if moments is not None:
                 moments.settle(moments.token_weights(result))

@@ -34,10 +34,11 @@ from signround_edge.tuning.activations import (
     relative_weights,
     run_block,
 )
+from signround_edge.tuning.attention import use_blocked_attention
 from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer, tokens_hash
 from signround_edge.tuning.plan import Plan, listing, make_plan, part_of_block
 from signround_edge.tuning.settings import TuningSettings
-from signround_edge.tuning.signround import Matrix, Unit, UnitReport, initial_scales, tune_unit
+from signround_edge.tuning.signround import Matrix, Unit, UnitReport, compute_context, initial_scales, tune_unit
 
 
 def quantize(
@@ -65,6 +66,7 @@ def quantize(
     torch_device = _device(device)
     source = SourceModel.open(model)
     decoder = build_decoder(model)
+    use_blocked_attention(decoder.model, torch_device)
     plan = make_plan(decoder, source, scheme, float_fallback)
     for line in listing(plan):
         progress.line(line)
@@ -295,8 +297,12 @@ class _Job:
         return relative_weights if self.settings.loss == "relative" else equal_weights
 
     def _run(self, shell: Shell, index: int, hidden: Tensor, moments: SecondMoments | None = None) -> Tensor:
+        """`hidden` through block `index`, products in the dtype in which the block is tuned."""
+        names = self.decoder.matrices(index)
+        grids = [self._grid(name) for name in names if self.run.is_quantized(name)]
+        autocast = compute_context(self.settings, grids, self.device)
         size = self.settings.batch_size
-        return run_block(self.decoder, shell, index, self.tokens, hidden, size, self.device, moments)
+        return run_block(self.decoder, shell, index, self.tokens, hidden, size, self.device, autocast, moments)
 
     def _split(self) -> tuple[Tensor, Tensor]:
         """Sample indices to (train on, hold out): every n-th sample is held out, so the slice covers the whole text."""

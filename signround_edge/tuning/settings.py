@@ -17,7 +17,7 @@ class TuningSettings:
         samples, seqlen: calibration samples and their length in tokens.
         batch_size: samples a step.
         lr: learning rate of V; None is 1/steps. It falls linearly to 0.
-        scale_lr: learning rate of α and β; None is the same as `lr`.
+        scale_lr: learning rate of α and β; None is half of V's.
         tune_scales: whether α and β (clip tuning) move at all.
         scale_range: bounds of α and β around 1.
         scale_init: "search" (weighted search) or "absmax" (the block's extremes).
@@ -26,8 +26,7 @@ class TuningSettings:
         granularity: "block" (the decoder block's output) or "layer" (each matrix's own output).
         optimizer: "signsgd" or "adam".
         held_out: share of the samples kept for choosing the best step, never trained on.
-        skip_tail: the last steps are left out while their rates add up to less than this; see `effective_steps`.
-        checks: how often per block the held-out loss is measured.
+        checks: how often per block the held-out loss is measured, evenly over the second half of the steps.
         compute_dtype: dtype of matrix products while tuning: "auto", "float32" or "bfloat16". Weights and V stay f32.
             "auto" is bfloat16 for codes of up to 5 bits where the hardware multiplies it natively.
         seed: seeds sample order.
@@ -45,9 +44,8 @@ class TuningSettings:
     loss: str = "relative"
     granularity: str = "block"
     optimizer: str = "signsgd"
-    skip_tail: float = 0.005
     held_out: float = 0.125
-    checks: int = 10
+    checks: int = 5
     compute_dtype: str = "auto"
     seed: int = 42
 
@@ -78,7 +76,6 @@ RECIPES: dict[str, TuningSettings] = {
         scale_init="absmax",
         lr=1 / 400,
         loss="mse",
-        skip_tail=0.0,
         held_out=0.02,
     ),
     "paper-v2": TuningSettings(
@@ -87,9 +84,9 @@ RECIPES: dict[str, TuningSettings] = {
         seqlen=2048,
         scale_init="absmax",
         lr=1 / 200,
+        scale_lr=1 / 200,
         scale_range=(0.0, 1.0),
         loss="mse",
-        skip_tail=0.0,
         held_out=0.02,
     ),
 }

@@ -94,26 +94,11 @@ class RoundingState:
         return self.grid.pack_tensor(codes, self.fields())
 
 
-def effective_steps(settings: TuningSettings) -> int:
-    """Steps worth taking: the rest of the falling schedule could move V by less than `skip_tail` in all.
-
-    The rates of the last k of n steps add up to about lr·k²/2n; with lr = 1/n and skip_tail = 0.005 (a two-hundredth of
-    the distance between two codes) that is the last tenth.
-    """
-    left, steps = 0.0, settings.steps
-    while steps > 1:
-        left += learning_rates(settings, steps - 1)[0]
-        if left > settings.skip_tail:
-            break
-        steps -= 1
-    return steps
-
-
 def learning_rates(settings: TuningSettings, step: int) -> tuple[float, float]:
-    """Rates of (V, scales) at step 0, 1, …: falling linearly from lr (1/steps by default) to 0."""
+    """Rates of (V, scales) at step 0, 1, …: falling linearly to 0 from 1/steps and half of that, unless given."""
     base = settings.lr or 1 / settings.steps
     decay = 1 - step / settings.steps
-    return base * decay, (settings.scale_lr or base) * decay
+    return base * decay, (settings.scale_lr or base / 2) * decay
 
 
 def fused_step(

@@ -9,7 +9,7 @@ from torch import Tensor
 from signround_edge.formats import BlockScales, get_grid
 from signround_edge.formats.grid import safe_reciprocal
 from signround_edge.tuning.settings import TuningSettings
-from signround_edge.tuning.sign_step import RoundingState, effective_steps, fused_step, learning_rates
+from signround_edge.tuning.sign_step import RoundingState, fused_step, learning_rates
 
 GRIDS = ["Q4_0", "Q4_1", "Q8_0", "w4g64", "w4g128-asym", "Q6_K"]
 
@@ -65,12 +65,12 @@ def test_step_follows_the_sign_of_autograd(name: str) -> None:
     if state.beta is not None:
         before["beta"] = state.beta.clone()
     fused_step(state, gradient, torch.empty(gradient.shape), 0, settings)
-    lr, _ = learning_rates(settings, 0)
+    lr, scale_lr = learning_rates(settings, 0)
     moved = (before["v"] - lr * expected["v"]).clamp(-0.5, 0.5)
     assert torch.allclose(state.v, moved, atol=1e-6)
     for key, after in (("alpha", state.alpha), ("beta", state.beta)):
         if after is not None:
-            agree = torch.isclose(after, before[key] - lr * expected[key], atol=1e-6).float().mean()
+            agree = torch.isclose(after, before[key] - scale_lr * expected[key], atol=1e-6).float().mean()
             assert agree > 0.99, key  # sums near zero may differ in sign by the order of addition
 
 
@@ -106,13 +106,7 @@ def test_no_scale_tuning_leaves_scales_alone() -> None:
     assert torch.equal(state.beta, torch.ones_like(state.beta))
 
 
-@pytest.mark.parametrize(("steps", "skip_tail", "expected"), [(0, 0.005, 0), (1, 0.005, 1), (100, 0.0, 100)])
-def test_steps_that_are_worth_taking(steps: int, skip_tail: float, expected: int) -> None:
-    assert effective_steps(TuningSettings(steps=steps, skip_tail=skip_tail)) == expected
-
-
-def test_skipped_tail_moves_less_than_it_promises() -> None:
-    settings = TuningSettings(steps=100)
-    taken = effective_steps(settings)
-    assert 85 < taken < 95
-    assert sum(learning_rates(settings, step)[0] for step in range(taken, 100)) <= settings.skip_tail
+def test_rates_fall_to_zero_and_scales_move_at_half_the_rate() -> None:
+    rates = [learning_rates(TuningSettings(steps=4), step) for step in range(4)]
+    assert rates == [(0.25, 0.125), (0.1875, 0.09375), (0.125, 0.0625), (0.0625, 0.03125)]
+    assert learning_rates(TuningSettings(steps=4, lr=0.1, scale_lr=0.2), 0) == (0.1, 0.2)

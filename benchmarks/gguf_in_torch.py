@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from signround_edge.decoder import build_decoder
 from signround_edge.evaluation import TorchSession, evaluate, load_source_model, text_windows
+from signround_edge.gguf_names import name_table
 
 
 def unpermute(weight: Tensor, heads: int) -> Tensor:
@@ -30,7 +31,7 @@ def load_llama_gguf(file: Path, config_dir: Path) -> nn.Module:
     """The HF model of config_dir with the dequantized weights of a GGUF file, f32."""
     decoder = build_decoder(config_dir)
     config = decoder.model.config
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = name_table(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     tensors = {t.name: t for t in gguf.GGUFReader(file).tensors}
     for name, _ in list(decoder.model.named_parameters()):
         stored = tensors.get(names.get_name(name, try_suffixes=(".weight", ".bias")))

@@ -1,7 +1,8 @@
-"""Our schemes, rounded and tuned, and auto-round, on one model: the same calibration samples, the same evaluation.
+"""Our schemes, rounded and tuned, and our peers on one model: the same calibration samples, the same evaluation.
 
     python -m benchmarks.run                                        # the shipped tiny model, about 5 minutes
-    python -m benchmarks.run --model HF_FOLDER --calibration C.jsonl --text T.txt --scheme gguf:q4_0 --tool auto-round
+    python -m benchmarks.run --model HF_FOLDER --calibration C.jsonl --text T.txt --tool auto-round
+    python -m benchmarks.run --scheme gguf:q4_k_s --tool signround-edge --tool llama-quantize-imatrix
 
 Results go to benchmarks/results/<model>.json, one entry per row; a row that is there already is not measured again
 unless --again is given. Two of these commands may run side by side, each pinned to a core (`taskset -c 0 …`), so that
@@ -15,13 +16,16 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import auto_round
+from benchmarks import auto_round, llama_quantize
+from benchmarks.float_gguf import write_float_gguf
 from benchmarks.gguf_in_torch import load_llama_gguf
 from benchmarks.measure import run_measured
+from exporters.gguf.imatrix import read_imatrix
 from signround_edge.demo import calibration_text_path, evaluation_text_path, tiny_llama_path
 from signround_edge.evaluation import TorchSession, evaluate, load_run_model, load_source_model, text_windows
 from signround_edge.inspection import inspect
@@ -29,7 +33,7 @@ from signround_edge.run_directory import RunDirectory, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent.parent / ".cache"
-TOOLS = ("signround-edge", "auto-round")
+TOOLS = ("signround-edge", "auto-round", "llama-quantize", "llama-quantize-imatrix")
 DEFAULT_SCHEMES = ("gguf:q4_0,onnx:w4g32", "gguf:q4_1", "onnx:w4g128-asym")
 
 
@@ -41,7 +45,7 @@ def main() -> None:
         if not args.again and any(r["key"] == row["key"] for r in _read(results)):
             continue
         print(f"{row['key']} …", file=sys.stderr, flush=True)
-        measured = _auto_round(args) if row["tool"] == "auto-round" else _ours(args, row["scheme"], row["steps"])
+        measured = _measure(args, row["tool"], row["scheme"], row["steps"])
         done = {**row, **measured, "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"}
         others = [r for r in _read(results) if r["key"] != row["key"]]  # read again: another process may add rows
         write_atomically(results, (json.dumps([*others, done], indent=1) + "\n").encode())
@@ -79,24 +83,62 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     for scheme in args.scheme or DEFAULT_SCHEMES if "signround-edge" in tools else ():
         for steps in (0, args.steps):
             rows.append({"tool": "signround-edge", "scheme": scheme, "steps": steps})
+    for tool in (t for t in tools if t.startswith("llama-quantize")):
+        presets = [s.split(",")[0] for s in args.scheme or DEFAULT_SCHEMES if s.startswith("gguf:")]
+        rows += [{"tool": tool, "scheme": preset, "steps": 0} for preset in presets]
     if "auto-round" in tools:
         rows.append({"tool": "auto-round", "scheme": "gguf:q4_0", "steps": args.steps})
     return [{"key": f"{r['tool']} {r['scheme']} {r['steps']} steps, {common}", **r} for r in rows]
+
+
+def _measure(args: argparse.Namespace, tool: str, scheme: str, steps: int) -> dict[str, Any]:
+    if tool == "signround-edge":
+        return _ours(args, scheme, steps)
+    if tool == "auto-round":
+        return _auto_round(args)
+    return _llama_quantize(args, scheme, with_imatrix=tool.endswith("-imatrix"))
 
 
 def _ours(args: argparse.Namespace, scheme: str, steps: int) -> dict[str, Any]:
     out = CACHE / "runs" / f"{args.name or args.model.name}-{scheme.replace(':', '-').replace(',', '+')}-{steps}"
     if (out / "manifest.json").is_file():
         raise SystemExit(f"{out} is there already; remove it to measure anew")
-    sizes = {"samples": args.samples, "seqlen": args.seqlen, "steps": steps, "batch-size": args.batch_size}
-    flags = [str(x) for name, value in sizes.items() for x in (f"--{name}", value)]
-    command = [sys.executable, "-m", "signround_edge.cli", "quantize", str(args.model), "--scheme", scheme]
-    cost = run_measured(
-        [*command, "-o", str(out), "--calibration", str(args.calibration), *flags], out.with_suffix(".log")
-    )
+    cost = run_measured(_quantize_command(args, scheme, steps, out), Path(f"{out}.log"))
     run, found = RunDirectory.open(out), inspect(out)
     scores = _score(args, TorchSession(load_run_model(run)))
     return {"bytes": found.total_bytes, "bits_per_weight": found.bits_per_weight, **scores, **asdict(cost)}
+
+
+def _quantize_command(args: argparse.Namespace, scheme: str, steps: int, out: Path) -> list[str]:
+    sizes = {"samples": args.samples, "seqlen": args.seqlen, "steps": steps, "batch-size": args.batch_size}
+    flags = [str(x) for name, value in sizes.items() for x in (f"--{name}", value)]
+    command = [sys.executable, "-m", "signround_edge.cli", "quantize", str(args.model), "--scheme", scheme]
+    return [*command, "-o", str(out), "--calibration", str(args.calibration), *flags]
+
+
+def _llama_quantize(args: argparse.Namespace, scheme: str, with_imatrix: bool) -> dict[str, Any]:
+    folder = CACHE / "llama-quantize" / (args.name or args.model.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "f32.gguf"
+    if not source.is_file():
+        write_float_gguf(args.model, source)
+    imatrix = read_imatrix(_plain_imatrix(args, folder)) if with_imatrix else None
+    preset = scheme.removeprefix("gguf:").upper()
+    file = folder / f"{preset}{'-imatrix' if with_imatrix else ''}.gguf"
+    cost = llama_quantize.quantize(source, file, preset, imatrix)
+    found = inspect(file)
+    scores = _score(args, TorchSession(load_llama_gguf(file, args.model)))
+    return {"bytes": found.total_bytes, "bits_per_weight": found.bits_per_weight, **scores, **asdict(cost)}
+
+
+def _plain_imatrix(args: argparse.Namespace, folder: Path) -> Path:
+    """E[x²] of the same calibration samples, every token counting the same, as the llama-imatrix program has it."""
+    file = folder / f"imatrix-{args.samples}x{args.seqlen}-{args.calibration.stem}.gguf"
+    if not file.is_file():
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            command = _quantize_command(args, "gguf:q8_0", 0, Path(temporary) / "run")
+            run_measured([*command, "--loss", "mse", "--save-imatrix", str(file)], Path(temporary) / "log.txt")
+    return file
 
 
 def _auto_round(args: argparse.Namespace) -> dict[str, Any]:

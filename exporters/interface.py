@@ -18,12 +18,14 @@ class ExportOptions:
         dtype: None packs the integers; "f32" or "f16" writes the dequantized weights as floats instead.
         template: a file of the target format whose metadata and naming to copy.
         accuracy_level: MatMulNBits' accuracy_level (ONNX only).
+        split_max_bytes: split the model into files of at most so many bytes of tensor data (GGUF only).
         log: called with one line of progress.
     """
 
     dtype: str | None = None
     template: Path | None = None
     accuracy_level: int = 0
+    split_max_bytes: int | None = None
     log: Callable[[str], None] = print
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,14 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
+def _bytes_of(size: str) -> int:
+    """500M, 4G or a plain number of bytes, as llama.cpp's gguf-split counts: M is 10^6, G is 10^9."""
+    match = re.fullmatch(r"(\d+)([MG]?)", size.strip().upper())
+    if match is None or int(match[1]) == 0:
+        raise UserError(f"--split-max-size {size} is not a size; give for example 500M or 4G")
+    return int(match[1]) * {"": 1, "M": 10**6, "G": 10**9}[match[2]]
+
+
 def _print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=1))
 
@@ -70,7 +79,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 
 @main.command()
 @_model
-@click.option("--scheme", required=True, help="gguf:q4_0, onnx:w4g128-asym, …; a comma joins those that share a grid.")
+@click.option("--scheme", required=True, help="gguf:q4_k_m, onnx:w4g128-asym, …; a comma joins those of one grid.")
+@click.option("--tensor-type", multiple=True, help="PATTERN=TYPE for matrices by name: ffn_down=Q6_K. Repeatable.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Run directory to write.")
 @click.option("--calibration", default=None, help="Text file, JSON lines or dataset name (default: shipped speeches).")
 @click.option("--recipe", default="default", show_default=True, help="default, fast, best, paper-v1 or paper-v2.")
@@ -88,16 +98,18 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--compute-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), help="Matrix products in tuning.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=int, help="Seed of the sample order.")
+@click.option("--imatrix", type=click.Path(path_type=Path), help="llama.cpp's imatrix file: E[x²] for scales.")
+@click.option("--save-imatrix", type=click.Path(path_type=Path), help="Write E[x²] for llama-quantize here.")
 @click.option("--resume", is_flag=True, help="Continue after the last complete block.")
 @click.option("--float-fallback", is_flag=True, help="Keep matrices that no block size divides in 16-bit floats.")
 def quantize(
-    model: str, scheme: str, out: Path, calibration: str | None, recipe: str, device: str, resume: bool,
-    float_fallback: bool, **settings: Any,
+    model: str, scheme: str, tensor_type: tuple[str, ...], out: Path, calibration: str | None, recipe: str, device: str,
+    imatrix: Path | None, save_imatrix: Path | None, resume: bool, float_fallback: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Tune MODEL (a folder or a Hugging Face name) on the grids of a scheme."""
     from signround_edge.formats.schemes import parse_scheme
 
-    parsed = parse_scheme(scheme)
+    parsed = parse_scheme(scheme).with_overrides(tensor_type)
     from signround_edge.progress import terminal_progress
     from signround_edge.source_model import resolve_model
     from signround_edge.tuning.settings import settings_from
@@ -108,12 +120,16 @@ def quantize(
 
         calibration = str(calibration_text_path())
         _say("note: calibrating on the shipped speeches; text like your application's (--calibration) is better")
+    from exporters.gguf.importance import importance_files
     from signround_edge.tuning.quantize import quantize as run_quantize
 
     try:
         with terminal_progress("tuning") as progress:
             folder = resolve_model(model)
-            run_quantize(folder, parsed, out, calibration, chosen, device, resume, float_fallback, progress)
+            given, saved = importance_files(imatrix, save_imatrix, folder, calibration)
+            run_quantize(
+                folder, parsed, out, calibration, chosen, device, resume, float_fallback, progress, given, saved
+            )
     except KeyboardInterrupt:
         _say(f"interrupted; {out} keeps every finished block: run the same command with --resume to continue")
         sys.exit(EXIT_INTERRUPTED)
@@ -127,7 +143,11 @@ def quantize(
 @click.option("--template", type=click.Path(path_type=Path), help="A file of that format whose metadata to copy.")
 @click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="0", help="Of MatMulNBits, ONNX only.")
 @click.option("--dtype", type=click.Choice(["f32", "f16"]), help="Write the dequantized weights as floats instead.")
-def export(run: Path, target: str, out: Path, template: Path | None, accuracy_level: str, dtype: str | None) -> None:
+@click.option("--split-max-size", help="Split into files of at most this size (500M, 4G); GGUF only.")
+def export(
+    run: Path, target: str, out: Path, template: Path | None, accuracy_level: str, dtype: str | None,
+    split_max_size: str | None,
+) -> None:  # fmt: skip
     """Write the integers and scales of RUN, unchanged, as GGUF or ONNX."""
     from signround_edge.plugins import exporters
     from signround_edge.run_directory import RunDirectory
@@ -137,7 +157,8 @@ def export(run: Path, target: str, out: Path, template: Path | None, accuracy_le
         raise UserError(f"--format {target} is unknown; known are {', '.join(known)}")
     from exporters.interface import ExportOptions
 
-    options = ExportOptions(dtype, template, int(accuracy_level), log=_say)
+    limit = None if split_max_size is None else _bytes_of(split_max_size)
+    options = ExportOptions(dtype, template, int(accuracy_level), limit, log=_say)
     path = known[target].export(RunDirectory.open(run), out, options)
     _say(f"wrote {path}")
 

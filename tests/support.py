@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from signround_edge.formats import Grid, QuantizedTensor
-from signround_edge.formats.schemes import Role, Scheme, parse_scheme
+from signround_edge.formats.gguf_presets import ModelTraits, Place, Role
+from signround_edge.formats.schemes import Scheme, after_fallback, parse_scheme
 from signround_edge.run_directory import OUTSIDE, Manifest, RunDirectory, TensorEntry, dtype_name, sha256_of
 
 CONFIG_SUFFIXES = (".json", ".jinja", ".model", ".txt")
@@ -121,11 +122,12 @@ def _role(model: PreTrainedModel, owner: nn.Module, name: str, part: str, tied: 
         return Role.OUTPUT if name in tied.values() else Role.EMBEDDING
     if owner is model.get_output_embeddings():
         return Role.OUTPUT
-    return Role.DECODER if part != OUTSIDE and isinstance(owner, nn.Linear | Conv1D) else None
+    return Role.OTHER if part != OUTSIDE and isinstance(owner, nn.Linear | Conv1D) else None
 
 
 def _round(weight: Tensor, scheme: Scheme, role: Role) -> tuple[QuantizedTensor | None, Grid | None]:
-    grid = scheme.grid_for(role, weight.shape[1])
+    cols = weight.shape[1]
+    grid = after_fallback(scheme.asked_for((), Place(role), ModelTraits(), cols), cols)
     if grid is None:
         return None, None
     return grid.quantize(weight, grid.search(grid.blocked(weight), torch.ones(1))), grid

@@ -11,7 +11,7 @@ __all__ = ["GgufExporter"]
 
 
 class GgufExporter:
-    """Writes one .gguf file; see `exporters.gguf.export`."""
+    """Writes one .gguf file, or several that belong together; see `exporters.gguf.export`."""
 
     name = "gguf"
 
@@ -29,7 +29,10 @@ class GgufExporter:
         return [TensorInfo(row.name, row.type, row.shape, row.bytes) for row in read_tensors(path)]
 
     def export(self, run: RunDirectory, out: Path, options: ExportOptions) -> Path:
-        """Write `out` (a file, or `model.gguf` in it when it is a folder) whole or not at all, and return its path.
+        """Write `out` (a file, or `model.gguf` in it when it is a folder) whole or not at all.
+
+        Returns:
+            Its path, or the first file's when the model is split.
 
         Raises:
             UserError: no built-in metadata and no template, a grid without GGUF type, an unknown tokenizer, a

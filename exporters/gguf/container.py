@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGUFWriter
 from numpy.typing import NDArray
 
+from exporters.gguf.container_reader import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, split_path
+from exporters.gguf.ggml_types import GgmlType
 from signround_edge.errors import UserError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -34,45 +36,78 @@ class PlannedTensor:
     """
 
     name: str
-    ggml_type: GGMLQuantizationType
+    ggml_type: GgmlType
     shape: tuple[int, ...]
     nbytes: int
     data: Callable[[], Iterator[NDArray[Any]]]
 
 
-def write_file(path: Path, writer: GGUFWriter, tensors: Iterable[PlannedTensor]) -> Path:
+def write_file(path: Path, writer: GGUFWriter, tensors: Iterable[PlannedTensor], max_bytes: int | None = None) -> Path:
     """Write the metadata collected in `writer` and the tensors to `path`, one tensor in memory at a time.
 
     The data goes to `<path>.partial`, which is renamed when everything is on disk and removed when anything fails.
 
     Args:
         writer: a GGUFWriter without file and without tensors.
+        max_bytes: split into files of at most so many bytes of tensor data (or one tensor), named as llama.cpp wants
+            them; the first holds all metadata.
+    Returns:
+        The file to load: `path`, or the first of several.
     Raises:
         UserError: the disk is full or cannot be written.
     """
-    planned = list(tensors)
-    for tensor in planned:
-        # float32 as dtype: gguf takes the shape as logical then; raw_dtype is what is stored.
-        writer.add_tensor_info(tensor.name, tensor.shape, np.float32, tensor.nbytes, raw_dtype=tensor.ggml_type)
-    partial = path.with_name(path.name + ".partial")
-    needed = sum(t.nbytes for t in planned) + _HEAD_ROOM
+    groups = _grouped(list(tensors), max_bytes)
+    count = len(groups)
+    paths = [path] if count == 1 else [split_path(path, i, count) for i in range(count)]
+    writers = [writer, *(GGUFWriter(None, writer.arch) for _ in groups[1:])]
+    partials = [p.with_name(p.name + ".partial") for p in paths]
+    needed = sum(t.nbytes for group in groups for t in group) + _HEAD_ROOM
     with _as_user_errors(path, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
         if free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         try:
-            _write_head(writer, partial)
-            with partial.open("ab") as out:
-                for tensor in planned:
-                    _write_tensor(out.write, tensor, writer.data_alignment)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(partial, path)
+            for index, (own, group, partial) in enumerate(zip(writers, groups, partials, strict=True)):
+                if count > 1:
+                    own.add_uint16(SPLIT_NO, index)
+                    own.add_uint16(SPLIT_COUNT, count)
+                    own.add_int32(SPLIT_TENSORS, sum(map(len, groups)))
+                _write_partial(own, group, partial)
+            for partial, final in zip(partials, paths, strict=True):
+                os.replace(partial, final)
         except BaseException:
-            partial.unlink(missing_ok=True)
+            for partial in partials:
+                partial.unlink(missing_ok=True)
             raise
-    return path
+    return paths[0]
+
+
+def _grouped(tensors: list[PlannedTensor], max_bytes: int | None) -> list[list[PlannedTensor]]:
+    """The tensors of each file, in order."""
+    groups: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if max_bytes is not None and groups[-1] and size + tensor.nbytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    return groups
+
+
+def _write_partial(writer: GGUFWriter, tensors: list[PlannedTensor], partial: Path) -> None:
+    """One whole file, safely on disk."""
+    for tensor in tensors:
+        # float32 as dtype: gguf takes the shape as logical then; raw_dtype is what is stored.
+        number: Any = tensor.ggml_type.number  # gguf-py wants its enum, which lacks some types, and only writes it
+        writer.add_tensor_info(tensor.name, tensor.shape, np.float32, tensor.nbytes, raw_dtype=number)
+    _write_head(writer, partial)
+    with partial.open("ab") as out:
+        for tensor in tensors:
+            _write_tensor(out.write, tensor, writer.data_alignment)
+        out.flush()
+        os.fsync(out.fileno())
 
 
 def _write_head(writer: GGUFWriter, partial: Path) -> None:

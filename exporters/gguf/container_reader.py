@@ -6,6 +6,7 @@ somewhere in numpy. Here anything that does not add up is one UserError. Layout:
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass, field
 from math import prod
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGUFValueType
 from numpy.typing import NDArray
 
+from exporters.gguf.ggml_types import BY_NUMBER, GgmlType
 from signround_edge.errors import UserError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 _MAX_DIMS = 4
 _SMALLEST_ENTRY = 13  # a key of no letters (8), a type (4) and one byte of value
 _MAX_ARRAY_DEPTH = 4
@@ -57,20 +60,22 @@ class StoredTensorInfo:
         name: GGUF tensor name.
         ggml_type: how it is stored.
         shape: logical shape, rows first.
-        offset: bytes from the start of the file.
+        offset: bytes from the start of its file.
         nbytes: bytes of the data.
+        file: the file that holds it: one of several when the model is split.
     """
 
     name: str
-    ggml_type: GGMLQuantizationType
+    ggml_type: GgmlType
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    file: Path
 
 
 @dataclass
 class GgufFile:
-    """The head of a GGUF file. Tensor data is mapped, not read."""
+    """The head of a GGUF file, or of all files of a split model. Tensor data is mapped, not read."""
 
     path: Path
     version: int
@@ -93,12 +98,23 @@ class GgufFile:
         rows = prod(info.shape[:-1])
         if info.nbytes == 0:
             return np.zeros((rows, 0), dtype=np.uint8)
-        mapped = np.memmap(self.path, mode="r", offset=info.offset, shape=(info.nbytes,), dtype=np.uint8)
+        mapped = np.memmap(info.file, mode="r", offset=info.offset, shape=(info.nbytes,), dtype=np.uint8)
         return mapped.reshape(rows, -1)
 
     @classmethod
     def open(cls, path: Path) -> GgufFile:
-        """Parse the head. UserError when the file is missing, not GGUF, damaged or truncated."""
+        """Parse the head. UserError when the file is missing, not GGUF, damaged or truncated.
+
+        The first file of a split model opens all of them; `split.*` is left out of the metadata then.
+        """
+        file = cls._open_one(path)
+        count = file.get(SPLIT_COUNT)
+        if isinstance(count, int) and count > 1:
+            _join(file, count)
+        return file
+
+    @classmethod
+    def _open_one(cls, path: Path) -> GgufFile:
         try:
             size = path.stat().st_size
             if path.is_dir():
@@ -110,6 +126,37 @@ class GgufFile:
             raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a GGUF file") from error
         cursor = _Cursor(mapped.data, path)
         return _parse(cls(path, 0), cursor)
+
+
+def split_path(path: Path, index: int, count: int) -> Path:
+    """The name that llama.cpp wants for file `index` (from 0) of `count` of the model `path`."""
+    return path.with_name(f"{path.name.removesuffix('.gguf')}-{index + 1:05d}-of-{count:05d}.gguf")
+
+
+def _join(first: GgufFile, count: int) -> None:
+    """Add the tensors of the other files of a split model."""
+    stem = re.fullmatch(rf"(.*)-00001-of-{count:05d}\.gguf", first.path.name)
+    if stem is None or first.get(SPLIT_NO) != 0:
+        raise UserError(
+            f"{first.path} is one of {count} files of a split model; give the first, called …-00001-of-{count:05d}.gguf"
+        )
+    for index in range(1, count):
+        path = split_path(first.path.with_name(stem[1]), index, count)
+        if not path.is_file():
+            raise UserError(
+                f"{path} is missing: {first.path} is the first of {count} files; put them all in one folder"
+            )
+        part = GgufFile._open_one(path)
+        if part.get(SPLIT_NO) != index or part.get(SPLIT_COUNT) != count or part.tensors.keys() & first.tensors.keys():
+            raise UserError(f"{path} is not part {index + 1} of {first.path}; export or download the model again")
+        first.tensors.update(part.tensors)
+    if first.get(SPLIT_TENSORS) != len(first.tensors):
+        raise UserError(
+            f"{first.path} and its {count - 1} other files hold {len(first.tensors)} tensors, not the "
+            f"{first.get(SPLIT_TENSORS)} that they announce; export or download the model again"
+        )
+    for key in (SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS):
+        first.metadata.pop(key, None)
 
 
 class _Cursor:
@@ -205,7 +252,7 @@ def _parse(file: GgufFile, cursor: _Cursor) -> GgufFile:
         if info.offset % alignment or start + info.offset + info.nbytes > len(cursor.data):
             raise cursor.damaged(f"the data of tensor {info.name!r} lies beyond its end")
         file.tensors[info.name] = StoredTensorInfo(
-            info.name, info.ggml_type, info.shape, start + info.offset, info.nbytes
+            info.name, info.ggml_type, info.shape, start + info.offset, info.nbytes, file.path
         )
     return file
 
@@ -218,13 +265,11 @@ def _tensor_info(cursor: _Cursor) -> StoredTensorInfo:
         raise cursor.damaged(f"tensor {name!r} has {n_dims} dimensions")
     shape = tuple(int(cursor.scalar("<Q")) for _ in range(n_dims))[::-1]
     number = cursor.scalar("<I")
-    try:
-        ggml_type = GGMLQuantizationType(number)
-    except ValueError:
+    ggml_type = BY_NUMBER.get(number)
+    if ggml_type is None:
         raise UserError(
             f"{cursor.path}: tensor {name!r} has type {number}, unknown to the installed gguf package; update it"
-        ) from None
-    block, size = GGML_QUANT_SIZES[ggml_type]
-    if shape[-1] % block:
-        raise cursor.damaged(f"rows of tensor {name!r} are no multiple of {block}")
-    return StoredTensorInfo(name, ggml_type, shape, int(cursor.scalar("<Q")), prod(shape) // block * size)
+        )
+    if shape[-1] % ggml_type.block_values:
+        raise cursor.damaged(f"rows of tensor {name!r} are no multiple of {ggml_type.block_values}")
+    return StoredTensorInfo(name, ggml_type, shape, int(cursor.scalar("<Q")), ggml_type.nbytes(shape), cursor.path)

@@ -7,15 +7,15 @@ from pathlib import Path
 import gguf
 
 from exporters.gguf.container import write_file
-from exporters.gguf.families import family_of, read_config
+from exporters.gguf.families import canonical_config, family_of, read_config
 from exporters.gguf.metadata import (
     add_architecture,
     add_provenance,
     file_type,
     model_name,
-    rope_frequency_factors,
 )
 from exporters.gguf.naming import builtin_placements, matrix_shape
+from exporters.gguf.rope import factor_tensors
 from exporters.gguf.template import export_with_template
 from exporters.gguf.tensors import plan_tensor, vector
 from exporters.gguf.tokenizer import add_tokenizer
@@ -24,6 +24,7 @@ from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 
 _DTYPES = (None, "f32", "f16")
+_ALWAYS_F32 = ("position_embd.weight",)  # as llama.cpp's converter has it
 
 
 def export(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
@@ -33,24 +34,22 @@ def export(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
     path = out / "model.gguf" if out.is_dir() else out
     if options.template is not None:
         return export_with_template(run, path, options, options.template)
-    config = read_config(run.config_dir)
+    config = canonical_config(read_config(run.config_dir))
     family = family_of(config)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.arch])
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(model_name(run, config))
     placements = builtin_placements(run, config)
-    tensors = [plan_tensor(run, placement, options.dtype) for placement in placements]
-    factors = rope_frequency_factors(config)
-    if factors is not None:
-        tensors.append(vector(gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight", factors))
+    tensors = [plan_tensor(run, p, options.dtype, p.gguf_name in _ALWAYS_F32) for p in placements]
+    tensors += [vector(name, factors) for name, factors in factor_tensors(family, config).items()]
     embedding = next((p for p in placements if p.gguf_name == "token_embd.weight"), None)
     if embedding is None:
         raise UserError(f"{run.path} has no token embedding; run `quantize` again")
     n_vocab = matrix_shape(run, embedding.hf_name)[0]
     add_architecture(writer, family, config, n_vocab, options.log)
-    add_tokenizer(writer, run.config_dir, n_vocab, options.log)
+    tokens = add_tokenizer(writer, run.config_dir, n_vocab, options.log)
+    writer.add_name(model_name(run, config, tokens))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(file_type(run, options.dtype))
     add_provenance(writer, run)
     options.log(f"writing {path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:.1f} MB")
-    return write_file(path, writer, tensors)
+    return write_file(path, writer, tensors, options.split_max_bytes)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.gguf.families import RowOrder, interleaved_rows
+from exporters.gguf.row_orders import RowOrder, interleaved_rows
 
 Matrix = NDArray[np.float32]
 

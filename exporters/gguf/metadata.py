@@ -1,22 +1,23 @@
 """Architecture metadata of the built-in families: what llama.cpp must know besides tensors and tokenizer.
 
-Source of the keys: `TextModel.set_gguf_parameters` and `LlamaModel.generate_extra_tensors` in llama.cpp's
-conversion/ folder, and `llama_model::load_hparams`.
+Source of the keys: `set_gguf_parameters` of each model in llama.cpp's conversion/ folder, and `load_arch_hparams` in
+its src/models/.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import gguf
-import numpy as np
-from numpy.typing import NDArray
 
-from exporters.gguf.families import Family, head_dim
+from exporters.gguf.families import Family
+from exporters.gguf.limits import refuse_what_differs, window_period
+from exporters.gguf.rope import add_rope
+from exporters.gguf.row_orders import Config
 from signround_edge import __version__
-from signround_edge.errors import UserError
 from signround_edge.run_directory import OUTSIDE, RunDirectory, sha256_of
 
 PROVENANCE = "signround_edge"
@@ -30,7 +31,6 @@ _FILE_TYPES = {
     "F16": gguf.LlamaFileType.MOSTLY_F16,
     "F32": gguf.LlamaFileType.ALL_F32,
 }
-_TEMPLATE_HINT = "make an f16 GGUF with llama.cpp's convert_hf_to_gguf.py and give it as --template"
 
 
 def file_type(run: RunDirectory, dtype: str | None) -> gguf.LlamaFileType:
@@ -52,39 +52,50 @@ def add_provenance(writer: gguf.GGUFWriter, run: RunDirectory) -> None:
     writer.add_string(f"{PROVENANCE}.manifest_sha256", sha256_of(run.path / "manifest.json"))
 
 
-def model_name(run: RunDirectory, config: dict[str, Any]) -> str:
-    """A name for people: the last component of the source model's path or name."""
+def model_name(run: RunDirectory, config: dict[str, Any], tokens: list[str]) -> str:
+    """A name for people: the last component of the source model's path or name.
+
+    llama.cpp takes special tokens of a "phi-3" for those of Microsoft's models, and dies where `tokens` lack them
+    (`llama_vocab::impl::load`): then the name is written with a space.
+    """
     source = str(run.manifest.source.get("model") or config.get("_name_or_path") or "model")
-    return source.rstrip("/").rpartition("/")[2] or "model"
+    name = source.rstrip("/").rpartition("/")[2] or "model"
+    if {"</s>", "<s>", "<unk>", "<|endoftext|>"} <= set(tokens):
+        return name
+    return re.sub("(?i)(phi)-?3", r"\1 3", name)
 
 
 def add_architecture(
-    writer: gguf.GGUFWriter, family: Family, config: dict[str, Any], vocab_size: int, log: Callable[[str], None]
+    writer: gguf.GGUFWriter, family: Family, config: Config, vocab_size: int, log: Callable[[str], None]
 ) -> None:
-    """All `<arch>.*` keys. UserError for what llama.cpp's graph of the family cannot compute."""
-    _check(family, config)
+    """All `<arch>.*` keys. UserError for what llama.cpp's graph of the family cannot compute.
+
+    Args:
+        config: as `canonical_config` gives it.
+    """
+    refuse_what_differs(family, config)
+    if config.get("hidden_act") == "gelu":
+        log("llama.cpp computes GELU by its tanh approximation and this model exactly: logits differ in late digits")
+    heads, dim = int(config["num_attention_heads"]), int(config["head_dim"])
     writer.add_vocab_size(vocab_size)
     writer.add_block_count(int(config["num_hidden_layers"]))
     writer.add_context_length(int(config["max_position_embeddings"]))
     writer.add_embedding_length(int(config["hidden_size"]))
     writer.add_feed_forward_length(int(config["intermediate_size"]))
-    heads = int(config["num_attention_heads"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
-    dim = head_dim(config)
+    writer.add_head_count_kv(int(config["num_key_value_heads"]))
     if dim * heads != int(config["hidden_size"]):
         writer.add_key_length(dim)
         writer.add_value_length(dim)
-    writer.add_rope_dimension_count(dim)
-    writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
-    _add_rope(writer, config, log)
-    window = sliding_window(config)
-    if window is not None:
-        writer.add_sliding_window(window)
-        log(
-            f"the model attends within a sliding window of {window} tokens; llama.cpp ignores it for this "
-            "architecture, so longer contexts differ from the original"
-        )
+    if family.layer_norm:
+        writer.add_layer_norm_eps(float(config["norm_eps"]))
+    else:
+        writer.add_layer_norm_rms_eps(float(config["norm_eps"]))
+    if family.rotary:
+        add_rope(writer, family, config, log)
+    if not family.windows:
+        _add_ignored_window(writer, config, log)
+    _OWN_KEYS.get(family.model_type, _no_keys)(writer, config)
 
 
 def sliding_window(config: dict[str, Any]) -> int | None:
@@ -97,91 +108,57 @@ def sliding_window(config: dict[str, Any]) -> int | None:
     return int(window) if int(window) < int(config["max_position_embeddings"]) else None
 
 
-def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE settings in one shape: transformers 5 has `rope_parameters`, before it `rope_theta` and `rope_scaling`."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    parameters["rope_type"] = str(kind).lower()
-    parameters.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    return parameters
-
-
-def rope_frequency_factors(config: dict[str, Any]) -> NDArray[np.float32] | None:
-    """The divisors of Llama 3's scaled frequencies, f32 [head_dim/2] (tensor rope_freqs), or None without them.
-
-    Source: `_compute_llama3_parameters` in transformers' modeling_rope_utils.py; llama.cpp divides each frequency by
-    its factor.
-    """
-    rope = rope_parameters(config)
-    if rope["rope_type"] != "llama3":
-        return None
-    dim = head_dim(config)
-    frequencies = 1.0 / float(rope["rope_theta"]) ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
-    wavelengths = 2 * math.pi / frequencies
-    factor, low, high = float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    original = float(rope["original_max_position_embeddings"])
-    smooth = (original / wavelengths - low) / (high - low)
-    blended = 1.0 / ((1 - smooth) / factor + smooth)
-    factors = np.where(wavelengths < original / high, 1.0, np.where(wavelengths > original / low, factor, blended))
-    return factors.astype(np.float32)
-
-
-def _add_rope(writer: gguf.GGUFWriter, config: dict[str, Any], log: Callable[[str], None]) -> None:
-    rope = rope_parameters(config)
-    kind = rope["rope_type"]
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
-    if kind in ("default", "llama3"):
-        return
-    if kind == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-        return
-    if kind == "dynamic":
-        log("dynamic RoPE scaling is exported without scaling: the same up to the original context length")
-        return
-    if kind != "yarn":
-        raise UserError(f"RoPE scaling {kind!r} has no built-in GGUF metadata; {_TEMPLATE_HINT}")
-    factor = float(rope["factor"])
-    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-    writer.add_rope_scaling_factor(factor)
-    original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-    writer.add_rope_scaling_orig_ctx_len(int(original))
-    attention = _yarn_attention_factor(rope, factor)
-    if attention is not None:
-        writer.add_rope_scaling_attn_factors(attention)
-    beta_fast, beta_slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
-    if (beta_fast, beta_slow) != (32, 1):
-        writer.add_rope_scaling_yarn_beta_fast(beta_fast)
-        writer.add_rope_scaling_yarn_beta_slow(beta_slow)
+def _add_ignored_window(writer: gguf.GGUFWriter, config: Config, log: Callable[[str], None]) -> None:
+    window = sliding_window(config)
+    if window is not None:
+        writer.add_sliding_window(window)
         log(
-            f"YaRN with beta_fast {beta_fast:g} and beta_slow {beta_slow:g}: llama.cpp computes 32 and 1 for this "
-            "architecture, so results differ from the original"
+            f"the model attends within a sliding window of {window} tokens; llama.cpp ignores it for this "
+            "architecture, so longer contexts differ from the original"
         )
 
 
-def _yarn_attention_factor(rope: dict[str, Any], factor: float) -> float | None:
-    """llama.cpp's multiplier on top of its own 1 + 0.1·ln(factor), or None where transformers uses the same.
-
-    Source: `rope_yarn` in ggml's ops.cpp and `llama_context::llama_context` (`rope_attn_factor`, the one key of this
-    kind that all architectures read) against `_compute_yarn_parameters` in transformers.
-    """
-    if rope.get("mscale") or rope.get("mscale_all_dim"):
-        raise UserError(f"YaRN with mscale has no built-in GGUF metadata; {_TEMPLATE_HINT}")
-    explicit = rope.get("attention_factor")
-    if explicit is None:
-        return None
-    return float(explicit) / (1.0 + 0.1 * math.log(factor))
+def _no_keys(writer: gguf.GGUFWriter, config: Config) -> None:
+    pass
 
 
-def _check(family: Family, config: dict[str, Any]) -> None:
-    name = family.model_type
-    for key in ("num_hidden_layers", "max_position_embeddings", "hidden_size", "intermediate_size"):
-        if not isinstance(config.get(key), int):
-            raise UserError(f"config.json of the run has no {key}; run `quantize` again")
-    if not isinstance(config.get("num_attention_heads"), int):
-        raise UserError("config.json of the run has no num_attention_heads; run `quantize` again")
-    act = config.get("hidden_act", "silu")
-    if act not in ("silu", "swish"):
-        raise UserError(f"llama.cpp's {name} computes SiLU, this model uses {act!r}; {_TEMPLATE_HINT}")
-    if float(config.get("partial_rotary_factor") or rope_parameters(config).get("partial_rotary_factor") or 1) != 1:
-        raise UserError(f"partial rotary embeddings are not built in for {name}; {_TEMPLATE_HINT}")
+def _gpt_neox_keys(writer: gguf.GGUFWriter, config: Config) -> None:
+    writer.add_parallel_residual(bool(config["use_parallel_residual"]))
+
+
+def _falcon_keys(writer: gguf.GGUFWriter, config: Config) -> None:
+    writer.add_tensor_data_layout("jploski")  # the converter's name for its order of rows
+
+
+def _phi3_keys(writer: gguf.GGUFWriter, config: Config) -> None:
+    if sliding_window(config) is None:
+        writer.add_sliding_window(0)  # older llama.cpp assumes a window of its own where the key is missing
+
+
+def _gemma2_keys(writer: gguf.GGUFWriter, config: Config) -> None:
+    writer.add_attn_logit_softcapping(float(config["attn_logit_softcapping"]))
+    writer.add_final_logit_softcapping(float(config["final_logit_softcapping"]))
+    _add_windows(writer, config)
+
+
+def _gemma3_keys(writer: gguf.GGUFWriter, config: Config) -> None:
+    if config["final_logit_softcapping"]:
+        writer.add_final_logit_softcapping(float(config["final_logit_softcapping"]))
+    writer.add_rope_freq_base_swa(float(config["rope_parameters"]["sliding_attention"]["rope_theta"]))
+    _add_windows(writer, config)
+
+
+def _add_windows(writer: gguf.GGUFWriter, config: Config) -> None:
+    period = window_period(config)
+    if period is not None and period > 1:
+        writer.add_sliding_window(int(config["sliding_window"]))
+        writer.add_sliding_window_pattern(period)
+
+
+_OWN_KEYS: dict[str, Callable[[gguf.GGUFWriter, Config], None]] = {
+    "gpt_neox": _gpt_neox_keys,
+    "falcon": _falcon_keys,
+    "phi3": _phi3_keys,
+    "gemma2": _gemma2_keys,
+    "gemma3_text": _gemma3_keys,
+}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import gguf
 import numpy as np
@@ -12,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from exporters.gguf.families import RowOrder, family_of, row_order
+from exporters.gguf.families import family_of, row_order
+from exporters.gguf.row_orders import Config, RowOrder
 from signround_edge.errors import UserError
+from signround_edge.gguf_names import name_table
 from signround_edge.run_directory import RunDirectory
 
 _SUFFIXES = (".weight", ".bias")
@@ -36,28 +37,33 @@ class Placement:
     added: float = 0.0
 
 
-def builtin_placements(run: RunDirectory, config: dict[str, Any]) -> list[Placement]:
-    """Placement of every parameter, for the built-in families. UserError when one has no GGUF name."""
+def builtin_placements(run: RunDirectory, config: Config) -> list[Placement]:
+    """Placement of every parameter, for the built-in families. UserError when one has no place.
+
+    Args:
+        config: as `canonical_config` gives it.
+    """
     family = family_of(config)
-    names = gguf.get_tensor_name_map(family.arch, int(config["num_hidden_layers"]))
+    names = name_table(family.arch, int(config["num_hidden_layers"]))
     placements = []
     for hf_name in run.names():
-        gguf_name = names.get_name(hf_name, try_suffixes=_SUFFIXES)
-        unsupported = hf_name.endswith("o_proj.bias") and not family.output_bias
-        if gguf_name is None or unsupported:
+        spellings = (names.get_name(spelling, try_suffixes=_SUFFIXES) for spelling in _spellings(hf_name))
+        gguf_name = next(filter(None, spellings), None)
+        if gguf_name is None or hf_name.endswith(family.without):
             raise UserError(
                 f"parameter {hf_name} has no place in llama.cpp's {family.model_type} architecture; make an f16 GGUF "
                 "with llama.cpp's convert_hf_to_gguf.py and give it as --template"
             )
         rows = row_order(family, config, hf_name, matrix_shape(run, hf_name)[0])
-        placements.append(Placement(gguf_name, hf_name, rows))
+        added = family.norm_added if hf_name.endswith("norm.weight") else 0.0
+        placements.append(Placement(gguf_name, hf_name, rows, added))
     return placements
 
 
 def candidate_names(run: RunDirectory, block_count: int, arch: str) -> dict[str, str]:
     """GGUF name → HF name that a template of architecture `arch` may use, tied parameters included."""
     archs = [known for known, name in gguf.MODEL_ARCH_NAMES.items() if name == arch]
-    maps = [gguf.get_tensor_name_map(known, block_count) for known in archs]
+    maps = [name_table(known, block_count) for known in archs]
     found: dict[str, str] = {}
     for hf_name, data_name in _with_tied(run):
         for names in maps:

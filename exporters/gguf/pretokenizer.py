@@ -57,6 +57,11 @@ KNOWN_HASHES = {
     "4a2e2abae11ca2b86d570fc5b44be4d5eb5e72cc8f22dd136a94b37da83ab665": "kormo",
     "862f827721df956049dff5ca81a57f29e575280bc622e290d3bf4e35eca29015": "f2llmv2",
     "7dec86086fcc38b66b7bc1575a160ae21cf705be7718b9d5598190d7c12db76f": "superbpe",
+    "b6dc8df998e1cfbdc4eac8243701a65afe638679230920b50d6f17d81c098166": "olmo",  # GPT-NeoX, Pythia, OLMo, MPT
+    "3c30d3ad1d6b64202cd222813e7736c2db6e1bd6d67197090fc1211fbc612ae7": "bloom",
+    "bc01ce58980e1db43859146dc51b1758b3b88729b217a74792e9f8d43e479d21": "gpt3-finnish",
+    "8aeee3860c56296a157a1fe2fad249ec40aa59b1bb5709f4ade11c4e6fe652ed": "falcon",
+    "a8594e3edff7c29c003940395316294b2c623e09894deebbc65f33f1515df79e": "dbrx",
 }
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -73,6 +78,7 @@ _GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     rf"{_CONTRACTIONS}?|\p{{N}}{{1,3}}|" + _CASED_TAIL
 )
+_BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 
 # (regular expressions applied one after the other, whether a pre-token that is a token skips the merges) → name.
 _STRUCTURES: dict[tuple[tuple[str, ...], bool], str] = {
@@ -84,7 +90,17 @@ _STRUCTURES: dict[tuple[tuple[str, ...], bool], str] = {
     ((_QWEN35,), False): "qwen35",
     ((_TEKKEN,), True): "tekken",
     ((_GPT4O,), False): "gpt-4o",
+    ((_BLOOM,), False): "bloom",
 }
+
+# Falcon's steps behind ByteLevel see bytes as characters, some of which (²³¹¼½¾) count as digits. llama.cpp splits the
+# text itself by the same expressions; the tokens are the same because a merge across a split was never trained.
+_FALCON: list[dict[str, Any]] = [
+    {"type": "Punctuation", "behavior": "Contiguous"},
+    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+    {"type": "Digits", "individual_digits": False},
+    {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False},
+]
 
 # llama.cpp's own expressions for these replace letter-case classes by ASCII ones and leave combining marks out.
 APPROXIMATE = ("tekken", "gpt-4o", "llama4", "pixtral")
@@ -107,6 +123,8 @@ def detect(tokenizer: dict[str, Any], check_ids: list[int]) -> str:
     known = KNOWN_HASHES.get(check_hash(check_ids))
     if known is not None:
         return known
+    if _steps(tokenizer.get("pre_tokenizer")) == _FALCON and not tokenizer["model"].get("ignore_merges"):
+        return "falcon"
     patterns = _patterns(tokenizer.get("pre_tokenizer"))
     if patterns is not None:
         skips = bool(tokenizer["model"].get("ignore_merges"))
@@ -122,13 +140,18 @@ def detect(tokenizer: dict[str, Any], check_ids: list[int]) -> str:
     )
 
 
+def _steps(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """What a pre-tokenizer does in turn, without the one setting that is not about tokens."""
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    return [{key: value for key, value in (step or {}).items() if key != "trim_offsets"} for step in steps]
+
+
 def _patterns(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...] | None:
     """The regular expressions that a byte-level pre-tokenizer applies in turn, or None where it does other things."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     patterns: list[str] = []
     byte_level = False
-    for step in steps:
-        kind = (step or {}).get("type")
+    for step in _steps(pre_tokenizer):
+        kind = step.get("type")
         if byte_level:
             return None  # a step after the change of alphabet sees other characters than llama.cpp's does
         if kind == "ByteLevel":

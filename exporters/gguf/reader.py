@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from exporters.gguf.container_reader import GgufFile
-from exporters.gguf.families import FAMILIES, RowOrder, read_config
+from exporters.gguf.families import FAMILIES, canonical_config, read_config
+from exporters.gguf.ggml_types import F16, GgmlType
 from exporters.gguf.naming import Placement, builtin_placements, dequantized_rows
+from exporters.gguf.row_orders import RowOrder
 from exporters.gguf.template import match_by_value
-from signround_edge.errors import CheckFailed
+from signround_edge.errors import CheckFailed, UserError
 from signround_edge.run_directory import RunDirectory
 
 
@@ -76,12 +78,10 @@ def iter_expected(run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]
         yield ExpectedTensor(placement.gguf_name, placement.hf_name, _expected(run, placement, ggml_type))
 
 
-def _expected(
-    run: RunDirectory, placement: Placement, ggml_type: GGMLQuantizationType
-) -> Callable[[], NDArray[np.float32]]:
+def _expected(run: RunDirectory, placement: Placement, ggml_type: GgmlType) -> Callable[[], NDArray[np.float32]]:
     def weights() -> NDArray[np.float32]:
         exact = dequantized_rows(run, placement)
-        if ggml_type is not GGMLQuantizationType.F16:
+        if ggml_type is not F16:
             return exact
         return exact.astype(np.float16).astype(np.float32)
 
@@ -91,9 +91,11 @@ def _expected(
 def _placements(run: RunDirectory, file: GgufFile) -> list[Placement]:
     config = read_config(run.config_dir)
     family = FAMILIES.get(str(config.get("model_type")))
+    placements = None
     if family is not None and file.architecture == gguf.MODEL_ARCH_NAMES[family.arch]:
-        placements = builtin_placements(run, config)
-    else:
+        with suppress(UserError):  # a model that the built-in route refuses: a template made the file
+            placements = builtin_placements(run, canonical_config(config))
+    if placements is None:
         placements = match_by_value(run, file)
     absent = set(run.names()) - {p.hf_name for p in placements if p.gguf_name in file.tensors}
     if absent:

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from exporters.gguf.container import PlannedTensor, write_file
 from exporters.gguf.container_reader import GgufFile, StoredTensorInfo
-from exporters.gguf.families import RowOrder
+from exporters.gguf.ggml_types import F32
 from exporters.gguf.matching import find_row_order, find_vector
 from exporters.gguf.metadata import PROVENANCE, add_provenance, file_type
 from exporters.gguf.naming import Placement, candidate_names, dequantized_rows
+from exporters.gguf.row_orders import RowOrder
 from exporters.gguf.tensors import plan_tensor
 from exporters.interface import ExportOptions
 from signround_edge.errors import UserError
@@ -62,7 +63,7 @@ def export_with_template(run: RunDirectory, path: Path, options: ExportOptions, 
     # `verify` must not expect the built-in route's metadata here.
     writer.add_string(f"{PROVENANCE}.template", template.name)
     options.log(f"writing {path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:.1f} MB")
-    return write_file(path, writer, tensors)
+    return write_file(path, writer, tensors, options.split_max_bytes)
 
 
 def match_by_value(run: RunDirectory, file: GgufFile) -> list[Placement]:
@@ -102,8 +103,10 @@ def float_rows(file: GgufFile, name: str) -> NDArray[np.float32]:
     """A stored tensor as f32 [rows, values a row], through gguf's dequantizer (numpy)."""
     info = file.tensors[name]
     try:
-        weights: NDArray[np.float32] = quants.dequantize(file.raw(name), info.ggml_type)
-    except NotImplementedError as error:
+        weights: NDArray[np.float32] = quants.dequantize(
+            file.raw(name), gguf.GGMLQuantizationType(info.ggml_type.number)
+        )
+    except (NotImplementedError, ValueError) as error:
         raise UserError(
             f"{file.path}: tensor {name} has type {info.ggml_type.name}, which cannot be read; "
             "use an f16 or f32 template"
@@ -125,7 +128,7 @@ def _planned(
 ) -> PlannedTensor:
     if placement is None:
         return PlannedTensor(info.name, info.ggml_type, info.shape, info.nbytes, lambda: _copied(source, info.name))
-    template_is_f32 = info.ggml_type is gguf.GGMLQuantizationType.F32
+    template_is_f32 = info.ggml_type is F32
     keep_f32 = template_is_f32 and not run.is_quantized(placement.hf_name)
     return plan_tensor(run, placement, dtype, keep_f32)
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import prod
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from exporters.gguf.container import PlannedTensor
+from exporters.gguf.ggml_types import BF16, F16, F32, GgmlType
 from exporters.gguf.naming import Placement, dequantized_rows, float_data, matrix_shape
 from exporters.gguf.packing import pack, require_layout
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 
-_FLOATS = {"f32": GGMLQuantizationType.F32, "f16": GGMLQuantizationType.F16}
-_OWN_FLOATS = {torch.float16: GGMLQuantizationType.F16, torch.bfloat16: GGMLQuantizationType.BF16}
+_FLOATS = {"f32": F32, "f16": F16}
+_OWN_FLOATS = {torch.float16: F16, torch.bfloat16: BF16}
 
 
 def plan_tensor(run: RunDirectory, placement: Placement, dtype: str | None, keep_f32: bool = False) -> PlannedTensor:
@@ -37,34 +36,28 @@ def plan_tensor(run: RunDirectory, placement: Placement, dtype: str | None, keep
         layout = require_layout(name, placement.hf_name)
         ggml_type = layout.ggml_type
         return PlannedTensor(
-            placement.gguf_name, ggml_type, shape, stored_bytes(ggml_type, shape), lambda: _packed(run, placement)
+            placement.gguf_name, ggml_type, shape, ggml_type.nbytes(shape), lambda: _packed(run, placement)
         )
-    ggml_type = GGMLQuantizationType.F32
+    ggml_type = F32
     if len(shape) > 1 and not keep_f32:
         ggml_type = _FLOATS[dtype] if dtype else _own_float_type(run, placement.hf_name)
     return PlannedTensor(
         placement.gguf_name,
         ggml_type,
         shape,
-        stored_bytes(ggml_type, shape),
+        ggml_type.nbytes(shape),
         lambda: _floats(run, placement, ggml_type),
     )
 
 
-def stored_bytes(ggml_type: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of that type and logical shape."""
-    block, size = GGML_QUANT_SIZES[ggml_type]
-    return prod(shape) // int(block) * int(size)
-
-
 def vector(name: str, values: NDArray[np.float32]) -> PlannedTensor:
     """An f32 vector that no parameter holds (rope_freqs)."""
-    return PlannedTensor(name, GGMLQuantizationType.F32, values.shape, values.nbytes, lambda: iter([values]))
+    return PlannedTensor(name, F32, values.shape, values.nbytes, lambda: iter([values]))
 
 
-def _own_float_type(run: RunDirectory, hf_name: str) -> GGMLQuantizationType:
+def _own_float_type(run: RunDirectory, hf_name: str) -> GgmlType:
     """The type of a matrix that was not quantized: the run's own, so that nothing is rounded."""
-    return _OWN_FLOATS.get(float_data(run, hf_name).dtype, GGMLQuantizationType.F32)
+    return _OWN_FLOATS.get(float_data(run, hf_name).dtype, F32)
 
 
 def _packed(run: RunDirectory, placement: Placement) -> Iterator[NDArray[Any]]:
@@ -72,12 +65,12 @@ def _packed(run: RunDirectory, placement: Placement) -> Iterator[NDArray[Any]]:
     yield blocks if placement.rows is None else blocks[placement.rows]
 
 
-def _floats(run: RunDirectory, placement: Placement, ggml_type: GGMLQuantizationType) -> Iterator[NDArray[Any]]:
+def _floats(run: RunDirectory, placement: Placement, ggml_type: GgmlType) -> Iterator[NDArray[Any]]:
     weights = dequantized_rows(run, placement)
-    if ggml_type is GGMLQuantizationType.F32:
+    if ggml_type is F32:
         yield weights
         return
-    if ggml_type is GGMLQuantizationType.BF16:
+    if ggml_type is BF16:
         yield (weights.view(np.uint32) >> 16).astype(np.uint16)  # exact: the values were bfloat16
         return
     with np.errstate(over="ignore"):

@@ -69,24 +69,31 @@ class LoadedTokenizer:
         return bool(ids) and self.hf.convert_ids_to_tokens(ids[0]).startswith(("▁", "Ġ"))
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, n_vocab: int, log: Callable[[str], None]) -> None:
-    """Write all `tokenizer.*` keys for an embedding of `n_vocab` rows. UserError for kinds that are not built in."""
+def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, n_vocab: int, log: Callable[[str], None]) -> list[str]:
+    """Write all `tokenizer.*` keys for an embedding of `n_vocab` rows. UserError for kinds that are not built in.
+
+    Returns:
+        the tokens in order of their ids; none when the folder has no tokenizer.
+    """
     loaded = LoadedTokenizer.load(folder)
     if loaded is None:
         log("the model has no tokenizer; the file holds token ids only")
         writer.add_tokenizer_model("no_vocab")
-        return
+        return []
     model = loaded.content["model"]
     if model["type"] == "BPE" and model.get("byte_fallback"):
-        _add_sentencepiece(writer, loaded, n_vocab, log)
+        vocabulary = _add_sentencepiece(writer, loaded, n_vocab, log)
     elif model["type"] == "BPE":
-        _add_byte_level(writer, loaded, n_vocab, log)
+        vocabulary = _add_byte_level(writer, loaded, n_vocab, log)
     else:
         raise UserError(f"tokenizers of kind {model['type']} have no built-in GGUF metadata; {_TEMPLATE_HINT}")
     _add_special(writer, loaded, n_vocab, log)
+    return vocabulary.tokens
 
 
-def _add_byte_level(writer: gguf.GGUFWriter, loaded: LoadedTokenizer, n_vocab: int, log: Callable[[str], None]) -> None:
+def _add_byte_level(
+    writer: gguf.GGUFWriter, loaded: LoadedTokenizer, n_vocab: int, log: Callable[[str], None]
+) -> Vocabulary:
     """Byte-level BPE: `tokenizer.ggml.model` "gpt2"."""
     check_ids = loaded.hf.encode(pretokenizer.CHECK_TEXT)
     name = pretokenizer.detect(loaded.content, check_ids)
@@ -107,11 +114,12 @@ def _add_byte_level(writer: gguf.GGUFWriter, loaded: LoadedTokenizer, n_vocab: i
     if not merges:
         raise UserError(f"the tokenizer in {loaded.folder} has no merges; {_TEMPLATE_HINT}")
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    return vocabulary
 
 
 def _add_sentencepiece(
     writer: gguf.GGUFWriter, loaded: LoadedTokenizer, n_vocab: int, log: Callable[[str], None]
-) -> None:
+) -> Vocabulary:
     """SentencePiece BPE, from tokenizer.model or from the merges of tokenizer.json: `tokenizer.ggml.model` "llama"."""
     vocabulary = from_model(loaded.folder / "tokenizer.model", loaded.content["model"]["vocab"], n_vocab)
     if vocabulary is None:
@@ -126,6 +134,7 @@ def _add_sentencepiece(
     writer.add_tokenizer_pre("default")
     _add_tokens(writer, loaded, vocabulary, with_scores=True)
     writer.add_add_space_prefix(loaded.adds_leading_space())
+    return vocabulary
 
 
 def _add_tokens(writer: gguf.GGUFWriter, loaded: LoadedTokenizer, vocabulary: Vocabulary, with_scores: bool) -> None:

@@ -29,7 +29,7 @@ from exporters.onnx.sidecar import Sidecar, hash_files
 from exporters.onnx.staging import can_pack_qkv, write_float_checkpoint, write_olive_checkpoint
 from signround_edge.errors import UserError
 from signround_edge.formats import get_grid
-from signround_edge.formats.schemes import GGUF_PRESETS, Role
+from signround_edge.formats.gguf_presets import GGUF_PRESETS
 from signround_edge.run_directory import RunDirectory
 
 MODEL_FILE = "model.onnx"
@@ -38,6 +38,8 @@ ACCURACY_LEVELS = (0, 1, 4)
 
 def export_folder(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
     """Write the folder; see `OnnxExporter.export`."""
+    if options.split_max_bytes is not None:
+        raise UserError("--split-max-size is for --format gguf; leave it out for ONNX")
     config = _checked_config(run, options)
     weights = RunWeights(run)
     with whole_folder(out) as partial:
@@ -132,5 +134,5 @@ def _exportable_presets() -> list[str]:
     return [
         f"gguf:{name}"
         for name, preset in GGUF_PRESETS.items()
-        if all(container_of(get_grid(preset.format_of(role))) is not None for role in Role)
+        if not preset.rules and all(container_of(get_grid(f)) is not None for f in (preset.base, preset.output))
     ]

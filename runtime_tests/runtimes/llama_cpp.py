@@ -82,7 +82,7 @@ class LlamaCppRuntime:
             file = GgufFile.open(artifact)
             for name, info in file.tensors.items():
                 data = file.raw(name)
-                weights = _dequantize(worker, int(info.ggml_type), len(data), info.shape[-1], data.reshape(-1))
+                weights = _dequantize(worker, info.ggml_type.number, len(data), info.shape[-1], data.reshape(-1))
                 yield StoredTensor(name, weights, info.ggml_type.name)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from signround_edge.errors import UserError
-from signround_edge.formats.ggml_k_quants import Q6K
+from signround_edge.formats.ggml_codebook import CodebookFp16, SuperCodebook
+from signround_edge.formats.ggml_k_quants import SuperAffine, SuperSymmetric
 from signround_edge.formats.ggml_legacy import AffineFp16, SymmetricFp16
 from signround_edge.formats.grid import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.matmul_nbits import MatMulNBitsAsymmetric, NBitsView, as_matmul_nbits
@@ -16,7 +17,14 @@ _ROWS: tuple[Grid, ...] = (
     SymmetricFp16("Q5_0", bits=5),
     AffineFp16("Q5_1", bits=5),
     SymmetricFp16("Q8_0", bits=8, signed=True),
-    Q6K(),
+    SymmetricFp16("Q2_0", bits=2, block_size=64, anchor=1),
+    SuperAffine("Q2_K", bits=2, block_size=16, sub_bits=4, bits_per_weight=2.625),
+    SuperSymmetric("Q3_K", bits=3, block_size=16, sub_bits=6, bits_per_weight=3.4375),
+    SuperAffine("Q4_K", bits=4, block_size=32, sub_bits=6, bits_per_weight=4.5),
+    SuperAffine("Q5_K", bits=5, block_size=32, sub_bits=6, bits_per_weight=5.5),
+    SuperSymmetric("Q6_K", bits=6, block_size=16, sub_bits=8, bits_per_weight=6.5625),
+    CodebookFp16("IQ4_NL", bits=4),
+    SuperCodebook("IQ4_XS", bits=4, block_size=32, sub_bits=6, bits_per_weight=4.25),
     *(SymmetricFp16(f"w4g{g}", bits=4, block_size=g) for g in (16, 64, 128, 256)),
     *(SymmetricFp16(f"w8g{g}", bits=8, block_size=g, signed=True) for g in (16, 64, 128, 256)),
     *(MatMulNBitsAsymmetric(bits, g) for bits in (4, 8) for g in (16, 32, 64, 128, 256)),
@@ -27,10 +35,13 @@ GRIDS: dict[str, Grid] = {grid.name: grid for grid in _ROWS}
 # Other names of the same grid: ONNX's symmetric block-32 formats are llama.cpp's.
 ALIASES = {"w4g32": "Q4_0", "w8g32": "Q8_0"}
 
+_BY_LOWER_CASE = {name.lower(): name for name in GRIDS} | ALIASES
+
 
 def get_grid(name: str) -> Grid:
-    """The grid of that name ("Q4_0", "w4g128-asym"); UserError lists the known ones."""
-    grid = GRIDS.get(ALIASES.get(name, name))
+    """The grid of that name ("Q4_0", "w4g128-asym", in any case); UserError lists the known ones."""
+    name = name if name in GRIDS else _BY_LOWER_CASE.get(name.lower(), name)
+    grid = GRIDS.get(name)
     if grid is None:
         raise UserError(f"unknown block format {name!r}; known are {', '.join([*GRIDS, *ALIASES])}")
     return grid

@@ -1,6 +1,7 @@
-"""Grids of llama.cpp's K-quants: integer sub-scales times an fp16 super-scale over 256 values.
+"""Grids of llama.cpp's K-quants: integer sub-scales (and sub-minimums) times fp16 super-scales over 256 values.
 
-Source of the arithmetic: `dequantize_row_q6_K` in ggml-quants.c and `quantize_row_q6_K_ref` for the storage of scales.
+Source of the arithmetic: `dequantize_row_q2_K` to `dequantize_row_q6_K` in ggml-quants.c. All products there are exact
+in f32 (11 significant bits of fp16, at most 8 of the sub-scale, at most 6 of the code), so their order does not matter.
 """
 
 from __future__ import annotations
@@ -9,43 +10,81 @@ import torch
 from torch import Tensor
 
 from signround_edge.formats.grid import BlockScales, Fields, Grid, safe_reciprocal, to_fp16
-from signround_edge.formats.scale_search import in_row_chunks, search_symmetric
+from signround_edge.formats.super_search import search_super
 
 SUPER_BLOCK = 256
 
 
-class Q6K(Grid):
-    """w = d·sc·(q − 32): int8 sc per 16 values, fp16 d per 256.
+class SuperBlockGrid(Grid):
+    """What both kinds share: sub-blocks of `block_size` values, `blocks_per_super` of them in 256 values."""
 
-    Fields: sub_scale int8 [R, B], super_scale fp16 [R, B/16].
+    row_multiple = SUPER_BLOCK
+    code_min = 0
+
+    def __init__(self, name: str, bits: int, block_size: int, bits_per_weight: float) -> None:
+        self.name = name
+        self.block_size = block_size
+        self.blocks_per_super = SUPER_BLOCK // block_size
+        self.code_max = (1 << bits) - 1
+        self.bits_per_weight = bits_per_weight
+
+    def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:
+        return search_super(self, blocks, importance)
+
+    def per_super(self, blocks: Tensor) -> Tensor:
+        """[R, B] as [R, super-blocks, blocks_per_super]."""
+        return blocks.reshape(blocks.shape[0], -1, self.blocks_per_super)
+
+    def per_block(self, supers: Tensor) -> Tensor:
+        """[R, super-blocks] repeated for every sub-block: f32 [R, B]."""
+        return supers.float().repeat_interleave(self.blocks_per_super, dim=-1)
+
+    def scales_of(self, fields: Fields) -> BlockScales:
+        """The scales that `store` turns into these very fields."""
+        raise NotImplementedError
+
+    def _sub_codes(self, values: Tensor, super_scale: Tensor, low: int, high: int) -> Tensor:
+        """Real scales or minimums [R, B] as integer multiples of their fp16 super-scale [R, super-blocks]."""
+        return (values * safe_reciprocal(self.per_block(super_scale))).round().clamp(low, high)
+
+
+class SuperSymmetric(SuperBlockGrid):
+    """w = d·sc·(q − anchor): Q3_K (6-bit sc, stored with an offset of 32) and Q6_K (8-bit sc).
+
+    Fields: sub_scale int8 [R, B], super_scale fp16 [R, super-blocks].
     """
 
-    name = "Q6_K"
-    block_size = 16
-    row_multiple = SUPER_BLOCK
-    code_min, code_max, anchor = 0, 63, 32
     affine = False
-    bits_per_weight = 6.5625
-    blocks_per_super = SUPER_BLOCK // 16
+
+    def __init__(self, name: str, bits: int, block_size: int, sub_bits: int, bits_per_weight: float) -> None:
+        super().__init__(name, bits, block_size, bits_per_weight)
+        self.anchor = 1 << (bits - 1)
+        self.sub_min, self.sub_max = -(1 << (sub_bits - 1)), (1 << (sub_bits - 1)) - 1
+        self.field_ranges = {"sub_scale": (self.sub_min, self.sub_max)}
 
     def store(self, scales: BlockScales) -> Fields:
-        grouped = scales.scale.reshape(scales.scale.shape[0], -1, self.blocks_per_super)
-        where = grouped.abs().argmax(dim=-1, keepdim=True)
-        extreme = grouped.gather(-1, where)
-        super_scale = to_fp16(extreme / -128)
-        sub = grouped * safe_reciprocal(super_scale.float())
-        sub_scale = sub.round().clamp(-128, 127).flatten(-2).to(torch.int8)
-        return {"sub_scale": sub_scale, "super_scale": super_scale.squeeze(-1)}
+        super_scale = scales.super_scale
+        if super_scale is None:
+            grouped = self.per_super(scales.scale)
+            extreme = grouped.gather(-1, grouped.abs().argmax(dim=-1, keepdim=True))
+            super_scale = extreme.squeeze(-1) / self.sub_min
+        stored = to_fp16(super_scale)
+        sub = self._sub_codes(scales.scale, stored, self.sub_min, self.sub_max)
+        return {"sub_scale": sub.to(torch.int8), "super_scale": stored}
+
+    def scales_of(self, fields: Fields) -> BlockScales:
+        return BlockScales(self.effective_scale(fields), super_scale=fields["super_scale"].float())
+
+    def effective_scale(self, fields: Fields) -> Tensor:
+        """d·sc of every sub-block, f32 [R, B]."""
+        return fields["sub_scale"].float() * self.per_block(fields["super_scale"])
 
     def affine_view(self, fields: Fields) -> tuple[Tensor, Tensor]:
-        scale = self._effective_scale(fields)
+        scale = self.effective_scale(fields)
         return scale, torch.full_like(scale, self.anchor)
 
     def dequantize_blocks(self, codes: Tensor, fields: Fields) -> Tensor:
-        return (codes.float() - self.anchor).mul_(self._effective_scale(fields).unsqueeze(-1))
-
-    def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:
-        return in_row_chunks(lambda w, h: search_symmetric(self, w, h), blocks, importance)
+        return (codes.float() - self.anchor).mul_(self.effective_scale(fields).unsqueeze(-1))
 
     def field_shapes(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {
@@ -53,7 +92,57 @@ class Q6K(Grid):
             "super_scale": ((rows, cols // SUPER_BLOCK), torch.float16),
         }
 
-    def _effective_scale(self, fields: Fields) -> Tensor:
-        """d·sc, exact in f32: 11 and 8 significant bits."""
-        super_scale = fields["super_scale"].float().repeat_interleave(self.blocks_per_super, dim=-1)
-        return fields["sub_scale"].float() * super_scale
+
+class SuperAffine(SuperBlockGrid):
+    """w = d·sc·q − dmin·mn with unsigned sc and mn: Q2_K (4 bits each), Q4_K and Q5_K (6 bits each).
+
+    Fields: sub_scale, sub_minimum uint8 [R, B]; super_scale, super_minimum fp16 [R, super-blocks].
+    """
+
+    affine = True
+    anchor = 0
+    minimum_at_most_zero = True
+
+    def __init__(self, name: str, bits: int, block_size: int, sub_bits: int, bits_per_weight: float) -> None:
+        super().__init__(name, bits, block_size, bits_per_weight)
+        self.sub_max = (1 << sub_bits) - 1
+        self.field_ranges = {"sub_scale": (0, self.sub_max), "sub_minimum": (0, self.sub_max)}
+
+    def store(self, scales: BlockScales) -> Fields:
+        assert scales.minimum is not None
+        fields = {}
+        stored = (
+            ("scale", scales.scale, scales.super_scale),
+            ("minimum", -scales.minimum, scales.super_minimum),
+        )
+        for kind, values, super_scale in stored:
+            if super_scale is None:
+                super_scale = self.per_super(values).amax(dim=-1).clamp(min=0) / self.sub_max
+            fields[f"super_{kind}"] = to_fp16(super_scale)
+            sub = self._sub_codes(values, fields[f"super_{kind}"], 0, self.sub_max)
+            fields[f"sub_{kind}"] = sub.to(torch.uint8)
+        return fields
+
+    def scales_of(self, fields: Fields) -> BlockScales:
+        supers = fields["super_scale"].float(), fields["super_minimum"].float()
+        return BlockScales(*self._effective(fields), *supers)
+
+    def affine_view(self, fields: Fields) -> tuple[Tensor, Tensor]:
+        scale, minimum = self._effective(fields)
+        zero = -minimum / scale
+        return scale, torch.where(zero.isfinite(), zero, torch.zeros_like(zero))
+
+    def dequantize_blocks(self, codes: Tensor, fields: Fields) -> Tensor:
+        scale, minimum = self._effective(fields)
+        return (codes.float() * scale.unsqueeze(-1)).add_(minimum.unsqueeze(-1))
+
+    def _effective(self, fields: Fields) -> tuple[Tensor, Tensor]:
+        """(d·sc, −dmin·mn) of every sub-block, f32 [R, B]."""
+        scale = fields["sub_scale"].float() * self.per_block(fields["super_scale"])
+        minimum = fields["sub_minimum"].float() * self.per_block(fields["super_minimum"])
+        return scale, minimum.neg_()
+
+    def field_shapes(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        subs = ((rows, cols // self.block_size), torch.uint8)
+        supers = ((rows, cols // SUPER_BLOCK), torch.float16)
+        return {"sub_scale": subs, "sub_minimum": subs, "super_scale": supers, "super_minimum": supers}

@@ -10,7 +10,9 @@ S values a block, so K = B·S. `blocked` tensors are [R, B, S]; per-block tensor
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from torch import Tensor
 FP16_MAX = 65504.0
 
 Fields = dict[str, Tensor]
+
+_ROWS_AT_ONCE = 4096
 
 
 def to_fp16(value: Tensor) -> Tensor:
@@ -33,15 +37,33 @@ def safe_reciprocal(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockScales:
-    """Real-valued scales before storage: weight ≈ scale·(code − anchor) + minimum.
+    """Real-valued scales before storage: weight ≈ scale·level(code) + minimum.
 
     Attributes:
         scale: f32 [R, B]; may be negative.
         minimum: f32 [R, B], the weight of code 0, or None for symmetric grids.
+        super_scale, super_minimum: f32 [R, super-blocks], the units of the integer sub-scales and sub-minimums; None on
+            grids without super-blocks, and where the grid is to derive them from the largest scale.
     """
 
     scale: Tensor
     minimum: Tensor | None = None
+    super_scale: Tensor | None = None
+    super_minimum: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> BlockScales:
+        """The same change to every tensor."""
+        return BlockScales(*(None if t is None else change(t) for t in self._tensors()))  # type: ignore[arg-type]
+
+    @staticmethod
+    def join(parts: Sequence[BlockScales]) -> BlockScales:
+        """The scales of groups of rows, one group below the other."""
+        columns = zip(*(part._tensors() for part in parts), strict=True)
+        joined = (None if column[0] is None else torch.cat([t for t in column if t is not None]) for column in columns)
+        return BlockScales(*joined)  # type: ignore[arg-type]
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.scale, self.minimum, self.super_scale, self.super_minimum
 
 
 class Grid(ABC):
@@ -56,6 +78,8 @@ class Grid(ABC):
         anchor: the code that does not move when the scale changes: the code of weight zero for symmetric
             grids; 0, the code of the minimum, for affine ones.
         affine: whether there is a minimum (or zero point) besides the scale.
+        minimum_at_most_zero: whether the minimum of a block cannot be positive.
+        field_ranges: inclusive range of each integer field that does not use all values of its dtype.
         bits_per_weight: stored bits a weight, scale fields included.
     """
 
@@ -67,6 +91,8 @@ class Grid(ABC):
     code_dtype: torch.dtype = torch.uint8
     anchor: int
     affine: bool
+    minimum_at_most_zero: bool = False
+    field_ranges: Mapping[str, tuple[int, int]] = MappingProxyType({})
     bits_per_weight: float
 
     @abstractmethod
@@ -75,7 +101,8 @@ class Grid(ABC):
 
     @abstractmethod
     def affine_view(self, fields: Fields) -> tuple[Tensor, Tensor]:
-        """(scale, zero) of every block as f32 [R, B], so that code position u = w/scale + zero."""
+        """(scale, zero) of every block as f32 [R, B], so that w/scale + zero is the code position u of evenly spaced
+        levels; see `position` for others."""
 
     @abstractmethod
     def dequantize_blocks(self, codes: Tensor, fields: Fields) -> Tensor:
@@ -94,23 +121,42 @@ class Grid(ABC):
     def field_shapes(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name → (shape, dtype) of each stored scale field of a [rows, cols] tensor."""
 
+    def levels(self, position: Tensor) -> Tensor:
+        """How many scales above the minimum (or above zero) the weight of each code position is.
+
+        Between codes it is interpolated. Evenly spaced on most grids: level = position − anchor.
+        """
+        return position - self.anchor
+
+    def position_of_level(self, level: Tensor) -> Tensor:
+        """The inverse of `levels`."""
+        return level + self.anchor
+
+    def position(self, blocks: Tensor, fields: Fields) -> Tensor:
+        """Code position u, real-valued [R, B, S], of weights f32 [R, B, S], so that scale·levels(u) + minimum = w."""
+        scale, zero = self.affine_view(fields)
+        return blocks * safe_reciprocal(scale).unsqueeze(-1) + zero.unsqueeze(-1)
+
     def blocked(self, matrix: Tensor) -> Tensor:
         """View [R, K] as [R, B, S]."""
         return matrix.view(matrix.shape[0], -1, self.block_size)
 
     def round_codes(self, blocks: Tensor, fields: Fields, shift: Tensor | None = None) -> Tensor:
-        """Codes of `blocks`: clip(round(w/s + z + V)), as f32 [R, B, S]; `shift` is V [R, B, S] or None."""
-        scale, zero = self.affine_view(fields)
-        position = blocks * safe_reciprocal(scale).unsqueeze(-1) + zero.unsqueeze(-1)
+        """Codes of `blocks`: clip(round(u + V)), as f32 [R, B, S]; `shift` is V [R, B, S] or None."""
+        position = self.position(blocks, fields)
         if shift is not None:
             position += shift
         return position.round_().clamp_(self.code_min, self.code_max)
 
     def quantize(self, weight: Tensor, scales: BlockScales) -> QuantizedTensor:
-        """Round weight f32 [R, K] to nearest on the grid of `scales`."""
+        """Round weight f32 [R, K] to nearest on the grid of `scales`, some rows at a time: heads are large."""
         fields = self.store(scales)
-        codes = self.round_codes(self.blocked(weight), fields)
-        return self.pack_tensor(codes, fields)
+        codes = torch.empty(weight.shape, dtype=self.code_dtype, device=weight.device)
+        for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            found = self.round_codes(self.blocked(weight[rows]), {k: v[rows] for k, v in fields.items()})
+            codes[rows] = found.reshape(-1, weight.shape[1]).to(self.code_dtype)
+        return self.pack_tensor(self.blocked(codes), fields)
 
     def pack_tensor(self, codes: Tensor, fields: Fields) -> QuantizedTensor:
         """A QuantizedTensor of codes [R, B, S] (float or integer) and stored fields."""
@@ -162,6 +208,10 @@ class QuantizedTensor:
                 return f"field {name} is {field.dtype} {list(field.shape)}, expected {dtype} {list(shape)}"
             if field.is_floating_point() and not bool(field.isfinite().all()):
                 return f"field {name} holds NaN or infinity"
+        for name, (low, high) in self.grid.field_ranges.items():
+            field = self.fields[name]
+            if field.numel() and not (int(field.min()) >= low and int(field.max()) <= high):
+                return f"field {name} leaves the range {low}..{high}"
         if self.codes.numel() and not (
             int(self.codes.min()) >= self.grid.code_min and int(self.codes.max()) <= self.grid.code_max
         ):

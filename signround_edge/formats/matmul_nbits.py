@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from signround_edge.formats.ggml_k_quants import Q6K
+from signround_edge.formats.ggml_codebook import CodebookFp16, SuperCodebook
+from signround_edge.formats.ggml_k_quants import SuperSymmetric
 from signround_edge.formats.ggml_legacy import SymmetricFp16
 from signround_edge.formats.grid import BlockScales, Fields, Grid, QuantizedTensor, safe_reciprocal, to_fp16
 from signround_edge.formats.scale_search import in_row_chunks, search_affine
@@ -66,7 +67,7 @@ class NBitsView:
         codes: uint8 [N, K].
         scales: f32 [N, K/g]; fp16-valued unless `f32_scales`.
         zero_points: uint8 [N, K/g].
-        f32_scales: the scales need more than fp16 (Q6_K: int8 sub-scale times fp16 super-scale).
+        f32_scales: the scales need more than fp16 (Q3_K, Q6_K: sub-scale times fp16 super-scale).
     """
 
     bits: int
@@ -82,11 +83,21 @@ def matmul_nbits_bytes(grid: Grid, rows: int, cols: int) -> int | None:
 
     Each row of zero points is padded to a byte. ONNX Runtime takes scales in the dtype of the activations: f32.
     """
-    if not isinstance(grid, MatMulNBitsAsymmetric | SymmetricFp16 | Q6K):
+    if not has_matmul_nbits_form(grid):
         return None
     bits = _container_bits(grid)
     blocks = cols // grid.block_size
     return rows * (cols * bits // 8 + 4 * blocks + (blocks * bits + 7) // 8)
+
+
+def has_matmul_nbits_form(grid: Grid) -> bool:
+    """Whether tensors on the grid can be stored as MatMulNBits without loss."""
+    return isinstance(grid, MatMulNBitsAsymmetric) or _scale_times_integer(grid)
+
+
+def _scale_times_integer(grid: Grid) -> bool:
+    """Whether w = s·(q − anchor) with evenly spaced codes."""
+    return isinstance(grid, SymmetricFp16 | SuperSymmetric) and not isinstance(grid, CodebookFp16 | SuperCodebook)
 
 
 def _container_bits(grid: Grid) -> int:
@@ -102,10 +113,12 @@ def as_matmul_nbits(tensor: QuantizedTensor) -> NBitsView | None:
     grid, fields = tensor.grid, tensor.fields
     if isinstance(grid, MatMulNBitsAsymmetric):
         return NBitsView(grid.bits, grid.block_size, tensor.codes, fields["scale"].float(), fields["zero_point"])
-    if not isinstance(grid, SymmetricFp16 | Q6K):
+    if not _scale_times_integer(grid):
         return None
     scales, zeros = grid.affine_view(fields)
     offset = -grid.code_min if grid.code_dtype == torch.int8 else 0
     codes = (tensor.codes.to(torch.int16) + offset).to(torch.uint8)
     bits = 4 if grid.code_max + offset <= 15 else 8
-    return NBitsView(bits, grid.block_size, codes, scales, (zeros + offset).to(torch.uint8), isinstance(grid, Q6K))
+    return NBitsView(
+        bits, grid.block_size, codes, scales, (zeros + offset).to(torch.uint8), isinstance(grid, SuperSymmetric)
+    )

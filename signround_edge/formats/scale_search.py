@@ -32,8 +32,7 @@ def in_row_chunks(search: Callable[[Tensor, Tensor], BlockScales], blocks: Tenso
         search(blocks[i : i + rows_at_once], importance[i : i + rows_at_once])
         for i in range(0, blocks.shape[0], rows_at_once)
     ]
-    minimum = None if parts[0].minimum is None else torch.cat([p.minimum for p in parts if p.minimum is not None])
-    return BlockScales(torch.cat([p.scale for p in parts]), minimum)
+    return BlockScales.join(parts)
 
 
 def extreme_scales(grid: Grid, blocks: Tensor) -> BlockScales:
@@ -43,9 +42,21 @@ def extreme_scales(grid: Grid, blocks: Tensor) -> BlockScales:
     the first code (`quantize_row_q4_0_ref` in ggml-quants.c), whatever its sign.
     """
     if grid.affine:
-        low, high = blocks.amin(dim=-1), blocks.amax(dim=-1)
+        low, high = _range(grid, blocks)
         return BlockScales((high - low) / (grid.code_max - grid.code_min), low)
-    return BlockScales(_extremes(blocks) / (grid.code_min - grid.anchor))
+    return BlockScales(_extremes(blocks) / _end_levels(grid)[0])
+
+
+def _range(grid: Grid, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value that the codes of each block should reach, [R, B]."""
+    low, high = blocks.amin(dim=-1), blocks.amax(dim=-1)
+    return low.clamp(max=0) if grid.minimum_at_most_zero else low, high
+
+
+def _end_levels(grid: Grid) -> tuple[float, float]:
+    """Levels of the first and the last code."""
+    low, high = grid.levels(torch.tensor([grid.code_min, grid.code_max], dtype=torch.float32)).tolist()
+    return low, high
 
 
 def _extremes(blocks: Tensor) -> Tensor:
@@ -57,20 +68,20 @@ def _extremes(blocks: Tensor) -> Tensor:
 def search_symmetric(grid: Grid, blocks: Tensor, importance: Tensor) -> BlockScales:
     """Best scale per block for ŵ = s·(q − anchor); both signs of s are tried. Shapes as in `Grid.search`."""
     extreme = _extremes(blocks)
-    low, high = grid.code_min - grid.anchor, grid.code_max - grid.anchor
+    low, high = _end_levels(grid)
     ends = (low, high) if -low != high else (high,)
     candidates = (BlockScales(extreme * (factor / end)) for end in ends for factor in SYMMETRIC_FACTORS)
-    refit = _refit_symmetric(grid, blocks, importance)
+    refit = refit_symmetric(grid, blocks, importance)
     return _best(grid, blocks, importance, candidates, refit)
 
 
 def search_affine(grid: Grid, blocks: Tensor, importance: Tensor) -> BlockScales:
     """Best (scale, minimum) per block for ŵ = s·q + m. Shapes as in `Grid.search`."""
-    low, high = blocks.amin(dim=-1), blocks.amax(dim=-1)
+    low, high = _range(grid, blocks)
     middle, width = (low + high) / 2, (high - low) / (grid.code_max - grid.code_min)
     half = (grid.code_max - grid.code_min) / 2
-    candidates = (BlockScales(width * f, middle - half * width * f) for f in AFFINE_FACTORS)
-    return _best(grid, blocks, importance, candidates, _refit_affine(grid, blocks, importance))
+    candidates = (BlockScales(width * f, _bounded(grid, middle - half * width * f)) for f in AFFINE_FACTORS)
+    return _best(grid, blocks, importance, candidates, refit_affine(grid, blocks, importance))
 
 
 def _best(
@@ -102,18 +113,22 @@ def _where(choose: Tensor, yes: BlockScales, no: BlockScales) -> BlockScales:
     return BlockScales(torch.where(choose, yes.scale, no.scale), minimum)
 
 
-def _refit_symmetric(grid: Grid, blocks: Tensor, importance: Tensor) -> Callable[[Tensor], BlockScales]:
-    """s* = Σ h·w·c / Σ h·c², with c = q − anchor and h the importance."""
+def _bounded(grid: Grid, minimum: Tensor) -> Tensor:
+    return minimum.clamp(max=0) if grid.minimum_at_most_zero else minimum
+
+
+def refit_symmetric(grid: Grid, blocks: Tensor, importance: Tensor) -> Callable[[Tensor], BlockScales]:
+    """s* = Σ h·w·c / Σ h·c², with c the level of the code and h the importance."""
     weighted = blocks * importance
 
     def refit(codes: Tensor) -> BlockScales:
-        c = codes - grid.anchor
+        c = grid.levels(codes)
         return BlockScales((weighted * c).sum(-1) * safe_reciprocal((importance * c * c).sum(-1)))
 
     return refit
 
 
-def _refit_affine(grid: Grid, blocks: Tensor, importance: Tensor) -> Callable[[Tensor], BlockScales]:
+def refit_affine(grid: Grid, blocks: Tensor, importance: Tensor) -> Callable[[Tensor], BlockScales]:
     """Weighted least squares of w on s·q + m; where all codes are equal, s = 0 and m = the weighted mean."""
     h = importance.sum(-1)
     hw = (importance * blocks).sum(-1)
@@ -124,6 +139,10 @@ def _refit_affine(grid: Grid, blocks: Tensor, importance: Tensor) -> Callable[[T
         hqq = (importance * codes * codes).sum(-1)
         hqw = (weighted * codes).sum(-1)
         scale = (h * hqw - hq * hw) * safe_reciprocal(h * hqq - hq * hq)
-        return BlockScales(scale, (hw - scale * hq) * safe_reciprocal(h))
+        minimum = (hw - scale * hq) * safe_reciprocal(h)
+        if grid.minimum_at_most_zero:  # the constrained optimum has either this minimum or none
+            scale = torch.where(minimum > 0, hqw * safe_reciprocal(hqq), scale)
+            minimum = minimum.clamp(max=0)
+        return BlockScales(scale, minimum)
 
     return refit

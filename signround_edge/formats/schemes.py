@@ -1,56 +1,41 @@
-"""Schemes: which format each tensor of a model gets. `gguf:q4_0`, `onnx:w4g128-asym`, or a comma between both.
-
-The preset rows follow `llama_tensor_get_type` in llama.cpp's llama-quant.cpp: the decoder's matrices take the preset's
-type, the output head (or the embedding that is tied to it) takes Q6_K, and an untied embedding the preset's type.
-"""
+"""Schemes: which format each tensor of a model gets. `gguf:q4_k_m`, `onnx:w4g128-asym`, or a comma between both."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, replace
 
 from signround_edge.errors import UserError
-from signround_edge.formats import get_grid
+from signround_edge.formats import GRIDS, get_grid
+from signround_edge.formats.gguf_presets import GGUF_FALLBACK, GGUF_PRESETS, ModelTraits, Place, Preset
 from signround_edge.formats.grid import Grid
-
-
-class Role(Enum):
-    """What a weight matrix is for; it decides the format."""
-
-    DECODER = "decoder"
-    EMBEDDING = "embedding"
-    OUTPUT = "output"  # the head, or the embedding tied to it
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One row: the format of each role. All are names for `get_grid`."""
-
-    decoder: str
-    embedding: str
-    output: str
-
-    def format_of(self, role: Role) -> str:
-        return {Role.DECODER: self.decoder, Role.EMBEDDING: self.embedding, Role.OUTPUT: self.output}[role]
-
-
-GGUF_PRESETS = {
-    "q4_0": Preset("Q4_0", "Q4_0", "Q6_K"),
-    "q4_1": Preset("Q4_1", "Q4_1", "Q6_K"),
-    "q5_0": Preset("Q5_0", "Q5_0", "Q6_K"),
-    "q5_1": Preset("Q5_1", "Q5_1", "Q6_K"),
-    "q8_0": Preset("Q8_0", "Q8_0", "Q8_0"),
-}
+from signround_edge.formats.matmul_nbits import has_matmul_nbits_form
 
 ONNX_BITS = (4, 8)
 ONNX_BLOCKS = (16, 32, 64, 128, 256)
 # ONNX embeddings and heads: 8 bits, nearly lossless, and on small models a third of the file when left in floats.
 ONNX_OUTPUT = "Q8_0"
 
-# Where a row is no multiple of the block: llama.cpp's rule (`tensor_type_fallback` in llama-quant.cpp). The types of
-# 32-value blocks have no fallback there but F16, which is not quantized, so it needs the user's consent.
-GGUF_FALLBACK = {"Q6_K": "Q8_0"}
+# What llama-quantize understands by the short names.
+PRESET_ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """One `--tensor-type PATTERN=TYPE`: matrices whose name the pattern is found in get this type.
+
+    Attributes:
+        pattern: regular expression, searched in the Hugging Face name and in the GGUF name.
+        grid: the type.
+    """
+
+    pattern: re.Pattern[str]
+    grid: Grid
+
+    @property
+    def text(self) -> str:
+        """As it was written."""
+        return f"{self.pattern.pattern}={self.grid.name}"
 
 
 @dataclass(frozen=True)
@@ -61,18 +46,37 @@ class Scheme:
         text: as the user wrote it, in lower case.
         targets: exporters that the run can feed without another rounding ("gguf", "onnx").
         preset: the format of each role.
+        overrides: types by name; the first that matches counts.
     """
 
     text: str
     targets: tuple[str, ...]
     preset: Preset
+    overrides: tuple[TensorType, ...] = ()
 
-    def grid_for(self, role: Role, cols: int) -> Grid | None:
-        """The grid for rows of `cols` values after fallbacks, or None when no block size divides them."""
-        name: str | None = self.preset.format_of(role)
-        while name is not None and cols % get_grid(name).row_multiple:
-            name = fallback(name)
-        return None if name is None else get_grid(name)
+    def asked_for(self, names: tuple[str, ...], place: Place, model: ModelTraits, cols: int) -> Grid:
+        """The grid of a matrix before any fallback.
+
+        Args:
+            names: the names by which the user may know the matrix.
+            cols: values a row.
+        """
+        for override in self.overrides:
+            if any(override.pattern.search(name) for name in names):
+                return override.grid
+        return get_grid(self.preset.format_of(place, model, cols))
+
+    def with_overrides(self, texts: tuple[str, ...]) -> Scheme:
+        """The scheme with `--tensor-type` arguments; UserError for one that cannot be read or exported."""
+        return replace(self, overrides=tuple(_parse_override(text, self.targets) for text in texts))
+
+
+def after_fallback(grid: Grid, cols: int) -> Grid | None:
+    """The grid for rows of `cols` values: this one or what it falls back to; None when no block size divides them."""
+    name: str | None = grid.name
+    while name is not None and cols % get_grid(name).row_multiple:
+        name = fallback(name)
+    return None if name is None else get_grid(name)
 
 
 def fallback(name: str) -> str | None:
@@ -89,7 +93,7 @@ def fallback(name: str) -> str | None:
 
 def known_schemes() -> list[str]:
     """Every scheme that `parse_scheme` accepts alone."""
-    gguf = [f"gguf:{name}" for name in GGUF_PRESETS]
+    gguf = [f"gguf:{name}" for name in [*GGUF_PRESETS, *PRESET_ALIASES]]
     onnx = [f"onnx:w{b}g{g}{asym}" for b in ONNX_BITS for g in ONNX_BLOCKS for asym in ("", "-asym")]
     return gguf + onnx
 
@@ -100,7 +104,10 @@ def parse_scheme(text: str) -> Scheme:
     if not names:
         raise UserError(f"--scheme is empty; known schemes are {', '.join(known_schemes())}")
     schemes = [_parse_one(name) for name in names]
-    grids = {get_grid(s.preset.decoder).name for s in schemes}
+    grids = {get_grid(s.preset.base).name for s in schemes}
+    mixed = next((s.text for s in schemes if s.preset.rules and len(schemes) > 1), None)
+    if mixed is not None:
+        raise UserError(f"--scheme {text}: {mixed} mixes several grids, so no other format can share its run")
     if len(grids) > 1:
         raise UserError(
             f"--scheme {text}: these do not share a grid ({' and '.join(sorted(grids))}), so one run cannot feed both; "
@@ -114,8 +121,25 @@ def parse_scheme(text: str) -> Scheme:
 
 def _parse_one(name: str) -> Scheme:
     target, _, rest = name.partition(":")
-    if target == "gguf" and rest in GGUF_PRESETS:
-        return Scheme(name, ("gguf",), GGUF_PRESETS[rest])
+    if target == "gguf" and name in known_schemes():
+        return Scheme(name, ("gguf",), GGUF_PRESETS[PRESET_ALIASES.get(rest, rest)])
     if target == "onnx" and name in known_schemes():
-        return Scheme(name, ("onnx",), Preset(rest, ONNX_OUTPUT, ONNX_OUTPUT))
+        return Scheme(name, ("onnx",), Preset(rest, embedding=ONNX_OUTPUT, output=ONNX_OUTPUT))
     raise UserError(f"unknown scheme {name!r}; known schemes are {', '.join(known_schemes())}")
+
+
+def _parse_override(text: str, targets: tuple[str, ...]) -> TensorType:
+    pattern, separator, name = text.rpartition("=")
+    if not separator or not pattern or not name:
+        raise UserError(f"--tensor-type {text!r} is not of the form PATTERN=TYPE; for example ffn_down=Q6_K")
+    grid = get_grid(name)
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"--tensor-type {text!r}: {pattern!r} is no regular expression ({error})") from error
+    if "onnx" in targets and not has_matmul_nbits_form(grid):
+        raise UserError(f"--tensor-type {text!r}: ONNX's MatMulNBits has no form of {grid.name}; use w4g32 or w8g32")
+    if "gguf" in targets and grid.name.startswith("w"):
+        known = ", ".join(known for known in GRIDS if not known.startswith("w"))
+        raise UserError(f"--tensor-type {text!r}: GGUF has no type {grid.name}; it has {known}")
+    return TensorType(compiled, grid)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from signround_edge.decoder import Decoder, checkpoint_name, is_transposed
 from signround_edge.errors import UserError
-from signround_edge.formats import get_grid
+from signround_edge.formats import Grid, get_grid
+from signround_edge.formats.gguf_presets import Place, Role
 from signround_edge.formats.matmul_nbits import matmul_nbits_bytes
-from signround_edge.formats.schemes import Role, Scheme
+from signround_edge.formats.schemes import Scheme, after_fallback
+from signround_edge.gguf_names import gguf_name
 from signround_edge.run_directory import OUTSIDE, TensorEntry, dtype_name
 from signround_edge.source_model import SourceModel
+from signround_edge.tuning.roles import model_traits, role_of
 
 
 @dataclass(frozen=True)
@@ -79,19 +83,25 @@ def make_plan(decoder: Decoder, source: SourceModel, scheme: Scheme, float_fallb
     model = decoder.model
     tied = decoder.tied_parameters()
     embedding, head = decoder.embedding._parameters["weight"], decoder.head._parameters["weight"]
-    roles: dict[int, tuple[Role, bool]] = {}
-    for index in range(len(decoder.blocks)):
-        for module in decoder.matrices(index).values():
-            roles[id(module._parameters["weight"])] = (Role.DECODER, is_transposed(module))
-    roles[id(embedding)] = (Role.EMBEDDING, False)
-    roles[id(head)] = (Role.OUTPUT, False)  # overrides EMBEDDING where both are one parameter
+    config: Any = model.config
+    traits, layers = model_traits(config), len(decoder.blocks)
+    places: dict[int, tuple[Place, bool]] = {}
+    for index in range(layers):
+        for name, module in decoder.matrices(index).items():
+            role = role_of(gguf_name(name, config.model_type, layers))
+            places[id(module._parameters["weight"])] = (Place(role, index), is_transposed(module))
+    places[id(embedding)] = (Place(Role.EMBEDDING), False)
+    places[id(head)] = (Place(Role.OUTPUT), False)  # overrides EMBEDDING where both are one parameter
     tensors: list[TensorEntry] = []
     for name, parameter in model.named_parameters():
         stored = checkpoint_name(name, source, decoder.base_prefix)
         shape = list(parameter.shape)
         entry = TensorEntry(name, _part_of(name, decoder), shape, dtype_name(source.dtypes[stored]))
-        if id(parameter) in roles:
-            _choose_format(entry, *roles[id(parameter)], scheme, float_fallback)
+        if id(parameter) in places:
+            place, entry.transposed = places[id(parameter)]
+            known_as = (name, gguf_name(name, config.model_type, layers) or name)
+            cols = entry.shape[0] if entry.transposed else entry.shape[1]
+            _choose_format(entry, scheme.asked_for(known_as, place, traits, cols), cols, scheme, float_fallback)
         tensors.append(entry)
     parts = [part_of_block(i) for i in range(len(decoder.blocks))] + [OUTSIDE]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -104,18 +114,15 @@ def _part_of(name: str, decoder: Decoder) -> str:
     return OUTSIDE
 
 
-def _choose_format(entry: TensorEntry, role: Role, transposed: bool, scheme: Scheme, float_fallback: bool) -> None:
-    cols = entry.shape[0] if transposed else entry.shape[1]
-    asked = get_grid(scheme.preset.format_of(role)).name
-    grid = scheme.grid_for(role, cols)
+def _choose_format(entry: TensorEntry, asked: Grid, cols: int, scheme: Scheme, float_fallback: bool) -> None:
+    grid = after_fallback(asked, cols)
     if grid is None and not float_fallback:
         raise UserError(
             f"tensor {entry.name} has rows of {cols} values, which no block size of --scheme {scheme.text} divides; "
             "add --float-fallback to keep such tensors in 16-bit floats"
         )
-    entry.transposed = transposed
     entry.format = None if grid is None else grid.name
-    entry.fallback_from = None if entry.format == asked else asked
+    entry.fallback_from = None if entry.format == asked.name else asked.name
 
 
 def listing(plan: Plan) -> list[str]:

@@ -36,6 +36,7 @@ from signround_edge.tuning.activations import (
 )
 from signround_edge.tuning.attention import use_blocked_attention
 from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer, tokens_hash
+from signround_edge.tuning.importance import Importance, ImportanceSink, ImportanceSource, given_importance
 from signround_edge.tuning.plan import Plan, listing, make_plan, part_of_block
 from signround_edge.tuning.settings import TuningSettings
 from signround_edge.tuning.signround import Matrix, Unit, UnitReport, compute_context, initial_scales, tune_unit
@@ -51,6 +52,8 @@ def quantize(
     resume: bool = False,
     float_fallback: bool = False,
     progress: Progress = SILENT,
+    imatrix: ImportanceSource | None = None,
+    save_imatrix: ImportanceSink | None = None,
 ) -> RunDirectory:
     """Tune `model` on the grids of `scheme` and write the run directory `out`.
 
@@ -60,6 +63,8 @@ def quantize(
         device: "auto", "cpu" or "cuda".
         resume: continue `out` after its last complete part; UserError when it is another run.
         float_fallback: keep matrices whose rows no block divides in floats.
+        imatrix: where the E[x²] of the scale search comes from instead of the calibration pass.
+        save_imatrix: takes the calibration's own E[x²] of every matrix at the end, also of a run complete already.
     Raises:
         UserError: bad input, in one sentence; whatever is complete in `out` stays.
     """
@@ -73,18 +78,28 @@ def quantize(
     tokens = calibration_tokens(calibration, load_tokenizer(model), settings.samples, settings.seqlen)
     if len(tokens) < settings.samples:
         progress.line(f"note: the calibration text gives {len(tokens)} of the {settings.samples} samples asked for")
+    given = {} if imatrix is None else given_importance(imatrix, plan, settings.scale_init, progress)
+    if save_imatrix is not None:
+        save_imatrix.check(_matrix_names(decoder, plan))
     manifest = Manifest(
         scheme=scheme.text,
         targets=list(scheme.targets),
         source={"model": model.resolve().name, "files": source.hashes()},
-        settings={**settings.to_json(), "device": torch_device.type, "calibration_sha256": tokens_hash(tokens)},
+        settings={
+            **settings.to_json(),
+            "tensor_types": [o.text for o in scheme.overrides],
+            "device": torch_device.type,
+            "calibration_sha256": tokens_hash(tokens),
+            "imatrix_sha256": None if imatrix is None else imatrix.sha256,
+        },
         versions=_versions(torch_device),
         parts=plan.parts,
         tied=plan.tied,
         tensors=plan.tensors,
     )
     run = _open_or_create(out, manifest, source, resume)
-    _Job(source, decoder, plan, tokens, settings, torch_device, run, progress).execute()
+    importance = Importance(given, save_imatrix)
+    _Job(source, decoder, plan, tokens, settings, torch_device, run, progress, importance).execute()
     return RunDirectory.open(out)
 
 
@@ -100,6 +115,12 @@ def _versions(device: torch.device) -> dict[str, str]:
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors", "numpy")}
     machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     return {"signround_edge": __version__, **packages, "python": platform.python_version(), "machine": machine}
+
+
+def _matrix_names(decoder: Decoder, plan: Plan) -> list[str]:
+    """The matrices whose inputs are activations: those of the blocks, and a head that is not the embedding."""
+    names = [name for index in range(len(decoder.blocks)) for name in decoder.matrices(index)]
+    return names if plan.head == plan.embedding else [*names, plan.head]
 
 
 def _open_or_create(out: Path, manifest: Manifest, source: SourceModel, resume: bool) -> RunDirectory:
@@ -150,11 +171,12 @@ class _Job:
     device: torch.device
     run: RunDirectory
     progress: Progress
+    importance: Importance
 
     def execute(self) -> None:
         total = len(self.plan.parts)
         self.progress.parts(sum(self.run.is_complete(p) for p in self.plan.parts), total)
-        if self.run.manifest.state == "complete":
+        if self.run.manifest.state == "complete" and self.importance.sink is None:
             return
         shell, embedding, exact, quantized = self._embed()
         for index in range(len(self.decoder.blocks)):
@@ -162,6 +184,8 @@ class _Job:
             self.progress.parts(index + 1, total)
         self._outside(shell, embedding, quantized)
         self.progress.parts(total, total)
+        if self.importance.sink is not None:
+            self.progress.line(f"wrote {self.importance.save(*self.tokens.shape)}")
 
     def _embed(self) -> tuple[Shell, QuantizedTensor | None, Tensor, Tensor]:
         """(shell, quantized embedding, input of block 0 of the exact and of the quantized model)."""
@@ -180,7 +204,8 @@ class _Job:
             return shell, None, exact, exact
         grid = self._grid(self.plan.embedding)
         weight = _out_in(False, self.decoder.embedding)
-        tensor = grid.quantize(weight, initial_scales(grid, weight, torch.ones(weight.shape[1]), "search"))
+        importance = self.importance.given.get(self.plan.embedding, torch.ones(weight.shape[1]))
+        tensor = grid.quantize(weight, initial_scales(grid, weight, importance, "search"))
         set_weight(self.decoder.embedding, tensor.dequantize())
         quantized = self._embed_all(shell)
         return shell, tensor, exact, quantized
@@ -193,11 +218,12 @@ class _Job:
         block, part = self.decoder.blocks[index], part_of_block(index)
         base_prefix = self.decoder.base_prefix
         load_parameters(block, self.decoder.block_prefix(index), self.source, self.device, base_prefix)
-        modules = {name: module for name, module in self.decoder.matrices(index).items() if self.run.is_quantized(name)}
+        every = self.decoder.matrices(index)
+        modules = {name: module for name, module in every.items() if self.run.is_quantized(name)}
         moments = SecondMoments(self._token_weights)
-        with moments.watching(modules):
+        with moments.watching(self.importance.to_collect(every, modules)):
             target = self._run(shell, index, exact, moments)
-        importance = moments.result()
+        importance = self.importance.settle(moments.result(), self.device)
         matrices = [
             Matrix(name, module, self._grid(name), _out_in(self.run.entry(name).transposed, module), importance[name])
             for name, module in modules.items()
@@ -269,15 +295,21 @@ class _Job:
         tensors: dict[str, Tensor | QuantizedTensor] = dict(self._floats(OUTSIDE))
         if embedding is not None:
             tensors[self.plan.embedding] = embedding
-        if name not in tensors:
-            moments = SecondMoments(equal_weights)
+        to_quantize = {} if name in tensors else {name: head}
+        untied = {} if name == self.plan.embedding else {name: head}
+        moments = SecondMoments(equal_weights)
+        if self.importance.to_collect(untied, to_quantize):
             for start in range(0, len(self.tokens), self.settings.batch_size):
                 part = slice(start, start + self.settings.batch_size)
                 inputs = shell.head_input(self.tokens[part], quantized[part])
                 moments.add(name, inputs, equal_weights(inputs))
+        importance = self.importance.settle(moments.result(), _CPU)
+        if self.run.is_complete(OUTSIDE):
+            return
+        if to_quantize:
             load_parameters(head, name.removesuffix("weight"), self.source, _CPU, self.decoder.base_prefix)
             weight, grid = _out_in(False, head), self._grid(name)
-            tensors[name] = grid.quantize(weight, initial_scales(grid, weight, moments.result()[name], "search"))
+            tensors[name] = grid.quantize(weight, initial_scales(grid, weight, importance[name], "search"))
         self.run.write_part(OUTSIDE, tensors, {})
 
     def _floats(self, part: str) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ With s, m the block's scale and minimum, u = w/s + z the code position, V the tu
 mask = (u + V rounds to inside the code range), the straight-through estimator gives (arXiv 2309.05516, equations 2–5):
 
     ∂ŵ/∂V = s·mask
-    ∂ŵ/∂s = (q − a) − mask·(u − a)      with a = the grid's anchor
+    ∂ŵ/∂s = level(q) − mask·level(u)    with level(u) = u − the grid's anchor; IQ4's table has its own levels
     ∂ŵ/∂m = 1 − mask                    (affine grids; the integer zero point of MatMulNBits follows the minimum)
 
 Only signs are needed, so s enters by its sign. α and β scale the initial s and m.
@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
-from signround_edge.formats.grid import Fields, safe_reciprocal
+from signround_edge.formats.grid import Fields
 from signround_edge.tuning.settings import TuningSettings
 
 # Values a chunk on CPU: all temporaries of a chunk stay in the L2 cache.
@@ -67,11 +67,10 @@ class RoundingState:
 
     def rows(self, part: slice) -> RoundingState:
         """The same state for some rows; a view, so updates in place reach this one."""
-        minimum = self.initial.minimum
         return RoundingState(
             self.grid,
             self.blocks[part],
-            BlockScales(self.initial.scale[part], None if minimum is None else minimum[part]),
+            self.initial.map(lambda t: t[part]),
             self.v[part],
             self.alpha[part],
             None if self.beta is None else self.beta[part],
@@ -83,7 +82,7 @@ class RoundingState:
         minimum = self.initial.minimum
         if minimum is not None and self.beta is not None:
             minimum = minimum * self.beta
-        return self.grid.store(BlockScales(self.initial.scale * self.alpha, minimum))
+        return self.grid.store(replace(self.initial, scale=self.initial.scale * self.alpha, minimum=minimum))
 
     def quantized(self) -> QuantizedTensor:
         """Codes and fields of the current state."""
@@ -144,19 +143,20 @@ def _update(
 ) -> None:
     grid = state.grid
     gradient = grid.blocked(gradient)
-    scale, zero = grid.affine_view(state.fields())
-    offset = state.blocks * safe_reciprocal(scale).unsqueeze(-1)
-    offset += zero.unsqueeze(-1)  # u
-    code = torch.round(offset + state.v)
+    fields = state.fields()
+    scale, _ = grid.affine_view(fields)
+    offset = grid.position(state.blocks, fields)  # u
+    code = (offset + state.v).round_()
     clipped = code.clamp(grid.code_min, grid.code_max)
-    inside = (code == clipped).to(torch.float32)
+    inside = torch.eq(code, clipped, out=torch.empty_like(code))  # 1.0 or 0.0; nine times as fast as a bool cast to f32
     if settings.tune_scales:
-        residual = (clipped - grid.anchor).sub_((offset - grid.anchor).mul_(inside)).mul_(gradient)
-        _descend(state, "alpha", state.alpha, residual.sum(-1).mul_(state.initial.scale), lr_scale, step)
+        change = torch.addcmul(grid.levels(clipped), inside, grid.levels(offset), value=-1)
+        slope = torch.linalg.vecdot(change, gradient).mul_(state.initial.scale)
+        _descend(state, "alpha", state.alpha, slope, lr_scale, step)
         state.alpha.clamp_(*settings.scale_range)
         if state.beta is not None and state.initial.minimum is not None:
-            outside = (gradient * (1 - inside)).sum(-1).mul_(state.initial.minimum)
-            _descend(state, "beta", state.beta, outside, lr_scale, step)
+            slope = torch.linalg.vecdot(gradient, 1 - inside).mul_(state.initial.minimum)
+            _descend(state, "beta", state.beta, slope, lr_scale, step)
             state.beta.clamp_(*settings.scale_range)
     direction = inside.mul_(gradient).mul_(scale.unsqueeze(-1))
     _descend(state, "v", state.v, direction, lr_v, step)
@@ -169,7 +169,8 @@ def _descend(
 ) -> None:
     """One descent step in place: lr·sign(slope), or Adam's (Kingma and Ba 2015, algorithm 1) where moments exist."""
     if name not in state.moments:
-        value.sub_(slope.sign_().mul_(lr))
+        direction = slope.sign_()
+        value.sub_(direction, alpha=lr) if isinstance(lr, float) else value.sub_(direction.mul_(lr))
         return
     moments = state.moments[name]
     moments.first.lerp_(slope, 0.1)

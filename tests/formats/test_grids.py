@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from signround_edge.errors import UserError
 from signround_edge.formats import GRIDS, as_matmul_nbits, get_grid
-from signround_edge.formats.schemes import Role, known_schemes, parse_scheme
+from signround_edge.formats.gguf_presets import ModelTraits, Place, Role
+from signround_edge.formats.schemes import after_fallback, known_schemes, parse_scheme
 
 ALL_GRIDS = sorted(GRIDS)
 
@@ -34,7 +35,7 @@ def test_rounding_again_on_the_same_scales_changes_nothing(name: str) -> None:
     assert torch.equal(again.reshape(tensor.shape).to(grid.code_dtype), tensor.codes)
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_K", "w4g64", "w4g128-asym", "w8g32-asym"])
+@pytest.mark.parametrize("name", ALL_GRIDS)
 def test_search_beats_the_extremes_on_weighted_error(name: str) -> None:
     from signround_edge.formats.scale_search import extreme_scales
 
@@ -58,7 +59,7 @@ def test_matmul_nbits_view_holds_the_same_weights(name: str, seed: int, spread: 
     tensor = grid.quantize(weight, grid.search(grid.blocked(weight), torch.ones(1)))
     view = as_matmul_nbits(tensor)
     if view is None:
-        assert name in ("Q4_1", "Q5_1")
+        assert name in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS")  # a real minimum, or a table
         return
     codes = view.codes.view(2, -1, view.block_size).float() - view.zero_points.float().unsqueeze(-1)
     assert torch.equal((codes * view.scales.unsqueeze(-1)).view(2, -1), tensor.dequantize())
@@ -68,7 +69,7 @@ def test_matmul_nbits_view_holds_the_same_weights(name: str, seed: int, spread: 
 def test_one_grid_serves_gguf_and_onnx() -> None:
     scheme = parse_scheme("gguf:q4_0,onnx:w4g32")
     assert scheme.targets == ("gguf", "onnx")
-    assert scheme.preset.decoder == "Q4_0"
+    assert scheme.preset.base == "Q4_0"
     assert get_grid("w4g32") is get_grid("Q4_0")
     assert get_grid("w8g32") is get_grid("Q8_0")
 
@@ -90,13 +91,21 @@ def test_schemes_that_share_no_grid_are_refused() -> None:
         ("gguf:q4_0", Role.OUTPUT, 768, "Q6_K"),
         ("gguf:q4_0", Role.OUTPUT, 576, "Q8_0"),
         ("gguf:q8_0", Role.OUTPUT, 768, "Q8_0"),
-        ("gguf:q4_0", Role.DECODER, 100, None),
-        ("onnx:w4g128-asym", Role.DECODER, 576, "w4g64-asym"),
-        ("onnx:w4g128", Role.DECODER, 96, "Q4_0"),
+        ("gguf:q2_0", Role.OTHER, 576, "Q2_0"),
+        ("gguf:q2_0", Role.OTHER, 96, "Q4_0"),
+        ("gguf:q2_k_s", Role.OTHER, 576, "Q4_0"),
+        ("gguf:q3_k_s", Role.OTHER, 576, "Q4_0"),
+        ("gguf:q4_k_s", Role.OTHER, 576, "Q5_0"),
+        ("gguf:q4_k_s", Role.OUTPUT, 576, "Q8_0"),
+        ("gguf:q5_k_s", Role.OTHER, 576, "Q5_1"),
+        ("gguf:iq4_xs", Role.OTHER, 576, "IQ4_NL"),
+        ("gguf:q4_0", Role.OTHER, 100, None),
+        ("onnx:w4g128-asym", Role.OTHER, 576, "w4g64-asym"),
+        ("onnx:w4g128", Role.OTHER, 96, "Q4_0"),
         ("onnx:w4g32", Role.EMBEDDING, 576, "Q8_0"),
-        ("onnx:w4g32", Role.DECODER, 40, None),
+        ("onnx:w4g32", Role.OTHER, 40, None),
     ],
 )
 def test_fallbacks(scheme: str, role: Role, cols: int, expected: str | None) -> None:
-    grid = parse_scheme(scheme).grid_for(role, cols)
+    grid = after_fallback(parse_scheme(scheme).asked_for((), Place(role), ModelTraits(), cols), cols)
     assert (None if grid is None else grid.name) == expected

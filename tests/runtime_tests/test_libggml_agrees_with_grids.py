@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exporters.gguf.packing import LAYOUTS, pack
+from exporters.gguf.packing import LAYOUTS, pack, unpack
 from runtime_tests.runtimes.llama_cpp import dequantize
 from signround_edge.formats import QuantizedTensor, get_grid
 
@@ -25,8 +25,8 @@ def random_fields(name: str, generator: torch.Generator) -> QuantizedTensor:
             values = bits.view(torch.float16)
             fields[field] = torch.where(values.isfinite(), values, torch.zeros_like(values))
         else:
-            info = torch.iinfo(dtype)
-            fields[field] = torch.randint(info.min, info.max + 1, shape, generator=generator).to(dtype)
+            low, high = grid.field_ranges.get(field, (torch.iinfo(dtype).min, torch.iinfo(dtype).max))
+            fields[field] = torch.randint(low, high + 1, shape, generator=generator).to(dtype)
     return QuantizedTensor(grid, codes.to(grid.code_dtype), fields)
 
 
@@ -56,11 +56,28 @@ def test_libggml_dequantizes_to_the_same_bits(name: str) -> None:
     grid = get_grid(name)
     weights = adversarial_weights(generator)
     searched = grid.quantize(weights, grid.search(grid.blocked(weights), torch.ones(1)))
-    tensors = [searched, *(random_fields(name, generator) for _ in range(5))]
+    assert_same_bits(name, [searched, *(random_fields(name, generator) for _ in range(5))])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_ten_million_weights_differ_nowhere(name: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(-(-10_000_000 // (ROWS * COLS * 40))):
+        assert_same_bits(name, [random_fields(name, generator) for _ in range(40)])
+
+
+def assert_same_bits(name: str, tensors: list[QuantizedTensor]) -> None:
+    """libggml's weights are ours, and unpacking gives back what was packed."""
     for tensor in tensors:
         assert tensor.problem() is None
+        again = unpack(name, pack(tensor))
+        assert torch.equal(again.codes, tensor.codes)
+        assert all(
+            torch.equal(again.fields[f].view(torch.uint8), v.view(torch.uint8)) for f, v in tensor.fields.items()
+        )
     data = b"".join(pack(tensor).tobytes() for tensor in tensors)
-    found = dequantize(int(LAYOUTS[name].ggml_type), data, ROWS * len(tensors), COLS)
+    found = dequantize(LAYOUTS[name].ggml_type.number, data, ROWS * len(tensors), COLS)
     expected = torch.cat([tensor.dequantize() for tensor in tensors])
     differing = torch.from_numpy(found).view(torch.int32) != expected.view(torch.int32)
     assert int(differing.sum()) == 0

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AddedToken, GemmaTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import generate_merges
 
 from exporters.gguf import GgufExporter
 from exporters.interface import ExportOptions
@@ -76,37 +77,42 @@ def byte_level_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_byte_level(tmp_path_factory.mktemp("bytelevel"), gpt2_split())
 
 
-@pytest.fixture(scope="session")
-def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece BPE model as Llama 2's: tokenizer.model, and tokenizer.json made from its merges."""
+def train_sentencepiece(folder: Path, **options: object) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Train a SentencePiece BPE model of 590 tokens into `folder`/tokenizer.model.
+
+    Returns:
+        (vocab, merges): what transformers makes of it.
+    """
     import sentencepiece
 
-    folder = tmp_path_factory.mktemp("spm")
     text = folder / "text.txt"
     text.write_text((TEXT + " the people of the world and the words of the people told\n") * 20, encoding="utf-8")
+    settings: dict[str, object] = {
+        "model_type": "bpe",
+        "vocab_size": 590,
+        "byte_fallback": True,
+        "character_coverage": 0.98,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "minloglevel": 2,
+    }
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=590,
-        byte_fallback=True,
-        character_coverage=0.98,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
+        input=str(text), model_prefix=str(folder / "tokenizer"), **{**settings, **options}
     )
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     scores = {piece: processor.get_score(i) for piece, i in vocab.items()}
-    merges = [
-        (piece[:i], piece[i:])
-        for piece in sorted(pieces, key=lambda p: -scores[p])
-        for i in range(1, len(piece))
-        if not processor.is_byte(vocab[piece]) and piece[:i] in vocab and piece[i:] in vocab
-    ]
+    return vocab, generate_merges(vocab, scores)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece BPE model as Llama 2's: tokenizer.model, and tokenizer.json made from its merges."""
+    folder = tmp_path_factory.mktemp("spm")
+    vocab, merges = train_sentencepiece(folder)
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -117,6 +123,28 @@ def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece BPE model as Gemma's: no leading space; runs of line ends and spaces are user-defined."""
+    folder = tmp_path_factory.mktemp("gemma")
+    runs = ["\n\n", "\n\n\n", "▁▁", "▁▁▁", "<table>"]
+    vocab, merges = train_sentencepiece(
+        folder,
+        add_dummy_prefix=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        bos_piece="<bos>",
+        eos_piece="<eos>",
+        user_defined_symbols=["<mask>", "<start_of_turn>", *runs],
+    )
+    tokenizer = GemmaTokenizer(vocab, merges, add_bos_token=True, extra_special_tokens=["<start_of_turn>"])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in runs])
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -19,6 +19,7 @@ from transformers import LlamaConfig
 from exporters.gguf import GgufExporter, container
 from exporters.gguf.container import PlannedTensor, write_file
 from exporters.gguf.container_reader import GgufFile
+from exporters.gguf.ggml_types import F32
 from exporters.gguf.reader import read_metadata, read_tensors
 from exporters.interface import TensorInfo
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
@@ -27,7 +28,6 @@ from signround_edge.run_directory import RunDirectory
 from tests.exporters.gguf.conftest import BASE, export
 
 RunOf = Callable[..., RunDirectory]
-F32 = gguf.GGMLQuantizationType.F32
 
 
 def matrix(name: str, rows: int, cols: int, pieces: int = 1) -> PlannedTensor:

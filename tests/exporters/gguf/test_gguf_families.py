@@ -2,49 +2,82 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from tokenizers import Regex, pre_tokenizers
+from transformers import AutoTokenizer, MistralConfig, Phi3Config, PretrainedConfig
 
-from exporters.gguf.families import interleaved_rows
-from exporters.gguf.metadata import rope_frequency_factors, sliding_window
+from exporters.gguf import pretokenizer
+from exporters.gguf.families import canonical_config, read_config
+from exporters.gguf.limits import window_period
+from exporters.gguf.metadata import sliding_window
 from exporters.gguf.reader import iter_expected, name_map, read_metadata, read_tensors
+from exporters.gguf.rope import rope_frequency_factors, rope_parameters, rotary_dims
+from exporters.gguf.row_orders import grouped_rows, interleaved_rows
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from signround_edge import __version__
 from signround_edge.errors import UserError
 from signround_edge.metrics import ScoreKeeper
 from signround_edge.run_directory import RunDirectory, sha256_of
-from tests.exporters.gguf.conftest import BASE, export
+from tests.exporters.gguf.conftest import BASE, export, gpt2_split, train_byte_level
+from tests.exporters.gguf.family_table import FAMILIES, LLAMA3_ROPE, LONG_PHI3, REFUSED, VARIANTS, VOCAB
+from tests.exporters.gguf.test_gguf_tokenizers import TEXTS, assert_same_tokens, split
 from tests.support import dequantized_model
 
 RunOf = Callable[..., RunDirectory]
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024}
+CONFIGS = {name: row.config for name, row in FAMILIES.items()} | VARIANTS
+# Variants that differ little from one that is always run.
+RARE = (
+    "smollm3_yarn",
+    "gpt2_narrow_feed_forward",
+    "gpt_neox_sequential",
+    "bloom_8_heads",
+    "falcon_one_norm",
+    "phi3_tied",
+    "gemma2_window_period_3",
+    "gemma3_soft_cap",
+)
+NFC = ("qwen2", "gpt_neox")  # tokenizers that compose characters first, which llama.cpp does not
 
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**BASE),
-    "llama_tied_with_biases": LlamaConfig(**BASE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
-    "llama_wide_heads": LlamaConfig(**BASE, head_dim=128),
-    "llama3_rope": LlamaConfig(**BASE, rope_parameters=LLAMA3_ROPE),
-    "llama_linear_rope": LlamaConfig(**BASE, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
-    "mistral": MistralConfig(**BASE, sliding_window=None),
-    "qwen2": Qwen2Config(**BASE),
-    "qwen2_yarn": Qwen2Config(**BASE, rope_parameters=YARN),
-    "qwen2_yarn_attention": Qwen2Config(**BASE, rope_parameters={**YARN, "attention_factor": 1.3}),
-    "qwen3": Qwen3Config(**BASE, head_dim=128),
-}
+
+def tokenizer_folder(kind: str, request: pytest.FixtureRequest, folder: Path) -> Path:
+    """A small tokenizer of that kind: pre-tokenizer or SentencePiece settings, and transformers class."""
+    if kind in ("sentencepiece", "gemma"):
+        found: Path = request.getfixturevalue(f"{kind}_folder")
+        return found
+    pre_tokenizer, skips_merges, tokenizer_class = {
+        "gpt2": (gpt2_split(), False, "GPT2Tokenizer"),
+        "gpt_neox": (gpt2_split(), False, "GPTNeoXTokenizer"),
+        "qwen2": (split(pretokenizer._QWEN2), False, "Qwen2Tokenizer"),
+        "llama3": (split(pretokenizer._LLAMA3), True, "PreTrainedTokenizerFast"),
+        "bloom": (split(pretokenizer._BLOOM), False, "PreTrainedTokenizerFast"),
+        "falcon": (falcon_split(), False, "PreTrainedTokenizerFast"),
+    }[kind]
+    train_byte_level(folder, pre_tokenizer)
+    edits = {"tokenizer_config.json": {"tokenizer_class": tokenizer_class}}
+    content = json.loads((folder / "tokenizer.json").read_text())
+    edits["tokenizer.json"] = {"model": {**content["model"], "ignore_merges": skips_merges}}
+    for name, edit in edits.items():
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **edit}))
+    return folder
+
+
+def falcon_split() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Punctuation("contiguous"),
+            gpt2_split(),
+            pre_tokenizers.Digits(individual_digits=False),
+            pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+        ]
+    )
 
 
 def kld(reference: np.ndarray, logits: np.ndarray) -> float:
@@ -60,7 +93,9 @@ def torch_logits(run: RunDirectory, tokens: np.ndarray) -> np.ndarray:
         return dequantized_model(run)(torch.from_numpy(tokens)[None].long()).logits[0].numpy()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name in RARE else name for name in CONFIGS]
+)
 def test_f32_export_computes_what_transformers_computes(name: str, run_of: RunOf, tmp_path: Path) -> None:
     run = run_of(CONFIGS[name])
     tokens = np.random.default_rng(0).integers(0, BASE["vocab_size"], 150).astype(np.int32)
@@ -69,9 +104,34 @@ def test_f32_export_computes_what_transformers_computes(name: str, run_of: RunOf
     assert kld(torch_logits(run, tokens), logits) <= 1e-5
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_of_each_family_are_transformers_tokens(
+    name: str, run_of: RunOf, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    row = FAMILIES[name]
+    folder = tokenizer_folder(row.tokenizer, request, tmp_path / "tokenizer")
+    artifact = export(run_of(row.config, tokenizer=folder), tmp_path / "a.gguf")
+    assert read_metadata(artifact)["tokenizer.ggml.pre"] == row.pre
+    texts = [text for text in TEXTS if text and not (row.tokenizer in NFC and "decomposed" in text)]
+    assert_same_tokens(artifact, folder, texts)
+
+
+@pytest.mark.parametrize("length", [100, 300])
+def test_longrope_takes_short_factors_for_short_texts_and_long_ones_for_long(
+    length: int, run_of: RunOf, tmp_path: Path
+) -> None:
+    run = run_of(LONG_PHI3)
+    lines: list[str] = []
+    artifact = export(run, tmp_path / "f32.gguf", log=lines.append, dtype="f32")
+    assert any("longer than 256 tokens" in line for line in lines)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, length).astype(np.int32)
+    with LlamaCppRuntime().open(artifact) as session:
+        assert kld(torch_logits(run, tokens), session.logits(tokens)) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("name", "scheme"),
-    [(name, "gguf:q4_0") for name in ("llama", "mistral", "qwen2", "qwen3")]
+    [(name, "gguf:q4_0") for name in FAMILIES]
     + [("llama", scheme) for scheme in ("gguf:q4_1", "gguf:q5_0", "gguf:q5_1", "gguf:q8_0", "onnx:w4g32")],
 )
 def test_llama_cpp_dequantizes_the_runs_own_weights(name: str, scheme: str, run_of: RunOf, tmp_path: Path) -> None:
@@ -84,7 +144,10 @@ def test_llama_cpp_dequantizes_the_runs_own_weights(name: str, scheme: str, run_
     assert not expected
 
 
-@pytest.mark.parametrize("name", ["llama_tied_with_biases", "qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama_tied_with_biases", "qwen3", "bloom", *(pytest.param(n, marks=pytest.mark.full) for n in FAMILIES)],
+)
 def test_packed_file_runs(name: str, run_of: RunOf, tmp_path: Path) -> None:
     run = run_of(CONFIGS[name])
     tokens = np.random.default_rng(0).integers(0, BASE["vocab_size"], 100).astype(np.int32)
@@ -119,6 +182,128 @@ def test_rows_of_q_and_k_are_interleaved_for_llama_only(run_of: RunOf, tmp_path:
     assert orders["blk.1.attn_k.weight"].tolist() == interleaved_rows(128, 2).tolist()
     assert orders["blk.1.attn_v.weight"] is None
     assert interleaved_rows(8, 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_fused_projections_are_stored_as_queries_keys_values() -> None:
+    # Two groups of two query heads, a key head and a value head, each of one row.
+    assert grouped_rows(8, 2, 1).tolist() == [0, 1, 4, 5, 2, 6, 3, 7]
+    # A group is one head: BLOOM, GPT-NeoX.
+    assert grouped_rows(12, 2, 2).tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
+    # One group: Falcon 7B's rows lie in that order already.
+    assert grouped_rows(10, 1, 2).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "falcon", "falcon_new_decoder", "bloom"])
+def test_a_fused_projection_and_its_bias_move_together(name: str, run_of: RunOf, tmp_path: Path) -> None:
+    run = run_of(CONFIGS[name])
+    orders = {m.gguf_name: m.rows for m in name_map(run, export(run, tmp_path / "a.gguf"))}
+    config = canonical_config(read_config(run.config_dir))
+    weight = orders["blk.1.attn_qkv.weight"]
+    assert weight is not None
+    expected = grouped_rows(len(weight), config["num_key_value_heads"], config["head_dim"])
+    assert weight.tolist() == expected.tolist()
+    bias = orders.get("blk.1.attn_qkv.bias")
+    assert bias is None or bias.tolist() == expected.tolist()
+
+
+def test_gemmas_norms_are_stored_with_1_added_and_nothing_else_is(run_of: RunOf, tmp_path: Path) -> None:
+    run = run_of(CONFIGS["gemma3"])
+    artifact = export(run, tmp_path / "a.gguf", dtype="f32")
+    stored = {tensor.name: tensor.weights for tensor in LlamaCppRuntime().stored_tensors(artifact)}
+    for row in name_map(run, artifact):
+        added = np.float32(1) if "norm" in row.gguf_name else np.float32(0)
+        assert np.array_equal(stored[row.gguf_name].squeeze(), run.dequantized(row.hf_name).numpy() + added), row
+
+
+# As config.json of the published models spells it (abridged), and what that means.
+PUBLISHED = {
+    "tiiuae/falcon-7b": (
+        {"model_type": "falcon", "hidden_size": 4544, "num_attention_heads": 71, "multi_query": True},
+        {"num_key_value_heads": 1, "head_dim": 64, "intermediate_size": 18176, "max_position_embeddings": 2048},
+    ),
+    "tiiuae/falcon-40b": (
+        {
+            "model_type": "falcon",
+            "hidden_size": 8192,
+            "num_attention_heads": 128,
+            "num_kv_heads": 8,
+            "new_decoder_architecture": True,
+        },
+        {"num_key_value_heads": 8, "head_dim": 64},
+    ),
+    "bigscience/bloom-560m": (
+        {"model_type": "bloom", "n_embed": 1024, "n_layer": 24, "num_attention_heads": 16, "seq_length": 2048},
+        {"hidden_size": 1024, "num_hidden_layers": 24, "num_key_value_heads": 16, "max_position_embeddings": 2048},
+    ),
+    "openai-community/gpt2": (
+        {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_ctx": 1024, "n_positions": 1024},
+        {"hidden_size": 768, "intermediate_size": 3072, "max_position_embeddings": 1024, "hidden_act": "gelu_new"},
+    ),
+    "EleutherAI/pythia-70m": (
+        {"model_type": "gpt_neox", "hidden_size": 512, "num_attention_heads": 8, "rotary_pct": 0.25},
+        {"head_dim": 64, "rotary_dims": 16},
+    ),
+    "google/gemma-3-1b-it": (
+        {
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 26,
+            "rope_local_base_freq": 10000,
+            "rope_theta": 1000000,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+        },
+        {"window_period": 6, "rope_theta": 1e6, "sliding_window": 512},
+    ),
+    "microsoft/Phi-3-mini-128k-instruct": (
+        {
+            "model_type": "phi3",
+            "max_position_embeddings": 131072,
+            "original_max_position_embeddings": 4096,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.1] * 48, "long_factor": [2.0] * 48},
+        },
+        {"rope_type": "longrope", "original": 4096, "rotary_dims": 96},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_spellings_of_configs_are_understood(name: str) -> None:
+    published, expected = PUBLISHED[name]
+    config = canonical_config(published)
+    rope = rope_parameters(config)
+    known = {
+        **config,
+        "rotary_dims": rotary_dims(config),
+        "rope_theta": rope["rope_theta"],
+        "rope_type": rope["rope_type"],
+        "original": rope.get("original_max_position_embeddings"),
+        "window_period": window_period(config) if config.get("layer_types") else None,
+    }
+    assert {key: known[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("vocab", [False, True], ids=["other_tokens", "microsofts_tokens"])
+def test_llama_cpps_special_case_for_names_with_phi3_is_kept_for_microsofts_tokenizer(
+    vocab: bool, run_of: RunOf, byte_level_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(byte_level_folder, folder)
+    if vocab:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "</s>", "<unk>"]})
+        tokenizer.save_pretrained(folder)
+    run = run_of(CONFIGS["phi3"], tokenizer=folder)
+    run.manifest.source["model"] = "somebody/Phi-3-small"
+    artifact = export(run, tmp_path / "a.gguf")
+    assert read_metadata(artifact)["general.name"] == ("Phi-3-small" if vocab else "Phi 3-small")
+    assert_same_tokens(artifact, folder, ["hello world"])  # llama.cpp loads it
+
+
+def test_a_config_that_transformers_refuses_is_one_sentence(run_of: RunOf, tmp_path: Path) -> None:
+    run = run_of(CONFIGS["gpt2"])
+    (run.config_dir / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": "many"}))
+    with pytest.raises(UserError, match=r"config\.json of the run cannot be read"):
+        export(run, tmp_path / "a.gguf")
 
 
 def test_metadata_says_what_the_model_is_and_where_it_comes_from(run_of: RunOf, tmp_path: Path) -> None:
@@ -170,37 +355,26 @@ def test_sliding_window_counts_only_where_the_model_uses_it(config: dict[str, ob
     assert sliding_window({**BASE, **config}) == window
 
 
-def test_a_sliding_window_is_written_and_said_aloud(run_of: RunOf, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (MistralConfig(**BASE, sliding_window=64), "llama.attention.sliding_window"),
+        (Phi3Config(**{**BASE, "pad_token_id": 0}, sliding_window=64), "phi3.attention.sliding_window"),
+    ],
+    ids=["mistral", "phi3"],
+)
+def test_a_sliding_window_is_written_and_said_aloud(
+    config: PretrainedConfig, key: str, run_of: RunOf, tmp_path: Path
+) -> None:
     lines: list[str] = []
-    artifact = export(run_of(MistralConfig(**BASE, sliding_window=64)), tmp_path / "a.gguf", log=lines.append)
-    assert read_metadata(artifact)["llama.attention.sliding_window"] == 64
+    artifact = export(run_of(config), tmp_path / "a.gguf", log=lines.append)
+    assert read_metadata(artifact)[key] == 64
     assert any("sliding window of 64" in line for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (LlamaConfig(**BASE, hidden_act="gelu"), "gelu.*--template"),
-        (Qwen3Config(**BASE, head_dim=64, attention_bias=True), r"o_proj\.bias.*--template"),
-        (
-            LlamaConfig(
-                **BASE,
-                rope_parameters={
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "factor": 4.0,
-                    "short_factor": [1.0] * 32,
-                    "long_factor": [2.0] * 32,
-                    "original_max_position_embeddings": 1024,
-                },
-            ),
-            "longrope.*--template",
-        ),
-    ],
-)
-def test_what_llama_cpp_cannot_compute_is_refused(
-    config: PretrainedConfig, message: str, run_of: RunOf, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_llama_cpp_cannot_compute_is_refused(name: str, run_of: RunOf, tmp_path: Path) -> None:
+    config, message = REFUSED[name]
     with pytest.raises(UserError, match=message):
         export(run_of(config), tmp_path / "a.gguf")
     assert not list(tmp_path.glob("a.gguf*"))

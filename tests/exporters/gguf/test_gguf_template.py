@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig
 
-from exporters.gguf.families import interleaved_rows
 from exporters.gguf.matching import find_row_order, find_vector
 from exporters.gguf.reader import iter_expected, name_map, read_metadata, read_tensors
+from exporters.gguf.row_orders import interleaved_rows
 from exporters.gguf.tokenizer import add_tokenizer
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from signround_edge.errors import CheckFailed, UserError

@@ -1,0 +1,42 @@
+"""A Hugging Face model as an F32 GGUF file, by our exporter and without any quantization: input of llama-quantize."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from exporters.gguf import GgufExporter
+from exporters.interface import ExportOptions
+from signround_edge.decoder import build_decoder, checkpoint_name
+from signround_edge.formats.schemes import parse_scheme
+from signround_edge.run_directory import Manifest, RunDirectory
+from signround_edge.source_model import SourceModel
+from signround_edge.tuning.plan import make_plan
+
+
+def write_float_gguf(model: Path, out: Path) -> Path:
+    """Write `out` from the model folder, by way of a run directory in which every tensor is a float."""
+    source, decoder = SourceModel.open(model), build_decoder(model)
+    plan = make_plan(decoder, source, parse_scheme("gguf:q8_0"), float_fallback=True)
+    entries = [replace(t, format=None, fallback_from=None, transposed=False) for t in plan.tensors]
+    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
+        folder = Path(temporary) / "run"
+        source.copy_config(folder / "config")
+        manifest = Manifest(
+            scheme="floats",
+            targets=["gguf"],
+            source={"model": model.resolve().name, "files": source.hashes()},
+            settings={},
+            versions={},
+            parts=plan.parts,
+            tied=plan.tied,
+            tensors=entries,
+        )
+        run = RunDirectory.create(folder, manifest)
+        for part in plan.parts:
+            names = [t.name for t in entries if t.part == part]
+            stored = {n: source.tensor(checkpoint_name(n, source, decoder.base_prefix)) for n in names}
+            run.write_part(part, stored, {})
+        run = RunDirectory.open(folder)
+        return GgufExporter().export(run, out, ExportOptions(dtype="f32", log=lambda line: None))

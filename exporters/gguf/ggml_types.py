@@ -1,0 +1,40 @@
+"""ggml's tensor types: number, values a block and bytes a block. gguf-py's table, and what it does not know yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from gguf import GGML_QUANT_SIZES
+
+
+@dataclass(frozen=True)
+class GgmlType:
+    """One row of `type_traits` in ggml.c.
+
+    Attributes:
+        name: "F32", "Q4_K", …
+        number: as in a GGUF file.
+        block_values: values a block.
+        block_bytes: bytes a block.
+    """
+
+    name: str
+    number: int
+    block_values: int
+    block_bytes: int
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of that shape (numpy order)."""
+        return prod(shape) // self.block_values * self.block_bytes
+
+
+_ROWS = (
+    *(GgmlType(t.name, int(t), *sizes) for t, sizes in GGML_QUANT_SIZES.items()),
+    GgmlType("Q2_0", 42, 64, 18),  # not in gguf-py 0.19; block_q2_0 in ggml-common.h
+)
+
+BY_NAME = {row.name: row for row in _ROWS}
+BY_NUMBER = {row.number: row for row in _ROWS}
+
+F32, F16, BF16 = BY_NAME["F32"], BY_NAME["F16"], BY_NAME["BF16"]

@@ -1,0 +1,59 @@
+"""The orders in which llama.cpp stores the rows of attention projections. Rows move whole, so codes move with them.
+
+Source: `LlamaModel.permute` in llama.cpp's conversion/llama.py, and `modify_tensors` in its gpt_neox.py, bloom.py and
+falcon.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+RowOrder = NDArray[np.intp]
+Config = dict[str, Any]
+
+
+def interleaved_rows(rows: int, heads: int) -> RowOrder:
+    """Row order of q or k for rotation of neighbouring pairs: stored row i is Hugging Face's row order[i].
+
+    Each head's first and second half are interleaved.
+    """
+    order = np.arange(rows, dtype=np.intp).reshape(heads, 2, rows // heads // 2)
+    return order.swapaxes(1, 2).reshape(-1)
+
+
+def grouped_rows(rows: int, groups: int, dim: int) -> RowOrder:
+    """Row order of a fused projection that holds, group by group, its query heads, one key head and one value head.
+
+    Stored are all queries, then all keys, then all values.
+
+    Args:
+        rows: rows of the projection.
+        groups: number of groups (key heads).
+        dim: values a head.
+    """
+    order = np.arange(rows, dtype=np.intp).reshape(groups, -1, dim)
+    return np.concatenate([order[:, :-2].reshape(-1), order[:, -2].reshape(-1), order[:, -1].reshape(-1)])
+
+
+def same_order(config: Config, projection: str, rows: int) -> RowOrder | None:
+    """llama.cpp keeps Hugging Face's order."""
+    return None
+
+
+def interleaved_order(config: Config, projection: str, rows: int) -> RowOrder | None:
+    """Llama's graph rotates neighbouring pairs (Meta's original layout): q and k are stored in that order."""
+    if projection == "q_proj":
+        return interleaved_rows(rows, int(config["num_attention_heads"]))
+    if projection == "k_proj":
+        return interleaved_rows(rows, int(config["num_key_value_heads"]))
+    return None
+
+
+def grouped_order(config: Config, projection: str, rows: int) -> RowOrder | None:
+    """The fused projections of GPT-NeoX, BLOOM (a group is one head) and Falcon."""
+    if projection != "query_key_value":
+        return None
+    return grouped_rows(rows, int(config["num_key_value_heads"]), int(config["head_dim"]))

@@ -1,0 +1,183 @@
+"""llama.cpp's presets: which block type each matrix of a model gets. Attention values and down projections are more
+sensitive than the rest, so most presets give some of them more bits.
+
+Source: `llama_tensor_get_type_impl` and `tensor_type_fallback` in llama.cpp's llama-quant.cpp. The IQ4 presets follow
+it as it is with an importance matrix (calibration is one). Q4_0 and Q5_0 follow it as it is without: with one it gives
+the first eighth of the down projections Q4_1 or Q5_1, against a failure of its own search that ours does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from signround_edge.formats import get_grid
+
+
+class Role(Enum):
+    """What a weight matrix is for."""
+
+    EMBEDDING = "embedding"
+    OUTPUT = "output"  # the head, or the embedding tied to it
+    ATTENTION_V = "attention_v"  # also a fused matrix that holds V
+    ATTENTION_OUTPUT = "attention_output"
+    FFN_DOWN = "ffn_down"
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A matrix's role and, for those of decoder blocks, the block's index."""
+
+    role: Role
+    layer: int = 0
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """What the rules ask about the model.
+
+    Attributes:
+        layers: number of decoder blocks.
+        query_groups: query heads that share one key head.
+        falcon: whether it is a Falcon, which has rules of its own.
+    """
+
+    layers: int = 1
+    query_groups: int = 1
+    falcon: bool = False
+
+    @property
+    def llama_70b(self) -> bool:
+        """80 blocks with shared key heads: llama.cpp takes such a model for a 70B."""
+        return self.layers == 80 and self.query_groups > 1
+
+
+Rule = Callable[[int, ModelTraits], str | None]
+
+
+def _always(name: str) -> Rule:
+    return lambda layer, model: name
+
+
+def _grouped(name: str, otherwise: str | None = None) -> Rule:
+    """`name` where at least four query heads share a key head: V is then small."""
+    return lambda layer, model: name if model.query_groups >= 4 else otherwise
+
+
+def _first(share: int, name: str) -> Rule:
+    """`name` in the first 1/share of the blocks."""
+    return lambda layer, model: name if layer < model.layers // share else None
+
+
+def _more_bits(layer: int, model: ModelTraits) -> bool:
+    """The first and the last eighth of the blocks, and every third one between."""
+    eighth = model.layers // 8
+    return layer < eighth or layer >= 7 * model.layers // 8 or (layer - eighth) % 3 == 2
+
+
+def _where_more_bits(name: str) -> Rule:
+    return lambda layer, model: name if _more_bits(layer, model) else None
+
+
+def _q3_k_m_down(layer: int, model: ModelTraits) -> str | None:
+    if layer < model.layers // 16:
+        return "Q5_K"
+    return "Q4_K" if not model.falcon or _more_bits(layer, model) else None
+
+
+def _q4_k_m_down(layer: int, model: ModelTraits) -> str | None:
+    if not model.falcon:
+        return "Q6_K" if _more_bits(layer, model) else None
+    if layer < model.layers // 16:
+        return "Q6_K"
+    return "Q5_K" if _more_bits(layer, model) else None
+
+
+def _unless_falcon(rule: Rule, falcon: str | None = None) -> Rule:
+    return lambda layer, model: falcon if model.falcon else rule(layer, model)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row: a base type, and rules for the roles that may differ. All types are names for `get_grid`.
+
+    Attributes:
+        base: type of everything without a rule.
+        rules: role → rule; a rule's None means the base type.
+        embedding: type of an untied embedding; None is the base type.
+        output: type of the head, or of the embedding that is tied to it.
+    """
+
+    base: str
+    rules: Mapping[Role, Rule] = field(default_factory=dict)
+    embedding: str | None = None
+    output: str = "Q6_K"
+
+    def format_of(self, place: Place, model: ModelTraits, cols: int) -> str:
+        """The type for a matrix with rows of `cols` values, before any fallback for rows that it does not divide."""
+        if place.role is Role.OUTPUT:
+            return "Q8_0" if model.falcon or cols % get_grid(self.base).row_multiple else self.output
+        if place.role is Role.EMBEDDING:
+            return self.embedding or self.base
+        rule = self.rules.get(place.role)
+        name = (rule(place.layer, model) if rule else None) or self.base
+        if place.role is Role.ATTENTION_V and model.llama_70b and name in ("Q3_K", "Q4_K"):
+            return "Q5_K"
+        return name
+
+
+_V, _OUT, _DOWN = Role.ATTENTION_V, Role.ATTENTION_OUTPUT, Role.FFN_DOWN
+
+GGUF_PRESETS: dict[str, Preset] = {
+    "q2_0": Preset("Q2_0", embedding="Q4_K"),
+    "q4_0": Preset("Q4_0"),
+    "q4_1": Preset("Q4_1"),
+    "q5_0": Preset("Q5_0"),
+    "q5_1": Preset("Q5_1"),
+    "q8_0": Preset("Q8_0", output="Q8_0"),
+    "q2_k": Preset(
+        "Q2_K",
+        {_V: _grouped("Q4_K", "Q3_K"), _DOWN: _always("Q3_K"), _OUT: _unless_falcon(_always("Q3_K"))},
+    ),
+    "q2_k_s": Preset("Q2_K", {_V: _grouped("Q4_K"), _DOWN: _first(8, "Q4_K")}),
+    "q3_k_s": Preset("Q3_K"),
+    "q3_k_m": Preset(
+        "Q3_K",
+        {
+            _V: lambda layer, model: "Q5_K" if layer < 2 else "Q4_K",
+            _DOWN: _q3_k_m_down,
+            _OUT: _unless_falcon(_always("Q4_K")),
+        },
+    ),
+    "q3_k_l": Preset(
+        "Q3_K",
+        {
+            _V: _always("Q5_K"),
+            _DOWN: _unless_falcon(_always("Q5_K"), "Q4_K"),
+            _OUT: _unless_falcon(_always("Q5_K"), "Q4_K"),
+        },
+    ),
+    "q4_k_s": Preset(
+        "Q4_K",
+        {_V: lambda layer, model: "Q5_K" if layer < 4 else None, _DOWN: _unless_falcon(_first(8, "Q5_K"))},
+    ),
+    "q4_k_m": Preset("Q4_K", {_V: _where_more_bits("Q6_K"), _DOWN: _q4_k_m_down}),
+    "q5_k_s": Preset("Q5_K"),
+    "q5_k_m": Preset("Q5_K", {_V: _where_more_bits("Q6_K"), _DOWN: _where_more_bits("Q6_K")}),
+    "q6_k": Preset("Q6_K"),
+    "iq4_nl": Preset("IQ4_NL", {_V: _grouped("Q5_K")}),
+    "iq4_xs": Preset("IQ4_XS", {_V: _grouped("Q5_K")}),
+}
+
+# Where a row is no multiple of the block. llama.cpp leaves what even these do not divide in F16.
+GGUF_FALLBACK = {
+    "Q2_0": "Q4_0",
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "IQ4_XS": "IQ4_NL",
+}

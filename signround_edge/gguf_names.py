@@ -1,0 +1,42 @@
+"""Names of parameters in GGUF files, by gguf's tables."""
+
+from __future__ import annotations
+
+import functools
+
+import gguf
+
+
+def gguf_name(name: str, model_type: str, layers: int) -> str | None:
+    """The name that a parameter would have in a GGUF file ("blk.3.ffn_down.weight"), or None when llama.cpp has none.
+
+    Args:
+        name: parameter name in the Hugging Face model.
+        model_type: of its config.json; decides where architectures disagree.
+    """
+    stem, _, leaf = name.rpartition(".")
+    for arch in _likeliest_first(model_type):
+        found = name_table(arch, layers).get_name(stem)
+        if found is not None:
+            return f"{found}.{leaf}"
+    return None
+
+
+@functools.cache
+def _likeliest_first(model_type: str) -> list[gguf.MODEL_ARCH]:
+    """The architecture that is spelt like the model type, then all others."""
+    wanted = model_type.replace("_", "").removesuffix("text")
+    spelt = {arch: name.replace("-", "") for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    return sorted(gguf.MODEL_ARCH, key=lambda arch: spelt.get(arch) != wanted)
+
+
+@functools.cache
+def name_table(arch: gguf.MODEL_ARCH, layers: int) -> gguf.TensorNameMap:
+    """One of gguf's tables. Making it writes the architecture's own names into a table that all share; undo that."""
+    shared = gguf.TensorNameMap.block_mappings_cfg
+    before = dict(shared)
+    try:
+        return gguf.get_tensor_name_map(arch, layers)
+    finally:
+        shared.clear()
+        shared.update(before)

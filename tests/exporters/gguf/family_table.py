@@ -1,0 +1,178 @@
+"""One row for each built-in family: a small model of it, and the kind of tokenizer that its published models have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import (
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from tests.exporters.gguf.conftest import BASE
+
+VOCAB = BASE["vocab_size"]
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + 0.5 * i for i in range(8)],
+    "original_max_position_embeddings": 256,
+}
+
+# Large initial weights: with small ones attention is flat and a wrong position or order hardly shows.
+_TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_SHARED = {**_TINY, "num_key_value_heads": 2}  # two query heads share a key head
+_GEMMA = {**_SHARED, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 32}
+_GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "n_positions": 256, "initializer_range": 0.2}
+_GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
+_FALCON = {key: value for key, value in _TINY.items() if key != "intermediate_size"}
+_NEW_FALCON = {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
+_GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+}
+_BLOOM = {"hidden_size": 96, "n_layer": 2, "vocab_size": VOCAB, "initializer_range": 0.2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A family.
+
+    Attributes:
+        config: a small model.
+        tokenizer: name of a kind in test_gguf_families.tokenizer_folder.
+        pre: what tokenizer.ggml.pre must be.
+    """
+
+    config: PretrainedConfig
+    tokenizer: str
+    pre: str
+
+
+FAMILIES = {
+    "llama": Row(LlamaConfig(**BASE), "llama3", "llama-bpe"),
+    "mistral": Row(MistralConfig(**BASE, sliding_window=None), "sentencepiece", "default"),
+    "qwen2": Row(Qwen2Config(**BASE), "qwen2", "qwen2"),
+    "qwen3": Row(Qwen3Config(**BASE, head_dim=128), "qwen2", "qwen2"),
+    "smollm3": Row(SmolLM3Config(**{**_SHARED, "num_hidden_layers": 5}), "llama3", "llama-bpe"),
+    "gpt2": Row(GPT2Config(**_GPT2), "gpt2", "gpt-2"),
+    "gpt_neox": Row(GPTNeoXConfig(**_TINY), "gpt_neox", "gpt-2"),
+    "bloom": Row(BloomConfig(**_BLOOM, n_head=6), "bloom", "bloom"),  # 6 heads: ALiBi's second series of slopes
+    "falcon": Row(FalconConfig(**_FALCON), "falcon", "falcon"),
+    "falcon_new_decoder": Row(FalconConfig(**_NEW_FALCON), "falcon", "falcon"),
+    "phi3": Row(Phi3Config(**_SHARED), "sentencepiece", "default"),
+    "gemma2": Row(Gemma2Config(**_GEMMA), "gemma", "default"),
+    "gemma3": Row(Gemma3TextConfig(**{**_GEMMA, "num_hidden_layers": 7}), "gemma", "default"),
+}
+
+# Other models of these families: settings that change the metadata, the order of rows or the tensors.
+VARIANTS: dict[str, PretrainedConfig] = {
+    "llama_tied_with_biases": LlamaConfig(**BASE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "llama_wide_heads": LlamaConfig(**BASE, head_dim=128),
+    "llama3_rope": LlamaConfig(**BASE, rope_parameters=LLAMA3_ROPE),
+    "llama_linear_rope": LlamaConfig(**BASE, rope_parameters=LINEAR),
+    "qwen2_yarn": Qwen2Config(**BASE, rope_parameters=YARN),
+    "qwen2_yarn_attention": Qwen2Config(**BASE, rope_parameters={**YARN, "attention_factor": 1.3}),
+    "smollm3_yarn": SmolLM3Config(**{**_SHARED, "num_hidden_layers": 5}, rope_parameters=YARN),
+    "gpt2_narrow_feed_forward": GPT2Config(**_GPT2, n_inner=96),
+    "gpt_neox_sequential": GPTNeoXConfig(**_TINY, use_parallel_residual=False),
+    "gpt_neox_half_rotated": GPTNeoXConfig(**_TINY, rope_parameters={**YARN, "partial_rotary_factor": 0.5}),
+    "bloom_8_heads": BloomConfig(**_BLOOM, n_head=8),
+    "falcon_multi_head": FalconConfig(**_FALCON, multi_query=False),
+    "falcon_one_norm": FalconConfig(**_NEW_FALCON, num_ln_in_parallel_attn=1),
+    "phi3_partial_rotary": Phi3Config(
+        **_SHARED, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+    ),
+    "phi3_tied": Phi3Config(**_SHARED, tie_word_embeddings=True),
+    "gemma2_window_period_3": Gemma2Config(
+        **{**_GEMMA, "num_hidden_layers": 4},
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gemma3_window_period_2": Gemma3TextConfig(
+        **{**_GEMMA, "num_hidden_layers": 4}, layer_types=["sliding_attention", "full_attention"] * 2
+    ),
+    "gemma3_without_windows": Gemma3TextConfig(**_GEMMA, layer_types=["full_attention"] * 2),
+    "gemma3_rope": Gemma3TextConfig(**{**_GEMMA, "num_hidden_layers": 7}, rope_parameters=_GEMMA3_ROPE),
+    "gemma3_soft_cap": Gemma3TextConfig(**_GEMMA, final_logit_softcapping=5.0),
+}
+
+LONG_PHI3 = Phi3Config(
+    **{**_SHARED, "max_position_embeddings": 1024, "original_max_position_embeddings": 256}, rope_parameters=LONGROPE
+)
+
+# (config, what the refusal says). llama.cpp would compute something else, or not load the file.
+REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
+    "activation": (LlamaConfig(**BASE, hidden_act="gelu"), "gelu.*--template"),
+    "output_bias": (Qwen3Config(**BASE, head_dim=64, attention_bias=True), r"o_proj\.bias.*--template"),
+    "llama_longrope": (
+        LlamaConfig(
+            **BASE,
+            rope_parameters={
+                **LONGROPE,
+                "factor": 4.0,
+                "short_factor": [1.0] * 32,
+                "long_factor": [2.0] * 32,
+            },
+        ),
+        "longrope.*--template",
+    ),
+    "qwen2_llama3_rope": (Qwen2Config(**BASE, rope_parameters=LLAMA3_ROPE), "llama3.*qwen2.*--template"),
+    "smollm3_bias": (SmolLM3Config(**_SHARED, attention_bias=True), r"o_proj\.bias.*--template"),
+    "smollm3_no_rope": (SmolLM3Config(**_SHARED, no_rope_layers=[0, 1]), "every fourth layer.*--template"),
+    "gpt2_scale": (GPT2Config(**_GPT2, scale_attn_by_inverse_layer_idx=True), "scale_attn.*--template"),
+    "gpt2_activation": (GPT2Config(**_GPT2, activation_function="relu"), "gelu_new.*relu.*--template"),
+    "gpt_neox_tied": (GPTNeoXConfig(**_TINY, tie_word_embeddings=True), "output head.*--template"),
+    "gpt_neox_biases": (GPTNeoXConfig(**_TINY, attention_bias=False), "biases.*--template"),
+    "bloom_residual": (
+        BloomConfig(**_BLOOM, n_head=8, apply_residual_connection_post_layernorm=True),
+        "residual.*--template",
+    ),
+    "falcon_alibi": (FalconConfig(**_FALCON, alibi=True), "ALiBi.*--template"),
+    "falcon_sequential": (FalconConfig(**_FALCON, parallel_attn=False), r"post_attention_layernorm.*--template"),
+    "falcon_bias": (FalconConfig(**_FALCON, bias=True), "biases.*--template"),
+    "gemma2_soft_cap": (Gemma2Config(**_GEMMA, attn_logit_softcapping=None), "soft caps.*--template"),
+    "gemma2_scale": (
+        Gemma2Config(**{**_GEMMA, "query_pre_attn_scalar": 16}),
+        "scales attention by 32 .* this model by 16.*--template",
+    ),
+    "gemma2_no_windows": (Gemma2Config(**_GEMMA, layer_types=["full_attention"] * 2), "windows.*--template"),
+    "gemma3_layers": (
+        Gemma3TextConfig(**_GEMMA, layer_types=["full_attention", "sliding_attention"]),
+        "layer_types.*--template",
+    ),
+    "gemma3_bias": (Gemma3TextConfig(**_GEMMA, attention_bias=True), r"_proj\.bias.*--template"),
+}

@@ -45,7 +45,11 @@ def main() -> None:
         if not args.again and any(r["key"] == row["key"] for r in _read(results)):
             continue
         print(f"{row['key']} …", file=sys.stderr, flush=True)
-        measured = _measure(args, row["tool"], row["scheme"], row["steps"])
+        try:
+            measured = _measure(args, row["tool"], row["scheme"], row["steps"])
+        except llama_quantize.QuantizeFailed as error:  # Q2_K_S wants an importance matrix
+            print(f"skipped: {error}", file=sys.stderr, flush=True)
+            continue
         done = {**row, **measured, "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"}
         others = [r for r in _read(results) if r["key"] != row["key"]]  # read again: another process may add rows
         write_atomically(results, (json.dumps([*others, done], indent=1) + "\n").encode())

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import gguf
 
+_BLOCK = re.compile(r"\.(\d+)\.")
 
-def gguf_name(name: str, model_type: str, layers: int) -> str | None:
+
+@functools.cache
+def gguf_name(name: str, model_type: str) -> str | None:
     """The name that a parameter would have in a GGUF file ("blk.3.ffn_down.weight"), or None when llama.cpp has none.
 
     Args:
         name: parameter name in the Hugging Face model.
         model_type: of its config.json; decides where architectures disagree.
     """
-    stem, _, leaf = name.rpartition(".")
+    block = _BLOCK.search(name)
+    stem, _, leaf = _BLOCK.sub(".0.", name, count=1).rpartition(".")  # all blocks are named alike
     for arch in _likeliest_first(model_type):
-        found = name_table(arch, layers).get_name(stem)
+        found = name_table(arch, 1).get_name(stem)
         if found is not None:
-            return f"{found}.{leaf}"
+            return f"{found.replace('blk.0.', f'blk.{block[1]}.') if block else found}.{leaf}"
     return None
 
 
@@ -31,12 +36,12 @@ def _likeliest_first(model_type: str) -> list[gguf.MODEL_ARCH]:
 
 
 @functools.cache
-def name_table(arch: gguf.MODEL_ARCH, layers: int) -> gguf.TensorNameMap:
+def name_table(arch: gguf.MODEL_ARCH, blocks: int) -> gguf.TensorNameMap:
     """One of gguf's tables. Making it writes the architecture's own names into a table that all share; undo that."""
     shared = gguf.TensorNameMap.block_mappings_cfg
     before = dict(shared)
     try:
-        return gguf.get_tensor_name_map(arch, layers)
+        return gguf.get_tensor_name_map(arch, blocks)
     finally:
         shared.clear()
         shared.update(before)

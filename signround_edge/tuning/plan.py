@@ -88,7 +88,7 @@ def make_plan(decoder: Decoder, source: SourceModel, scheme: Scheme, float_fallb
     places: dict[int, tuple[Place, bool]] = {}
     for index in range(layers):
         for name, module in decoder.matrices(index).items():
-            role = role_of(gguf_name(name, config.model_type, layers))
+            role = role_of(gguf_name(name, config.model_type))
             places[id(module._parameters["weight"])] = (Place(role, index), is_transposed(module))
     places[id(embedding)] = (Place(Role.EMBEDDING), False)
     places[id(head)] = (Place(Role.OUTPUT), False)  # overrides EMBEDDING where both are one parameter
@@ -99,7 +99,7 @@ def make_plan(decoder: Decoder, source: SourceModel, scheme: Scheme, float_fallb
         entry = TensorEntry(name, _part_of(name, decoder), shape, dtype_name(source.dtypes[stored]))
         if id(parameter) in places:
             place, entry.transposed = places[id(parameter)]
-            known_as = (name, gguf_name(name, config.model_type, layers) or name)
+            known_as = (name, gguf_name(name, config.model_type) or name)
             cols = entry.shape[0] if entry.transposed else entry.shape[1]
             _choose_format(entry, scheme.asked_for(known_as, place, traits, cols), cols, scheme, float_fallback)
         tensors.append(entry)

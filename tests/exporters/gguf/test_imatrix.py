@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporters.gguf.imatrix import read_imatrix, write_imatrix
-from exporters.gguf.importance import TensorNames
 from signround_edge.errors import UserError
+from signround_edge.gguf_names import gguf_name
 
 VECTORS = {
     "blk.0.attn_q.weight": np.array([0.25, 3.0, 1e-7, 0.0], dtype=np.float32),
@@ -204,6 +204,5 @@ def test_sizes_that_a_damaged_file_announces_are_not_allocated(tmp_path: Path) -
         ("opt", "model.decoder.layers.0.fc1.weight", None),
     ],
 )
-def test_parameters_have_llama_cpps_names(model_type: str, parameter: str, name: str | None, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
-    assert TensorNames(tmp_path).of(parameter) == name
+def test_parameters_have_llama_cpps_names(model_type: str, parameter: str, name: str | None) -> None:
+    assert gguf_name(parameter, model_type) == name

@@ -72,7 +72,7 @@ def named(plan: Plan, config: PretrainedConfig) -> list[tuple[TensorEntry, str]]
     """Every entry of the plan with its GGUF name."""
     found = []
     for entry in plan.tensors:
-        name = gguf_name(entry.name, config.model_type, config.num_hidden_layers)
+        name = gguf_name(entry.name, config.model_type)
         assert name is not None, entry.name
         found.append((entry, name))
     return found

@@ -33,11 +33,16 @@ def _section(name: str, rows: list[dict[str, Any]]) -> str:
     lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
     for r in rows:
         figures = f"{r['ppl']:.3f} | {r['kld_mean']:.4f} ± {r['kld_stderr']:.4f} | {100 * r['top1_agreement']:.1f} %"
-        cost = f"{r['wall_s']:.0f} | {r['cpu_s']:.0f} | {r['peak_mb']:.0f}"
+        cost = f"{r['wall_s']:.0f} | {r['cpu_s']:.0f} | {_peak(r['peak_mb'])}"
         size = f"{r['bytes']:,} | {r['bits_per_weight']:.3f}"
         lines.append(f"| {r['tool']} | {r['scheme']} | {r['steps']} | {size} | {figures} | {cost} |")
     settings = sorted({r["key"].split(" steps, ", 1)[1] for r in rows})
     return "\n".join([*lines, "", f"Calibration → evaluation: {'; '.join(settings)}. {rows[0]['machine']}.", ""])
+
+
+def _peak(megabytes: float | None) -> str:
+    """A dash for rows of before the peak was measured apart from the parent's memory."""
+    return "–" if megabytes is None else f"{megabytes:.0f}"
 
 
 if __name__ == "__main__":

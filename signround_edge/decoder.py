@@ -151,10 +151,15 @@ def unload_parameters(module: nn.Module) -> None:
                 owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
+# Checkpoints keep names that transformers has given up since.
+_OLDER_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX (Pythia)
+
+
 def checkpoint_name(name: str, source: SourceModel, base_prefix: str) -> str:
     """The source's name of a model parameter; UserError when the source lacks it."""
+    renamed = _OLDER_NAMES.get(name, name)
     bare = name.removeprefix(f"{base_prefix}.") if base_prefix else name
-    for candidate in (name, bare, f"{base_prefix}.{name}"):
+    for candidate in (name, bare, f"{base_prefix}.{name}", renamed):
         if candidate in source.files:
             return candidate
     raise UserError(f"{source.path}: tensor {name} is missing from the safetensors files; download the model again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,16 @@ def _load(config_dir: Path, tensors: Iterator[tuple[str, Tensor]], device: str) 
 
 
 def text_windows(tokenizer_dir: Path, text: Path, n_ctx: int = 512, max_windows: int | None = None) -> Windows:
-    """Windows of a text as llama-perplexity cuts them, BOS rule included; UserError when it is too short."""
+    """Windows of a text as llama-perplexity cuts them, BOS rule included.
+
+    Raises:
+        UserError: the text is missing, not UTF-8 or too short, or a window is longer than the model can see.
+    """
+    positions = _positions(tokenizer_dir)
+    if positions is not None and n_ctx > positions:
+        raise UserError(
+            f"--n-ctx {n_ctx} is more than the {positions} positions of the model; give --n-ctx {positions}"
+        )
     tokenizer = load_tokenizer(tokenizer_dir)
     if not text.is_file():
         raise UserError(f"--text {text} does not exist; give a UTF-8 text file")
@@ -79,6 +89,13 @@ def text_windows(tokenizer_dir: Path, text: Path, n_ctx: int = 512, max_windows:
         raise UserError(f"--text {text} is not UTF-8 ({error.reason}); convert it first") from error
     tokens = list(tokenizer(content, verbose=False)["input_ids"])
     return cut_windows(tokens, n_ctx, added_bos(tokenizer), max_windows)
+
+
+def _positions(model_dir: Path) -> int | None:
+    """The longest text that a model was made for, by its config.json; None where it does not say."""
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    found = (config.get(key) for key in ("max_position_embeddings", "n_positions"))
+    return next((int(value) for value in found if isinstance(value, int) and value > 0), None)
 
 
 def added_bos(tokenizer: Any) -> int | None:

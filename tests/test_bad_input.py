@@ -207,3 +207,30 @@ def test_incomplete_run_says_how_to_finish_it(model: Path, calibration_text: Pat
     (run / "manifest.json").write_text(json.dumps(manifest))
     assert_refused(run_cli("inspect", run), "is incomplete (2 of 3 parts)", "--resume")
     shutil.rmtree(run)
+
+
+def test_windows_longer_than_the_model_can_see(tiny_llama: Path, evaluation_text: Path) -> None:
+    result = run_cli("evaluate", tiny_llama, "--text", evaluation_text, "--n-ctx", 2048)
+    assert_refused(result, "--n-ctx 2048", "give --n-ctx 1024")
+
+
+def test_tensor_types_that_cannot_be(model: Path, calibration_text: Path) -> None:
+    refused = quantize(model, calibration_text, "--tensor-type", "ffn_down")
+    assert_refused(refused, "--tensor-type 'ffn_down'", "PATTERN=TYPE")
+    assert_refused(quantize(model, calibration_text, "--tensor-type", "ffn_down=Q9_K"), "unknown block format 'Q9_K'")
+    assert_refused(quantize(model, calibration_text, "--tensor-type", "(=Q6_K"), "no regular expression")
+    assert_refused(quantize(model, calibration_text, "--tensor-type", "ffn_down=w4g64"), "GGUF has no type w4g64")
+    refused = quantize(model, calibration_text, "--tensor-type", "down=Q4_K", scheme="onnx:w4g32")
+    assert_refused(refused, "MatMulNBits has no form of Q4_K")
+    mixed = quantize(model, calibration_text, scheme="gguf:q4_k_m,onnx:w4g32")
+    assert_refused(mixed, "gguf:q4_k_m mixes several grids")
+
+
+def test_sizes_that_cannot_be(model: Path, calibration_text: Path, tmp_path: Path) -> None:
+    assert quantize(model, calibration_text).exit_code == 0
+    run = model.parent / "run"
+    for size in ("0", "lots", "-5M"):
+        result = run_cli("export", run, "--format", "gguf", "-o", tmp_path / "m.gguf", f"--split-max-size={size}")
+        assert_refused(result, "--split-max-size", "give for example 500M")
+    result = run_cli("export", run, "--format", "onnx", "-o", tmp_path / "m", "--split-max-size", "5M")
+    assert_refused(result, "--split-max-size is for --format gguf")

@@ -41,6 +41,10 @@ CONFIGS: dict[str, transformers.PretrainedConfig] = {
     ),
     "bloom": transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=3072),
     "gpt2": transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=3072),
+    "gpt_neox": transformers.GPTNeoXConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=3072
+    ),
+    "gemma3": transformers.Gemma3TextConfig(**LLAMA_LIKE, head_dim=16, sliding_window=16),
 }
 
 

@@ -32,8 +32,9 @@ def test_packing_puts_the_first_value_in_the_lowest_bits() -> None:
     assert pack_bits(np.array([[1, 2, 3, 0, 2]], dtype=np.uint8), 2).tolist() == [[0b00111001, 0b10]]
 
 
-def test_only_grids_with_a_real_valued_minimum_have_no_container() -> None:
-    assert {name for name in GRIDS if name not in PACKABLE} == {"Q4_1", "Q5_1"}
+def test_only_grids_with_a_real_valued_minimum_or_a_table_have_no_container() -> None:
+    without = {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS"}
+    assert {name for name in GRIDS if name not in PACKABLE} == without
     assert container_of(get_grid("w4g32")) == (4, 32)
     assert container_of(get_grid("Q5_0")) == (8, 32)
     assert container_of(get_grid("Q6_K")) == (8, 16)

@@ -92,8 +92,11 @@ def text_windows(tokenizer_dir: Path, text: Path, n_ctx: int = 512, max_windows:
 
 
 def _positions(model_dir: Path) -> int | None:
-    """The longest text that a model was made for, by its config.json; None where it does not say."""
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    """The longest text that a model was made for, by its config.json; None where none says so (an ONNX folder)."""
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
     found = (config.get(key) for key in ("max_position_embeddings", "n_positions"))
     return next((int(value) for value in found if isinstance(value, int) and value > 0), None)
 

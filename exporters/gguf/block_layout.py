@@ -20,6 +20,8 @@ Bytes = NDArray[np.uint8]
 Codes = NDArray[Any]
 UnitFields = dict[str, NDArray[Any]]
 
+BIT_PAIRS = np.array([0, 2, 4, 6], dtype=np.uint8)  # where the four 2-bit codes of a byte begin
+
 
 class BlockLayout(ABC):
     """How one ggml type lays out the codes and scale fields of a unit.

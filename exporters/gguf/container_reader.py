@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -251,9 +251,7 @@ def _parse(file: GgufFile, cursor: _Cursor) -> GgufFile:
             raise cursor.damaged(f"tensor {info.name!r} twice")
         if info.offset % alignment or start + info.offset + info.nbytes > len(cursor.data):
             raise cursor.damaged(f"the data of tensor {info.name!r} lies beyond its end")
-        file.tensors[info.name] = StoredTensorInfo(
-            info.name, info.ggml_type, info.shape, start + info.offset, info.nbytes, file.path
-        )
+        file.tensors[info.name] = replace(info, offset=start + info.offset)
     return file
 
 

@@ -17,7 +17,7 @@ from exporters.gguf.metadata import (
 from exporters.gguf.naming import builtin_placements, matrix_shape
 from exporters.gguf.rope import factor_tensors
 from exporters.gguf.template import export_with_template
-from exporters.gguf.tensors import plan_tensor, vector
+from exporters.gguf.tensors import f32_tensor, plan_tensor
 from exporters.gguf.tokenizer import add_tokenizer
 from exporters.interface import ExportOptions
 from signround_edge.errors import UserError
@@ -40,7 +40,7 @@ def export(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
     writer.add_type(gguf.GGUFType.MODEL)
     placements = builtin_placements(run, config)
     tensors = [plan_tensor(run, p, options.dtype, p.gguf_name in _ALWAYS_F32) for p in placements]
-    tensors += [vector(name, factors) for name, factors in factor_tensors(family, config).items()]
+    tensors += [f32_tensor(name, factors) for name, factors in factor_tensors(family, config).items()]
     embedding = next((p for p in placements if p.gguf_name == "token_embd.weight"), None)
     if embedding is None:
         raise UserError(f"{run.path} has no token embedding; run `quantize` again")

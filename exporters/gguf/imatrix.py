@@ -12,16 +12,17 @@ of tools/quantize/quantize.cpp. Sizes are checked against the file before anythi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.gguf.container import PlannedTensor, write_file
+from exporters.gguf.container import write_file
 from exporters.gguf.container_reader import MAGIC, GgufFile
 from exporters.gguf.ggml_types import F32
+from exporters.gguf.tensors import f32_tensor
 from signround_edge.errors import UserError
 
 Vector = NDArray[np.float32]
@@ -77,7 +78,7 @@ def write_imatrix(
     for name in sorted(vectors):
         sums = np.atleast_2d(np.asarray(vectors[name], dtype=np.float32)) * np.float32(tokens)
         counts = np.full((len(sums), 1), tokens, dtype=np.float32)
-        tensors += [_planned(name + _SUMS, sums), _planned(name + _COUNTS, counts)]
+        tensors += [f32_tensor(name + _SUMS, sums), f32_tensor(name + _COUNTS, counts)]
     return write_file(path, writer, tensors)
 
 
@@ -86,13 +87,6 @@ class _Writer(gguf.GGUFWriter):  # type: ignore[misc]
 
     def add_architecture(self) -> None:
         """An importance matrix has none."""
-
-
-def _planned(name: str, data: Vector) -> PlannedTensor:
-    def pieces() -> Iterator[Vector]:
-        yield data
-
-    return PlannedTensor(name, F32, data.shape, data.nbytes, pieces)
 
 
 def _foreign(path: Path, why: str) -> UserError:

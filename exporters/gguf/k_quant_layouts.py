@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.gguf.block_layout import BlockLayout, Bytes, Codes, UnitFields, fp16_bytes, fp16_values
+from exporters.gguf.block_layout import BIT_PAIRS, BlockLayout, Bytes, Codes, UnitFields, fp16_bytes, fp16_values
 
-_PAIRS = np.array([0, 2, 4, 6], dtype=np.uint8).reshape(4, 1)
+_PAIRS = BIT_PAIRS.reshape(4, 1)
 
 
 def _pack_bit_pairs(codes: Codes) -> Bytes:
@@ -36,6 +36,16 @@ def _unpack_nibble_runs(data: Bytes) -> Codes:
     return np.concatenate([runs & 15, runs >> 4], axis=2).reshape(-1, 256)
 
 
+def _pack_high_bits(bits: Codes) -> Bytes:
+    """Single bits [U, 256] as [U, 32] bytes: bit g of byte l belongs to value l of group g of 32."""
+    return np.packbits(bits.reshape(-1, 8, 32), axis=1, bitorder="little").reshape(-1, 32)
+
+
+def _unpack_high_bits(data: Bytes) -> Codes:
+    """The inverse of `_pack_high_bits`."""
+    return np.unpackbits(data[:, None, :], axis=1, bitorder="little").reshape(-1, 256)
+
+
 class Q2KLayout(BlockLayout):
     """Q2_K: 16 bytes of sub-scale (low) and sub-minimum (high) nibbles, bit pairs, fp16 d and dmin."""
 
@@ -59,14 +69,14 @@ class Q2KLayout(BlockLayout):
 class Q3KLayout(BlockLayout):
     """Q3_K: 32 bytes of high bits, bit pairs, 12 bytes of 6-bit sub-scales, fp16 d.
 
-    Bit g of high byte l belongs to value l of group g of 32. Sub-scale i, offset by 32, has its low nibble in byte
+    Sub-scale i, offset by 32, has its low nibble in byte
     i % 8 (the first eight are the low nibbles there) and its high pair in pair i // 4 of byte 8 + i % 4.
     """
 
     name = "Q3_K"
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        high = np.packbits((codes >> 2).reshape(-1, 8, 32), axis=1, bitorder="little").reshape(-1, 32)
+        high = _pack_high_bits(codes >> 2)
         subs = (fields["sub_scale"] + np.int8(32)).view(np.uint8)
         nibbles = (subs & 15)[:, :8] | ((subs & 15)[:, 8:] << 4)
         pairs = np.bitwise_or.reduce((subs >> 4).reshape(-1, 4, 4) << _PAIRS, axis=1)
@@ -74,7 +84,7 @@ class Q3KLayout(BlockLayout):
         return np.concatenate(parts, axis=-1)
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
-        high = np.unpackbits(units[:, None, :32], axis=1, bitorder="little").reshape(-1, 256)
+        high = _unpack_high_bits(units[:, :32])
         nibbles, pairs = units[:, 96:104], units[:, 104:108]
         low = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
         top = ((pairs[:, None, :] >> _PAIRS) & 3).reshape(-1, 16)
@@ -88,7 +98,7 @@ class Q45KLayout(BlockLayout):
 
     `get_scale_min_k4` of ggml-quants.c: the first four sub-scales are the low 6 bits of bytes 0–3, the first four
     sub-minimums those of bytes 4–7; bytes 8–11 hold the low nibbles of the other sub-scales and, above, sub-minimums,
-    whose high pairs are the top bits of bytes 0–3 and 4–7. Bit g of high byte l belongs to value l of group g of 32.
+    whose high pairs are the top bits of bytes 0–3 and 4–7.
     """
 
     def __init__(self, name: str, bits: int) -> None:
@@ -101,7 +111,7 @@ class Q45KLayout(BlockLayout):
         parts += [sub[:, :4] | ((sub[:, 4:] >> 4) << 6) for sub in (scale, minimum)]
         parts.append((scale[:, 4:] & 15) | ((minimum[:, 4:] & 15) << 4))
         if self.bits == 5:
-            parts.append(np.packbits((codes >> 4).reshape(-1, 8, 32), axis=1, bitorder="little").reshape(-1, 32))
+            parts.append(_pack_high_bits(codes >> 4))
         return np.concatenate([*parts, _pack_nibble_runs(codes & 15)], axis=-1)
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
@@ -113,7 +123,7 @@ class Q45KLayout(BlockLayout):
         )
         codes = _unpack_nibble_runs(units[:, -128:])
         if self.bits == 5:
-            codes |= np.unpackbits(units[:, None, 16:48], axis=1, bitorder="little").reshape(-1, 256) << 4
+            codes |= _unpack_high_bits(units[:, 16:48]) << 4
         supers = {"super_scale": fp16_values(units[:, :2]), "super_minimum": fp16_values(units[:, 2:4])}
         return codes, {"sub_scale": scale, "sub_minimum": minimum, **supers}
 
@@ -128,20 +138,15 @@ class Q6KLayout(BlockLayout):
     name = "Q6_K"
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        groups = codes.reshape(-1, 2, 4, 32)
-        low, high = groups & 15, groups >> 4
-        nibbles = low[:, :, :2] | (low[:, :, 2:] << 4)
-        pairs = high[:, :, 0] | (high[:, :, 1] << 2) | (high[:, :, 2] << 4) | (high[:, :, 3] << 6)
-        units = len(groups)
-        parts = [nibbles.reshape(units, 128), pairs.reshape(units, 64), fields["sub_scale"].view(np.uint8)]
+        low = codes.reshape(-1, 2, 4, 32) & 15
+        nibbles = (low[:, :, :2] | (low[:, :, 2:] << 4)).reshape(-1, 128)
+        parts = [nibbles, _pack_bit_pairs(codes >> 4), fields["sub_scale"].view(np.uint8)]
         return np.concatenate([*parts, fp16_bytes(fields["super_scale"])], axis=-1)
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         nibbles = units[:, :128].reshape(-1, 2, 2, 32)
-        pairs = units[:, 128:192].reshape(-1, 2, 1, 32)
-        low = np.concatenate([nibbles & 15, nibbles >> 4], axis=2)
-        high = (pairs >> np.array([0, 2, 4, 6], dtype=np.uint8).reshape(4, 1)) & 3
-        codes = (low | (high << 4)).reshape(-1, 256)
+        low = np.concatenate([nibbles & 15, nibbles >> 4], axis=2).reshape(-1, 256)
+        codes = low | (_unpack_bit_pairs(units[:, 128:192]) << 4)
         sub_scale = np.ascontiguousarray(units[:, 192:208]).view(np.int8)
         return codes, {"sub_scale": sub_scale, "super_scale": fp16_values(units[:, 208:])}
 
@@ -156,14 +161,14 @@ class IQ4XSLayout(BlockLayout):
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
         subs = (fields["sub_scale"] + np.int8(32)).view(np.uint8)
-        high = np.bitwise_or.reduce((subs >> 4).reshape(-1, 2, 4) << _PAIRS.T, axis=-1)
+        high = np.bitwise_or.reduce((subs >> 4).reshape(-1, 2, 4) << BIT_PAIRS, axis=-1)
         low = (subs[:, 0::2] & 15) | ((subs[:, 1::2] & 15) << 4)
         runs = codes.reshape(-1, 8, 2, 16)
         nibbles = (runs[:, :, 0] | (runs[:, :, 1] << 4)).reshape(-1, 128)
         return np.concatenate([fp16_bytes(fields["super_scale"]), high, low, nibbles], axis=-1)
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
-        high = ((units[:, 2:4, None] >> _PAIRS.T) & 3).reshape(-1, 8)
+        high = ((units[:, 2:4, None] >> BIT_PAIRS) & 3).reshape(-1, 8)
         low = np.stack([units[:, 4:8] & 15, units[:, 4:8] >> 4], axis=-1).reshape(-1, 8)
         sub_scale = (low | (high << 4)).view(np.int8) - np.int8(32)
         runs = units[:, 8:].reshape(-1, 8, 1, 16)

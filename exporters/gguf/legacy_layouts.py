@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.gguf.block_layout import BlockLayout, Bytes, Codes, UnitFields, fp16_bytes, fp16_values
+from exporters.gguf.block_layout import BIT_PAIRS, BlockLayout, Bytes, Codes, UnitFields, fp16_bytes, fp16_values
 
 
 class SingleScaleLayout(BlockLayout):
@@ -53,12 +53,9 @@ class Q20Layout(BlockLayout):
     name = "Q2_0"
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        fours = codes.reshape(-1, 16, 4) << _FOURS
+        fours = codes.reshape(-1, 16, 4) << BIT_PAIRS
         return np.concatenate([fp16_bytes(fields["scale"]), np.bitwise_or.reduce(fours, axis=-1)], axis=-1)
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
-        codes = (units[:, 2:, None] >> _FOURS) & 3
+        codes = (units[:, 2:, None] >> BIT_PAIRS) & 3
         return codes.reshape(-1, 64), {"scale": fp16_values(units[:, :2])}
-
-
-_FOURS = np.array([0, 2, 4, 6], dtype=np.uint8)

@@ -50,8 +50,8 @@ def plan_tensor(run: RunDirectory, placement: Placement, dtype: str | None, keep
     )
 
 
-def vector(name: str, values: NDArray[np.float32]) -> PlannedTensor:
-    """An f32 vector that no parameter holds (rope_freqs)."""
+def f32_tensor(name: str, values: NDArray[np.float32]) -> PlannedTensor:
+    """Values that no parameter of a run holds (rope_freqs, an importance matrix)."""
     return PlannedTensor(name, F32, values.shape, values.nbytes, lambda: iter([values]))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from signround_edge.formats.ggml_k_quants import SuperSymmetric
 from signround_edge.formats.ggml_legacy import SymmetricFp16
-from signround_edge.formats.grid import Fields, Grid, safe_reciprocal
+from signround_edge.formats.grid import Fields, Grid
 
 TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -31,7 +31,7 @@ def _pick(table: Tensor, index: Tensor) -> Tensor:
     return table.index_select(0, index.flatten()).view(index.shape)
 
 
-class _Codebook(Grid):
+class Codebook(Grid):
     """Levels from the table; mixed into the grids that say how scales are stored."""
 
     def levels(self, position: Tensor) -> Tensor:
@@ -46,18 +46,14 @@ class _Codebook(Grid):
         below = _pick(last_code, level.clamp(TABLE[0], TABLE[-1]).sub_(TABLE[0]).long())
         return (level - _pick(table, below)).div_(_pick(gaps, below)).add_(below)
 
-    def position(self, blocks: Tensor, fields: Fields) -> Tensor:
-        scale, _ = self.affine_view(fields)
-        return self.position_of_level(blocks * safe_reciprocal(scale).unsqueeze(-1))
-
     def dequantize_blocks(self, codes: Tensor, fields: Fields) -> Tensor:
         scale, _ = self.affine_view(fields)
         return _pick(_tables(codes.device)[0], codes.long()).mul_(scale.unsqueeze(-1))
 
 
-class CodebookFp16(_Codebook, SymmetricFp16):
+class CodebookFp16(Codebook, SymmetricFp16):
     """w = d·table[q], one fp16 d per block: IQ4_NL. Field: scale fp16 [R, B]."""
 
 
-class SuperCodebook(_Codebook, SuperSymmetric):
+class SuperCodebook(Codebook, SuperSymmetric):
     """w = d·sc·table[q], 6-bit sc stored with an offset of 32: IQ4_XS. Fields as in `SuperSymmetric`."""

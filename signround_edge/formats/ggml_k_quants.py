@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from signround_edge.formats.grid import BlockScales, Fields, Grid, safe_reciprocal, to_fp16
+from signround_edge.formats.grid import BlockScales, Fields, Grid, safe_reciprocal, to_fp16, zero_position
 from signround_edge.formats.super_search import search_super
 
 SUPER_BLOCK = 256
@@ -129,8 +129,7 @@ class SuperAffine(SuperBlockGrid):
 
     def affine_view(self, fields: Fields) -> tuple[Tensor, Tensor]:
         scale, minimum = self._effective(fields)
-        zero = -minimum / scale
-        return scale, torch.where(zero.isfinite(), zero, torch.zeros_like(zero))
+        return scale, zero_position(scale, minimum)
 
     def dequantize_blocks(self, codes: Tensor, fields: Fields) -> Tensor:
         scale, minimum = self._effective(fields)

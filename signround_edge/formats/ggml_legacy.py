@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from signround_edge.formats.grid import BlockScales, Fields, Grid, to_fp16
+from signround_edge.formats.grid import BlockScales, Fields, Grid, to_fp16, zero_position
 from signround_edge.formats.scale_search import in_row_chunks, search_affine, search_symmetric
 
 
@@ -68,8 +68,7 @@ class AffineFp16(Grid):
 
     def affine_view(self, fields: Fields) -> tuple[Tensor, Tensor]:
         scale = fields["scale"].float()
-        zero = -fields["minimum"].float() / scale
-        return scale, torch.where(zero.isfinite(), zero, torch.zeros_like(zero))
+        return scale, zero_position(scale, fields["minimum"].float())
 
     def dequantize_blocks(self, codes: Tensor, fields: Fields) -> Tensor:
         # d has 11 significant bits and q at most 5, so d·q is exact in f32 and fused multiply-add changes nothing.

@@ -35,6 +35,12 @@ def safe_reciprocal(value: Tensor) -> Tensor:
     return torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
 
 
+def zero_position(scale: Tensor, minimum: Tensor) -> Tensor:
+    """The code position of weight zero for w = scale·q + minimum; 0 where the scale is 0."""
+    zero = -minimum / scale
+    return torch.where(zero.isfinite(), zero, torch.zeros_like(zero))
+
+
 @dataclass(frozen=True)
 class BlockScales:
     """Real-valued scales before storage: weight ≈ scale·level(code) + minimum.
@@ -135,7 +141,8 @@ class Grid(ABC):
     def position(self, blocks: Tensor, fields: Fields) -> Tensor:
         """Code position u, real-valued [R, B, S], of weights f32 [R, B, S], so that scale·levels(u) + minimum = w."""
         scale, zero = self.affine_view(fields)
-        return blocks * safe_reciprocal(scale).unsqueeze(-1) + zero.unsqueeze(-1)
+        ratio = blocks * safe_reciprocal(scale).unsqueeze(-1)
+        return ratio + zero.unsqueeze(-1) if self.affine else self.position_of_level(ratio)
 
     def blocked(self, matrix: Tensor) -> Tensor:
         """View [R, K] as [R, B, S]."""

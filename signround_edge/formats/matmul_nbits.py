@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from signround_edge.formats.ggml_codebook import CodebookFp16, SuperCodebook
+from signround_edge.formats.ggml_codebook import Codebook
 from signround_edge.formats.ggml_k_quants import SuperSymmetric
 from signround_edge.formats.ggml_legacy import SymmetricFp16
 from signround_edge.formats.grid import BlockScales, Fields, Grid, QuantizedTensor, safe_reciprocal, to_fp16
@@ -97,7 +97,7 @@ def has_matmul_nbits_form(grid: Grid) -> bool:
 
 def _scale_times_integer(grid: Grid) -> bool:
     """Whether w = s·(q − anchor) with evenly spaced codes."""
-    return isinstance(grid, SymmetricFp16 | SuperSymmetric) and not isinstance(grid, CodebookFp16 | SuperCodebook)
+    return isinstance(grid, SymmetricFp16 | SuperSymmetric) and not isinstance(grid, Codebook)
 
 
 def _container_bits(grid: Grid) -> int:
@@ -118,7 +118,11 @@ def as_matmul_nbits(tensor: QuantizedTensor) -> NBitsView | None:
     scales, zeros = grid.affine_view(fields)
     offset = -grid.code_min if grid.code_dtype == torch.int8 else 0
     codes = (tensor.codes.to(torch.int16) + offset).to(torch.uint8)
-    bits = 4 if grid.code_max + offset <= 15 else 8
     return NBitsView(
-        bits, grid.block_size, codes, scales, (zeros + offset).to(torch.uint8), isinstance(grid, SuperSymmetric)
+        _container_bits(grid),
+        grid.block_size,
+        codes,
+        scales,
+        (zeros + offset).to(torch.uint8),
+        isinstance(grid, SuperSymmetric),
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from signround_edge.formats.grid import BlockScales, Fields, Grid, safe_reciprocal
+from signround_edge.formats.grid import BlockScales, Fields, Grid, safe_reciprocal, zero_position
 from signround_edge.formats.scale_search import (
     in_row_chunks,
     refit_affine,
@@ -47,16 +47,13 @@ class _FreeScales(Grid):
         scale = fields["scale"]
         if not self.affine:
             return scale, torch.full_like(scale, self.anchor)
-        zero = -fields["min"] / scale
-        return scale, torch.where(zero.isfinite(), zero, torch.zeros_like(zero))
+        return scale, zero_position(scale, fields["min"])
 
     def levels(self, position: Tensor) -> Tensor:
         return self.grid.levels(position)
 
-    def position(self, blocks: Tensor, fields: Fields) -> Tensor:
-        if self.affine:
-            return super().position(blocks, fields)
-        return self.grid.position_of_level(blocks * safe_reciprocal(fields["scale"]).unsqueeze(-1))
+    def position_of_level(self, level: Tensor) -> Tensor:
+        return self.grid.position_of_level(level)
 
     def dequantize_blocks(self, codes: Tensor, fields: Fields) -> Tensor:
         weights = self.levels(codes.float()) * fields["scale"].unsqueeze(-1)
@@ -79,7 +76,7 @@ def _search(grid: SuperBlockGrid, blocks: Tensor, importance: Tensor) -> BlockSc
     start = free.search(blocks, importance)
     refit = (refit_affine if grid.affine else refit_symmetric)(free, blocks, importance)
     best = grid.store(start)
-    best_error = _error(grid, blocks, importance, best).reshape(blocks.shape[0], -1, grid.blocks_per_super).sum(-1)
+    best_error = grid.per_super(_error(grid, blocks, importance, best)).sum(-1)
     derived = grid.scales_of(best)
     for factor in SUPER_FACTORS:
         supers = (None if s is None else s * factor for s in (derived.super_scale, derived.super_minimum))

@@ -106,11 +106,10 @@ def tune_unit(
     autocast = compute_context(settings, (m.grid for m in unit.matrices), device)
     rounded = best_loss = _held_out_loss(unit, settings, autocast)
     best_step = 0
-    steps = settings.steps
     # In the first half the rate is high and the loss still falls: no block of a real model ever had its best there.
-    check_at = {steps - steps * i // (2 * settings.checks) for i in range(settings.checks)}
-    weights = _tunable_weights(unit) if steps else {}
-    for step in range(steps):
+    check_at = {settings.steps - settings.steps * i // (2 * settings.checks) for i in range(settings.checks)}
+    weights = _tunable_weights(unit) if settings.steps else {}
+    for step in range(settings.steps):
         index = next(batches)
         with autocast:
             output = unit.forward(index)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from signround_edge.formats import QuantizedTensor, get_grid
+
 ADVERSARIAL = ("random", "zeros", "constant", "negative", "outlier", "subnormal", "fp16_max", "tiny_scales")
 
 
@@ -29,3 +31,19 @@ def adversarial_matrix(kind: str, rows: int, cols: int, seed: int = 0) -> Tensor
         return torch.where(normal > 0, 65504.0, -65504.0)
     assert kind == "tiny_scales", kind
     return normal * 2.0**-22
+
+
+def random_fields(name: str, rows: int, cols: int, generator: torch.Generator) -> QuantizedTensor:
+    """Every code of the range, every field drawn from all its values: also scales that no search would choose."""
+    grid = get_grid(name)
+    codes = torch.randint(grid.code_min, grid.code_max + 1, (rows, cols), generator=generator)
+    fields = {}
+    for field, (shape, dtype) in grid.field_shapes(rows, cols).items():
+        if dtype == torch.float16:
+            bits = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator, dtype=torch.int16)
+            values = bits.view(torch.float16)
+            fields[field] = torch.where(values.isfinite(), values, torch.zeros_like(values))
+        else:
+            low, high = grid.field_ranges.get(field, (torch.iinfo(dtype).min, torch.iinfo(dtype).max))
+            fields[field] = torch.randint(low, high + 1, shape, generator=generator).to(dtype)
+    return QuantizedTensor(grid, codes.to(grid.code_dtype), fields)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adversarial import random_fields
 
 from exporters.gguf.packing import LAYOUTS, pack, unpack
 from runtime_tests.runtimes.llama_cpp import dequantize
@@ -12,22 +13,6 @@ from signround_edge.formats import QuantizedTensor, get_grid
 
 ROWS, COLS = 48, 768  # an odd number of super-blocks a row
 FP16_TINY, FP16_SMALLEST_NORMAL, FP16_MAX = 2.0**-24, 2.0**-14, 65504.0
-
-
-def random_fields(name: str, generator: torch.Generator) -> QuantizedTensor:
-    """Every code of the range, every field drawn from all its values: also scales that no search would choose."""
-    grid = get_grid(name)
-    codes = torch.randint(grid.code_min, grid.code_max + 1, (ROWS, COLS), generator=generator)
-    fields = {}
-    for field, (shape, dtype) in grid.field_shapes(ROWS, COLS).items():
-        if dtype == torch.float16:
-            bits = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator, dtype=torch.int16)
-            values = bits.view(torch.float16)
-            fields[field] = torch.where(values.isfinite(), values, torch.zeros_like(values))
-        else:
-            low, high = grid.field_ranges.get(field, (torch.iinfo(dtype).min, torch.iinfo(dtype).max))
-            fields[field] = torch.randint(low, high + 1, shape, generator=generator).to(dtype)
-    return QuantizedTensor(grid, codes.to(grid.code_dtype), fields)
 
 
 def adversarial_weights(generator: torch.Generator) -> torch.Tensor:
@@ -56,7 +41,7 @@ def test_libggml_dequantizes_to_the_same_bits(name: str) -> None:
     grid = get_grid(name)
     weights = adversarial_weights(generator)
     searched = grid.quantize(weights, grid.search(grid.blocked(weights), torch.ones(1)))
-    assert_same_bits(name, [searched, *(random_fields(name, generator) for _ in range(5))])
+    assert_same_bits(name, [searched, *(random_fields(name, ROWS, COLS, generator) for _ in range(5))])
 
 
 @pytest.mark.full
@@ -64,7 +49,7 @@ def test_libggml_dequantizes_to_the_same_bits(name: str) -> None:
 def test_ten_million_weights_differ_nowhere(name: str) -> None:
     generator = torch.Generator().manual_seed(2)
     for _ in range(-(-10_000_000 // (ROWS * COLS * 40))):
-        assert_same_bits(name, [random_fields(name, generator) for _ in range(40)])
+        assert_same_bits(name, [random_fields(name, ROWS, COLS, generator) for _ in range(40)])
 
 
 def assert_same_bits(name: str, tensors: list[QuantizedTensor]) -> None:

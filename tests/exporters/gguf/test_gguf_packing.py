@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from adversarial import random_fields
 from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,21 +19,9 @@ KNOWN_TO_GGUF_PY = [name for name in LAYOUTS if name in GGMLQuantizationType.__m
 
 
 def random_tensor(grid_name: str, units: int, seed: int, rows: int = ROWS) -> QuantizedTensor:
-    """Any bit pattern that the grid can hold: random codes, random finite fp16 fields."""
-    grid = get_grid(grid_name)
-    generator = torch.Generator().manual_seed(seed)
-    cols = units * grid.row_multiple
-    codes = torch.randint(grid.code_min, grid.code_max + 1, (rows, cols), generator=generator).to(grid.code_dtype)
-    fields = {}
-    for name, (shape, dtype) in grid.field_shapes(rows, cols).items():
-        if dtype != torch.float16:
-            low, high = grid.field_ranges.get(name, (torch.iinfo(dtype).min, torch.iinfo(dtype).max))
-            fields[name] = torch.randint(low, high + 1, shape, generator=generator).to(dtype)
-        else:
-            bits = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator).to(torch.int16)
-            value = bits.view(torch.float16)
-            fields[name] = torch.where(value.isfinite(), value, torch.tensor(65504.0, dtype=torch.float16))
-    return QuantizedTensor(grid, codes, fields)
+    """Any bit pattern that the grid can hold."""
+    cols = units * get_grid(grid_name).row_multiple
+    return random_fields(grid_name, rows, cols, torch.Generator().manual_seed(seed))
 
 
 def adversarial_weights(cols: int) -> dict[str, torch.Tensor]:

@@ -25,9 +25,11 @@ _ROWS: tuple[Grid, ...] = (
     SuperSymmetric("Q6_K", bits=6, block_size=16, sub_bits=8, bits_per_weight=6.5625),
     CodebookFp16("IQ4_NL", bits=4),
     SuperCodebook("IQ4_XS", bits=4, block_size=32, sub_bits=6, bits_per_weight=4.25),
+    *(SymmetricFp16(f"w2g{g}", bits=2, block_size=g) for g in (16, 32, 64, 128, 256)),
+    *(SymmetricFp16(f"w3g{g}", bits=3, block_size=g, container=4) for g in (16, 32, 64, 128, 256)),
     *(SymmetricFp16(f"w4g{g}", bits=4, block_size=g) for g in (16, 64, 128, 256)),
     *(SymmetricFp16(f"w8g{g}", bits=8, block_size=g, signed=True) for g in (16, 64, 128, 256)),
-    *(MatMulNBitsAsymmetric(bits, g) for bits in (4, 8) for g in (16, 32, 64, 128, 256)),
+    *(MatMulNBitsAsymmetric(bits, g) for bits in (2, 3, 4, 8) for g in (16, 32, 64, 128, 256)),
 )
 
 GRIDS: dict[str, Grid] = {grid.name: grid for grid in _ROWS}

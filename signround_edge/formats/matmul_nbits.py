@@ -23,7 +23,10 @@ from signround_edge.formats.scale_search import in_row_chunks, search_affine
 
 
 class MatMulNBitsAsymmetric(Grid):
-    """w = s·(q − z), fp16-valued s and b-bit integer z per block. Fields: scale fp16, zero_point uint8, [R, B]."""
+    """w = s·(q − z), fp16-valued s and b-bit integer z per block. Fields: scale fp16, zero_point uint8, [R, B].
+
+    Codes and zero points of 3 bits are stored in 4: ONNX Runtime has no container of 3.
+    """
 
     affine = True
     anchor = 0
@@ -31,10 +34,10 @@ class MatMulNBitsAsymmetric(Grid):
 
     def __init__(self, bits: int, block_size: int) -> None:
         self.name = f"w{bits}g{block_size}-asym"
-        self.bits = bits
         self.block_size = self.row_multiple = block_size
         self.code_max = (1 << bits) - 1
-        self.bits_per_weight = bits + (16 + bits) / block_size
+        container = container_bits(self.code_max + 1)
+        self.bits_per_weight = container + (16 + container) / block_size
 
     def store(self, scales: BlockScales) -> Fields:
         assert scales.minimum is not None
@@ -62,7 +65,7 @@ class NBitsView:
     """A quantized matrix as MatMulNBits stores it, before bit packing: w = scales·(codes − zero_points).
 
     Attributes:
-        bits: bits of the container (4 or 8).
+        bits: bits of the container (2, 4 or 8).
         block_size: g, input features a block.
         codes: uint8 [N, K].
         scales: f32 [N, K/g]; fp16-valued unless `f32_scales`.
@@ -85,7 +88,7 @@ def matmul_nbits_bytes(grid: Grid, rows: int, cols: int) -> int | None:
     """
     if not has_matmul_nbits_form(grid):
         return None
-    bits = _container_bits(grid)
+    bits = _container(grid)
     blocks = cols // grid.block_size
     return rows * (cols * bits // 8 + 4 * blocks + (blocks * bits + 7) // 8)
 
@@ -100,9 +103,13 @@ def _scale_times_integer(grid: Grid) -> bool:
     return isinstance(grid, SymmetricFp16 | SuperSymmetric) and not isinstance(grid, Codebook)
 
 
-def _container_bits(grid: Grid) -> int:
-    """4 or 8: ONNX Runtime has no 5- and 6-bit containers."""
-    return 4 if grid.code_max - grid.code_min <= 15 else 8
+def container_bits(codes: int) -> int:
+    """Bits in which ONNX Runtime stores one of so many codes: 2, 4 or 8; 3, 5 and 6 bits take the next larger."""
+    return next(bits for bits in (2, 4, 8) if codes <= 1 << bits)
+
+
+def _container(grid: Grid) -> int:
+    return container_bits(grid.code_max - grid.code_min + 1)
 
 
 def as_matmul_nbits(tensor: QuantizedTensor) -> NBitsView | None:
@@ -112,14 +119,14 @@ def as_matmul_nbits(tensor: QuantizedTensor) -> NBitsView | None:
     """
     grid, fields = tensor.grid, tensor.fields
     if isinstance(grid, MatMulNBitsAsymmetric):
-        return NBitsView(grid.bits, grid.block_size, tensor.codes, fields["scale"].float(), fields["zero_point"])
+        return NBitsView(_container(grid), grid.block_size, tensor.codes, fields["scale"].float(), fields["zero_point"])
     if not _scale_times_integer(grid):
         return None
     scales, zeros = grid.affine_view(fields)
     offset = -grid.code_min if grid.code_dtype == torch.int8 else 0
     codes = (tensor.codes.to(torch.int16) + offset).to(torch.uint8)
     return NBitsView(
-        _container_bits(grid),
+        _container(grid),
         grid.block_size,
         codes,
         scales,

@@ -11,7 +11,7 @@ from signround_edge.formats.gguf_presets import GGUF_FALLBACK, GGUF_PRESETS, Mod
 from signround_edge.formats.grid import Grid
 from signround_edge.formats.matmul_nbits import has_matmul_nbits_form
 
-ONNX_BITS = (4, 8)
+ONNX_BITS = (2, 3, 4, 8)
 ONNX_BLOCKS = (16, 32, 64, 128, 256)
 # ONNX embeddings and heads: 8 bits, nearly lossless, and on small models a third of the file when left in floats.
 ONNX_OUTPUT = "Q8_0"

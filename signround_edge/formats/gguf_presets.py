@@ -104,7 +104,7 @@ class Preset:
     """One row: a base type, and rules for the roles that may differ. All types are names for `get_grid`.
 
     Attributes:
-        base: type of everything without a rule.
+        base: type of everything without a rule; "*" in it stands for the number of values a row.
         rules: role → rule; a rule's None means the base type.
         embedding: type of an untied embedding; None is the base type.
         output: type of the head, or of the embedding that is tied to it.
@@ -117,12 +117,13 @@ class Preset:
 
     def format_of(self, place: Place, model: ModelTraits, cols: int) -> str:
         """The type for a matrix with rows of `cols` values, before any fallback for rows that it does not divide."""
+        base = self.base.replace("*", str(cols))
         if place.role is Role.OUTPUT:
-            return "Q8_0" if model.falcon or cols % get_grid(self.base).row_multiple else self.output
+            return "Q8_0" if model.falcon or cols % get_grid(base).row_multiple else self.output
         if place.role is Role.EMBEDDING:
-            return self.embedding or self.base
+            return self.embedding or base
         rule = self.rules.get(place.role)
-        name = (rule(place.layer, model) if rule else None) or self.base
+        name = (rule(place.layer, model) if rule else None) or base
         if place.role is Role.ATTENTION_V and model.llama_70b and name in ("Q3_K", "Q4_K"):
             return "Q5_K"
         return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,15 +19,16 @@ from transformers import (
 )
 
 from benchmarks import llama_quantize
+from benchmarks.float_gguf import write_float_gguf
 from exporters.gguf.container_reader import GgufFile
 from signround_edge.decoder import build_decoder
 from signround_edge.formats.gguf_presets import GGUF_PRESETS
 from signround_edge.formats.schemes import parse_scheme
 from signround_edge.gguf_names import gguf_name
-from signround_edge.run_directory import RunDirectory, TensorEntry
+from signround_edge.run_directory import TensorEntry
 from signround_edge.source_model import SourceModel
 from signround_edge.tuning.plan import Plan, make_plan
-from tests.exporters.gguf.conftest import export
+from tests.support import save_random_model
 
 _SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "vocab_size": 600}
 _EXPERTS = {**_SIZES, "intermediate_size": 256}
@@ -70,11 +72,24 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="session")
+def float_file(byte_level_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes a model's F32 file once; the model itself lies beside it."""
+
+    @functools.cache
+    def write(model: str) -> Path:
+        folder = tmp_path_factory.mktemp(model)
+        save_random_model(MODELS[model], folder / "model", byte_level_folder)
+        return write_float_gguf(folder / "model", folder / "f32.gguf")
+
+    return write
+
+
 @pytest.mark.parametrize(("model", "preset"), CASES)
 def test_types_and_bytes_are_those_of_llama_quantize(
-    model: str, preset: str, run_of: Callable[..., RunDirectory], byte_level_folder: Path, tmp_path: Path
+    model: str, preset: str, float_file: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    floats = export(run_of(MODELS[model], "gguf:q8_0", byte_level_folder), tmp_path / "f32.gguf", dtype="f32")
+    floats = float_file(model)
     source = GgufFile.open(floats)
     imatrix = None
     if preset not in WITHOUT_IMATRIX:
@@ -82,7 +97,7 @@ def test_types_and_bytes_are_those_of_llama_quantize(
         imatrix = {name: np.ones((*s[:-2], s[-1]), dtype=np.float32) for name, s in shapes.items()}
     llama_quantize.quantize(floats, tmp_path / "theirs.gguf", preset.upper(), imatrix)
     theirs = GgufFile.open(tmp_path / "theirs.gguf").tensors
-    plan = plan_of(tmp_path / "model", f"gguf:{preset}")
+    plan = plan_of(floats.parent / "model", f"gguf:{preset}")
     ours = types_by_gguf_name(plan, MODELS[model])
     quantized = {name for name, found in ours.items() if found is not None}
     assert quantized
@@ -111,9 +126,8 @@ def types_by_gguf_name(plan: Plan, config: PretrainedConfig) -> dict[str, str | 
     return found
 
 
-def test_overrides_by_either_name(run_of: Callable[..., RunDirectory], byte_level_folder: Path, tmp_path: Path) -> None:
-    run_of(MODELS["rows_of_192"], "gguf:q8_0", byte_level_folder)
-    folder = tmp_path / "model"
+def test_overrides_by_either_name(tmp_path: Path) -> None:
+    folder = save_random_model(MODELS["rows_of_192"], tmp_path / "model")
     scheme = parse_scheme("gguf:q4_0").with_overrides(("ffn_down=q6_k", r"layers\.3\.self_attn\.v_proj=Q5_1"))
     plan = make_plan(build_decoder(folder), SourceModel.open(folder), scheme, False)
     types = types_by_gguf_name(plan, MODELS["rows_of_192"])

@@ -200,6 +200,12 @@ def set_weight(module: nn.Module, weight: Tensor, requires_grad: bool = False) -
     return parameter
 
 
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Replace a parameter of the model by another one, without copying."""
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner)._parameters[leaf] = parameter
+
+
 def first_hidden(output: Any) -> Tensor:
     """The hidden states of a block's output, which is a tensor or a tuple that starts with it."""
     hidden: Tensor = output if isinstance(output, Tensor) else output[0]

@@ -38,8 +38,16 @@ class BlockCall:
         return BlockCall(*moved)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Hidden states [n, seqlen, hidden] after the block."""
-        return first_hidden(block(hidden, *self.args, **self.kwargs))
+        """Hidden states [n, seqlen, hidden] after the block.
+
+        Under autocast RoPE's cosines and sines have its dtype, or queries and keys would be rotated in f32.
+        """
+        kwargs = self.kwargs
+        if "position_embeddings" in kwargs and torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            rounded = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) else x, kwargs["position_embeddings"])
+            kwargs = {**kwargs, "position_embeddings": rounded}
+        return first_hidden(block(hidden, *self.args, **kwargs))
 
 
 @dataclass
@@ -69,15 +77,53 @@ class Shell:
         """What the output head receives for the last block's output `hidden` [n, seqlen, hidden]."""
         return self._pass(tokens, hidden)[1]
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits f32 [tokens, vocabulary] for the last block's output [tokens, hidden]; differentiable.
+
+        What follows the blocks sees each token by itself, so tokens of any samples may be given together.
+        """
+        model = self.decoder.model
+        # Whatever the model does before its blocks, it does to tokens that do not matter.
+        placeholders = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+        with self._recording([], hidden.unsqueeze(0), []):
+            output: Tensor = model(input_ids=placeholders, use_cache=False).logits[0]
+        return output.float()
+
     def _pass(self, tokens: Tensor, inject: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the model with recorders for blocks: (input of block 0, input of the head).
 
         `inject` replaces the hidden states from block 0 on; without it the pass ends at the last block.
         """
-        blocks, model = self.decoder.blocks, self.decoder.model
+        model = self.decoder.model
+        tokens = tokens.to(next(self.decoder.embedding.parameters()).device)
         recorded: list[BlockCall] = []
         seen: list[Tensor] = []
+        head_inputs: list[Tensor] = []
+
+        def stop_at_head(module: nn.Module, args: tuple[Any, ...]) -> None:
+            head_inputs.append(args[0])
+            raise _StopForward
+
+        hook = self.decoder.head.register_forward_pre_hook(stop_at_head)
+        try:
+            with torch.no_grad(), self._recording(recorded, inject, seen):
+                model(input_ids=tokens, use_cache=False)
+        except _StopForward:
+            pass
+        finally:
+            hook.remove()
+        self.calls.setdefault(tokens.shape[0], recorded)
+        return seen[0], head_inputs[0] if head_inputs else seen[0]
+
+    @contextlib.contextmanager
+    def _recording(self, recorded: list[BlockCall], inject: Tensor | None, seen: list[Tensor]) -> Iterator[None]:
+        """Within, blocks pass hidden states through, and note how they are called and what enters block 0.
+
+        `inject` replaces the hidden states from block 0 on; without it the pass ends at the last block.
+        """
+        blocks, model = self.decoder.blocks, self.decoder.model
         last = len(blocks) - 1
+        passed: list[Tensor] = []
 
         def replace(index: int) -> Any:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -99,27 +145,13 @@ class Shell:
 
             return forward
 
-        passed: list[Tensor] = []
-        head_inputs: list[Tensor] = []
-
-        def stop_at_head(module: nn.Module, args: tuple[Any, ...]) -> None:
-            head_inputs.append(args[0])
-            raise _StopForward
-
-        hook = self.decoder.head.register_forward_pre_hook(stop_at_head)
         for index, block in enumerate(blocks):
             block.forward = replace(index)
         try:
-            with torch.no_grad():
-                model(input_ids=tokens, use_cache=False)
-        except _StopForward:
-            pass
+            yield
         finally:
-            hook.remove()
             for block in blocks:
                 del block.forward
-        self.calls.setdefault(tokens.shape[0], recorded)
-        return seen[0], head_inputs[0] if head_inputs else seen[0]
 
 
 def block_returns_tuple(decoder: Decoder, tokens: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Grids of llama.cpp's IQ4 types: codes index a fixed table of 16 unevenly spaced levels.
 
 Source of the table and the arithmetic: `kvalues_iq4nl`, `dequantize_row_iq4_nl` and `dequantize_row_iq4_xs` in ggml.
-V moves a weight between its two neighbouring table entries, because `position` is linear between them.
+V moves a weight between its two neighbouring table entries, because `offsets` is linear between them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from signround_edge.formats.ggml_k_quants import SuperSymmetric
 from signround_edge.formats.ggml_legacy import SymmetricFp16
-from signround_edge.formats.grid import Fields, Grid
+from signround_edge.formats.grid import Grid
 
 TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -34,21 +34,20 @@ def _pick(table: Tensor, index: Tensor) -> Tensor:
 class Codebook(Grid):
     """Levels from the table; mixed into the grids that say how scales are stored."""
 
-    def levels(self, position: Tensor) -> Tensor:
-        table, gaps, _ = _tables(position.device)
+    anchor: int  # of the grid that this is mixed into
+
+    def levels(self, offsets: Tensor) -> Tensor:
+        table, gaps, _ = _tables(offsets.device)
+        position = offsets + self.anchor
         below = position.floor().clamp_(0, 14)
         index = below.long()
         return _pick(table, index).add_((position - below).mul_(_pick(gaps, index)))
 
-    def position_of_level(self, level: Tensor) -> Tensor:
-        table, gaps, last_code = _tables(level.device)
+    def offsets_of_levels(self, levels: Tensor) -> Tensor:
+        table, gaps, last_code = _tables(levels.device)
         # The table holds integers, so the integer below a level has the same last code at or below it.
-        below = _pick(last_code, level.clamp(TABLE[0], TABLE[-1]).sub_(TABLE[0]).long())
-        return (level - _pick(table, below)).div_(_pick(gaps, below)).add_(below)
-
-    def dequantize_blocks(self, codes: Tensor, fields: Fields) -> Tensor:
-        scale, _ = self.affine_view(fields)
-        return _pick(_tables(codes.device)[0], codes.long()).mul_(scale.unsqueeze(-1))
+        below = _pick(last_code, levels.clamp(TABLE[0], TABLE[-1]).sub_(TABLE[0]).long())
+        return (levels - _pick(table, below)).div_(_pick(gaps, below)).add_(below).sub_(self.anchor)
 
 
 class CodebookFp16(Codebook, SymmetricFp16):

@@ -107,12 +107,12 @@ class Grid(ABC):
 
     @abstractmethod
     def affine_view(self, fields: Fields) -> tuple[Tensor, Tensor]:
-        """(scale, zero) of every block as f32 [R, B], so that w/scale + zero is the code position u of evenly spaced
-        levels; see `position` for others."""
+        """(scale, zero) of every block as f32 [R, B], so that w/scale + zero is the code position of evenly spaced
+        levels; see `offsets` for others."""
 
     @abstractmethod
-    def dequantize_blocks(self, codes: Tensor, fields: Fields) -> Tensor:
-        """Weights f32 [R, B, S] of codes (float or integer, [R, B, S]), bit for bit what runtimes compute."""
+    def from_offsets(self, offsets: Tensor, fields: Fields) -> Tensor:
+        """Weights f32 [R, B, S] of codes less the anchor, f32 [R, B, S], bit for bit what runtimes compute."""
 
     @abstractmethod
     def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:
@@ -127,33 +127,49 @@ class Grid(ABC):
     def field_shapes(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name → (shape, dtype) of each stored scale field of a [rows, cols] tensor."""
 
-    def levels(self, position: Tensor) -> Tensor:
-        """How many scales above the minimum (or above zero) the weight of each code position is.
+    def levels(self, offsets: Tensor) -> Tensor:
+        """How many scales above the minimum (or above zero) the weight of each code offset is.
 
-        Between codes it is interpolated. Evenly spaced on most grids: level = position − anchor.
+        Between codes it is interpolated. On most grids levels are evenly spaced and are the offsets themselves.
         """
-        return position - self.anchor
+        return offsets
 
-    def position_of_level(self, level: Tensor) -> Tensor:
+    def offsets_of_levels(self, levels: Tensor) -> Tensor:
         """The inverse of `levels`."""
-        return level + self.anchor
+        return levels
 
-    def position(self, blocks: Tensor, fields: Fields) -> Tensor:
-        """Code position u, real-valued [R, B, S], of weights f32 [R, B, S], so that scale·levels(u) + minimum = w."""
+    def offsets(self, blocks: Tensor, fields: Fields) -> Tensor:
+        """Code positions less the anchor, real-valued [R, B, S], of weights f32 [R, B, S].
+
+        scale·levels(offset) + minimum = w. The code itself is offset + anchor; tuning works with offsets because most
+        grids need no addition for them.
+        """
         scale, zero = self.affine_view(fields)
         ratio = blocks * safe_reciprocal(scale).unsqueeze(-1)
-        return ratio + zero.unsqueeze(-1) if self.affine else self.position_of_level(ratio)
+        return ratio.add_(zero.unsqueeze(-1)) if self.affine else self.offsets_of_levels(ratio)
+
+    def clip_offsets(self, offsets: Tensor) -> Tensor:
+        """Offsets in the range of the codes, in a new tensor."""
+        return offsets.clamp(self.code_min - self.anchor, self.code_max - self.anchor)
+
+    def round_offsets(self, blocks: Tensor, fields: Fields, shift: Tensor | None = None) -> Tensor:
+        """clip(round(offset + V)) of `blocks`, f32 [R, B, S]; `shift` is V [R, B, S] or None."""
+        offsets = self.offsets(blocks, fields)
+        if shift is not None:
+            offsets += shift
+        return offsets.round_().clamp_(self.code_min - self.anchor, self.code_max - self.anchor)
+
+    def dequantize_blocks(self, codes: Tensor, fields: Fields) -> Tensor:
+        """Weights f32 [R, B, S] of codes (float or integer, [R, B, S]), bit for bit what runtimes compute."""
+        return self.from_offsets(codes.float() - self.anchor, fields)
 
     def blocked(self, matrix: Tensor) -> Tensor:
         """View [R, K] as [R, B, S]."""
         return matrix.view(matrix.shape[0], -1, self.block_size)
 
     def round_codes(self, blocks: Tensor, fields: Fields, shift: Tensor | None = None) -> Tensor:
-        """Codes of `blocks`: clip(round(u + V)), as f32 [R, B, S]; `shift` is V [R, B, S] or None."""
-        position = self.position(blocks, fields)
-        if shift is not None:
-            position += shift
-        return position.round_().clamp_(self.code_min, self.code_max)
+        """Codes of `blocks` as f32 [R, B, S]; `shift` is V [R, B, S] or None."""
+        return self.round_offsets(blocks, fields, shift).add_(self.anchor)
 
     def quantize(self, weight: Tensor, scales: BlockScales) -> QuantizedTensor:
         """Round weight f32 [R, K] to nearest on the grid of `scales`, some rows at a time: heads are large."""

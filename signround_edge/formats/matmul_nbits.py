@@ -53,8 +53,8 @@ class MatMulNBitsAsymmetric(Grid):
     def affine_view(self, fields: Fields) -> tuple[Tensor, Tensor]:
         return fields["scale"].float(), fields["zero_point"].float()
 
-    def dequantize_blocks(self, codes: Tensor, fields: Fields) -> Tensor:
-        shifted = codes.float() - fields["zero_point"].float().unsqueeze(-1)
+    def from_offsets(self, offsets: Tensor, fields: Fields) -> Tensor:
+        shifted = offsets - fields["zero_point"].float().unsqueeze(-1)
         return shifted.mul_(fields["scale"].float().unsqueeze(-1))
 
     def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:

@@ -55,7 +55,8 @@ def _range(grid: Grid, blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _end_levels(grid: Grid) -> tuple[float, float]:
     """Levels of the first and the last code."""
-    low, high = grid.levels(torch.tensor([grid.code_min, grid.code_max], dtype=torch.float32)).tolist()
+    ends = torch.tensor([grid.code_min, grid.code_max], dtype=torch.float32) - grid.anchor
+    low, high = grid.levels(ends).tolist()
     return low, high
 
 
@@ -95,9 +96,9 @@ def _best(
     best: BlockScales | None = None
     best_error = torch.full(blocks.shape[:-1], torch.inf, device=blocks.device)
     for candidate in candidates:
-        for scales in (candidate, refit(grid.round_codes(blocks, grid.store(candidate)))):
+        for scales in (candidate, refit(grid.round_offsets(blocks, grid.store(candidate)))):
             fields = grid.store(scales)
-            approx = grid.dequantize_blocks(grid.round_codes(blocks, fields), fields)
+            approx = grid.from_offsets(grid.round_offsets(blocks, fields), fields)
             error = approx.sub_(blocks).square_().mul_(importance).sum(dim=-1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
@@ -121,8 +122,8 @@ def refit_symmetric(grid: Grid, blocks: Tensor, importance: Tensor) -> Callable[
     """s* = Σ h·w·c / Σ h·c², with c the level of the code and h the importance."""
     weighted = blocks * importance
 
-    def refit(codes: Tensor) -> BlockScales:
-        c = grid.levels(codes)
+    def refit(offsets: Tensor) -> BlockScales:
+        c = grid.levels(offsets)
         return BlockScales((weighted * c).sum(-1) * safe_reciprocal((importance * c * c).sum(-1)))
 
     return refit

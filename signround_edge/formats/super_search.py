@@ -49,14 +49,14 @@ class _FreeScales(Grid):
             return scale, torch.full_like(scale, self.anchor)
         return scale, zero_position(scale, fields["min"])
 
-    def levels(self, position: Tensor) -> Tensor:
-        return self.grid.levels(position)
+    def levels(self, offsets: Tensor) -> Tensor:
+        return self.grid.levels(offsets)
 
-    def position_of_level(self, level: Tensor) -> Tensor:
-        return self.grid.position_of_level(level)
+    def offsets_of_levels(self, levels: Tensor) -> Tensor:
+        return self.grid.offsets_of_levels(levels)
 
-    def dequantize_blocks(self, codes: Tensor, fields: Fields) -> Tensor:
-        weights = self.levels(codes.float()) * fields["scale"].unsqueeze(-1)
+    def from_offsets(self, offsets: Tensor, fields: Fields) -> Tensor:
+        weights = self.levels(offsets) * fields["scale"].unsqueeze(-1)
         return weights.add_(fields["min"].unsqueeze(-1)) if self.affine else weights
 
     def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:
@@ -83,20 +83,22 @@ def _search(grid: SuperBlockGrid, blocks: Tensor, importance: Tensor) -> BlockSc
         scales = BlockScales(start.scale, start.minimum, *supers)
         for _ in range(ROUNDS):
             fields = grid.store(scales)
-            codes = grid.round_codes(blocks, fields)
-            error = grid.per_super(_error(grid, blocks, importance, fields, codes)).sum(-1)
+            offsets = grid.round_offsets(blocks, fields)
+            error = grid.per_super(_error(grid, blocks, importance, fields, offsets)).sum(-1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best = {name: _choose(grid, better, fields[name], best[name]) for name in best}
-            fitted = refit(codes)
-            scales = BlockScales(fitted.scale, fitted.minimum, *_refit_supers(grid, blocks, importance, codes, fields))
+            fitted = refit(offsets)
+            scales = BlockScales(
+                fitted.scale, fitted.minimum, *_refit_supers(grid, blocks, importance, offsets, fields)
+            )
     return grid.scales_of(_try_neighbours(grid, blocks, importance, best))
 
 
-def _error(grid: Grid, blocks: Tensor, importance: Tensor, fields: Fields, codes: Tensor | None = None) -> Tensor:
+def _error(grid: Grid, blocks: Tensor, importance: Tensor, fields: Fields, offsets: Tensor | None = None) -> Tensor:
     """Σ importance·(w − ŵ)² of each sub-block, [R, B]."""
-    codes = grid.round_codes(blocks, fields) if codes is None else codes
-    return grid.dequantize_blocks(codes, fields).sub_(blocks).square_().mul_(importance).sum(-1)
+    offsets = grid.round_offsets(blocks, fields) if offsets is None else offsets
+    return grid.from_offsets(offsets, fields).sub_(blocks).square_().mul_(importance).sum(-1)
 
 
 def _choose(grid: SuperBlockGrid, better: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -107,14 +109,14 @@ def _choose(grid: SuperBlockGrid, better: Tensor, new: Tensor, old: Tensor) -> T
 
 
 def _refit_supers(
-    grid: SuperBlockGrid, blocks: Tensor, importance: Tensor, codes: Tensor, fields: Fields
+    grid: SuperBlockGrid, blocks: Tensor, importance: Tensor, offsets: Tensor, fields: Fields
 ) -> tuple[Tensor, Tensor | None]:
     """Least squares of w on d·a − e·b over each super-block, with a = sc·level(q), b = mn: (d, e), f32 [R, supers]."""
 
     def total(values: Tensor) -> Tensor:
         return grid.per_super(values.sum(-1)).sum(-1)
 
-    a = grid.levels(codes) * fields["sub_scale"].float().unsqueeze(-1)
+    a = grid.levels(offsets) * fields["sub_scale"].float().unsqueeze(-1)
     aa, aw = total(importance * a * a), total(importance * a * blocks)
     if "sub_minimum" not in fields:
         return aw * safe_reciprocal(aa), None

@@ -103,7 +103,7 @@ def learning_rates(settings: TuningSettings, step: int) -> tuple[float, float]:
 def fused_step(
     state: RoundingState, gradient: Tensor, out: Tensor, step: int, settings: TuningSettings, compiled: bool = False
 ) -> None:
-    """Update V, α, β in place from G = ∂L/∂ŵ f32 [R, K] and write the next ŵ into out f32 [R, K].
+    """Update V, α, β in place from G = ∂L/∂ŵ [R, K] and write the next ŵ into out [R, K], both f32 or bf16.
 
     Args:
         step: number of this step, from 0.
@@ -142,12 +142,12 @@ def _update(
     settings: TuningSettings,
 ) -> None:
     grid = state.grid
-    gradient = grid.blocked(gradient)
+    gradient = grid.blocked(gradient).float()
     fields = state.fields()
     scale, _ = grid.affine_view(fields)
-    offset = grid.position(state.blocks, fields)  # u
+    offset = grid.offsets(state.blocks, fields)  # u less the anchor, and so are the codes here
     code = (offset + state.v).round_()
-    clipped = code.clamp(grid.code_min, grid.code_max)
+    clipped = grid.clip_offsets(code)
     inside = torch.eq(code, clipped, out=torch.empty_like(code))  # 1.0 or 0.0; nine times as fast as a bool cast to f32
     if settings.tune_scales:
         change = torch.addcmul(grid.levels(clipped), inside, grid.levels(offset), value=-1)
@@ -183,8 +183,8 @@ def _descend(
 
 def _write_weight(state: RoundingState, out: Tensor) -> None:
     fields = state.fields()
-    codes = state.grid.round_codes(state.blocks, fields, state.v)
-    state.grid.blocked(out).copy_(state.grid.dequantize_blocks(codes, fields))
+    offsets = state.grid.round_offsets(state.blocks, fields, state.v)
+    state.grid.blocked(out).copy_(state.grid.from_offsets(offsets, fields))
 
 
 def _row_chunks(blocks: Tensor) -> list[slice]:

@@ -75,7 +75,7 @@ class TuningSettings:
 RECIPES: dict[str, TuningSettings] = {
     "default": TuningSettings(),
     "fast": TuningSettings(steps=100, samples=64, seqlen=256),
-    "best": TuningSettings(steps=1000, samples=512, seqlen=512),
+    "best": TuningSettings(steps=1000, samples=512, seqlen=512, whole_model_steps=200),
     "paper-v1": TuningSettings(
         steps=400,
         samples=512,

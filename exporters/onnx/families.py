@@ -57,21 +57,27 @@ def parameters_of(initializer: str) -> tuple[str, ...]:
     return ()
 
 
-def check_architecture(config: dict[str, Any], source: str) -> None:
-    """UserError unless the builder makes the right graph of this config.json; `source` names it in the message."""
-    architecture = next(iter(config.get("architectures") or ["none"]))
-    known = ", ".join(ARCHITECTURES)
+def builder_knows(config: dict[str, Any]) -> bool:
+    """Whether the builder makes the right graph of this config.json's architecture."""
+    return _architecture(config) in ARCHITECTURES
+
+
+def check_rope(config: dict[str, Any], source: str) -> None:
+    """UserError where the builder knows the architecture but not its RoPE; `source` names config.json in it."""
+    architecture = _architecture(config)
     if architecture not in ARCHITECTURES:
-        raise UserError(
-            f"--format onnx cannot export architecture {architecture} ({source}); architectures that work are {known}"
-        )
+        return
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ARCHITECTURES[architecture]:
         raise UserError(
             f"--format onnx cannot export the RoPE type {kind!r} of {architecture} ({source}); types that work for it "
-            f"are {', '.join(ARCHITECTURES[architecture])}"
+            f"are {', '.join(ARCHITECTURES[architecture])}; or give a graph of your own with --template model.onnx"
         )
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    return str(next(iter(config.get("architectures") or ["none"])))
 
 
 def decoder_config(config: dict[str, Any]) -> dict[str, Any]:

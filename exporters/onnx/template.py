@@ -39,6 +39,8 @@ def open_template(path: Path) -> ir.Model:
             f"--template {path} is not a language model with the input input_ids and the output logits; it has "
             f"{', '.join(sorted(map(str, inputs)))[:100]} and {', '.join(sorted(map(str, outputs)))[:100]}"
         )
+    if model.functions:
+        common.InlinePass()(model)
     # Older exporters keep weights in Constant nodes.
     common.LiftConstantsToInitializersPass(lift_all_constants=False)(model)
     return model

@@ -46,31 +46,43 @@ def set_matched_weights(
             in bits or block size.
     """
     bindings = []
+    quantized: dict[tuple[str, ...], list[Binding]] = {}
     for binding in matched:
         if keep_floats or not any(weights.run.is_quantized(p) for p in binding.parameters):
             value = model.graph.initializers[binding.initializers["weight"]]
             set_float_initializer(model.graph, binding, _FLOAT_NAMES[value.const_value.dtype], weights)
             bindings.append(binding)
         else:
-            bindings += _quantize(model.graph, binding, weights)
+            quantized.setdefault(binding.parameters, []).append(binding)
+    for copies in quantized.values():
+        bindings += _quantize(model.graph, copies, weights)
     model.opset_imports.setdefault(_DOMAIN, 1)
     return bindings
 
 
-def _quantize(graph: ir.Graph, binding: Binding, weights: RunWeights) -> list[Binding]:
-    """Replace every reader of one matrix; they share its operands."""
-    _check_stack(binding, weights)
-    packed = weights.operands(binding.parameters)
-    # Codes are [N, K]; a Conv1D weight of Hugging Face is [K, N].
-    stored_as_codes = binding.transposed == weights.run.entry(weights.owner(binding.parameters[0])).transposed
-    uses = list(weight_uses(graph.initializers[binding.initializers["weight"]]))
-    for use in uses:
-        _check_use(use, stored_as_codes != use.transposed, binding)
-    uses.sort(key=lambda use: use.node.op_type == "Gather")
-    base = _base_name(binding)
+def _quantize(graph: ir.Graph, copies: list[Binding], weights: RunWeights) -> list[Binding]:
+    """Replace every reader of one matrix; they share its operands.
+
+    Args:
+        graph: the graph to edit.
+        copies: the initializers that hold it (a graph may store a tied head and embedding one by one).
+        weights: the run.
+    """
+    uses = []
+    for binding in copies:
+        _check_stack(binding, weights)
+        # Codes are [N, K]; a Conv1D weight of Hugging Face is [K, N].
+        stored_as_codes = binding.transposed == weights.run.entry(weights.owner(binding.parameters[0])).transposed
+        for use in weight_uses(graph.initializers[binding.initializers["weight"]]):
+            _check_use(use, stored_as_codes != use.transposed, binding)
+            uses.append((use, binding))
+    # MatMulNBits first: GatherBlockQuantized then sees the same bytes.
+    uses.sort(key=lambda pair: pair[0].node.op_type == "Gather")
+    packed = weights.operands(copies[0].parameters)
+    base = _base_name(copies[0])
     operands: list[ir.Value] = []
     result = []
-    for count, use in enumerate(uses):
+    for count, (use, binding) in enumerate(uses):
         name = f"/{base.replace('.', '/')}/{_OPERATORS[use.node.op_type == 'Gather']}" + (f"_{count}" if count else "")
         if use.node.op_type == "Gather":
             node = _to_gather(graph, use, name, _gather_operands(graph, base, binding, operands, weights), packed)

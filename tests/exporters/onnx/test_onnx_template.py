@@ -150,6 +150,26 @@ def test_a_builder_graph_still_loads_in_onnxruntime_genai(from_builder: Exported
     assert len(generator.get_sequence(0)) == 9
 
 
+def test_a_graph_that_stores_a_tied_head_twice_gets_it_once(
+    llama_run: RunDirectory, builder_template: Path, from_builder: Exported, tmp_path: Path
+) -> None:
+    model = ir.load(builder_template / "model.onnx")
+    gather = next(node for node in model.graph if node.op_type == "Gather" and "embed" in node.name)
+    head = model.graph.initializers["lm_head.MatMul.weight"].const_value.numpy()
+    copy = ir.Value(name="copy", const_value=ir.Tensor(np.ascontiguousarray(head.T), name="copy"))
+    copy.shape, copy.type = ir.Shape(head.T.shape), ir.TensorType(ir.DataType.FLOAT)
+    model.graph.register_initializer(copy)
+    gather.replace_input_with(0, copy)
+    ir.save(model, tmp_path / "untied.onnx", external_data="untied.data")
+    out = export(llama_run, tmp_path / "out", template=tmp_path / "untied.onnx")
+    assert_weights_equal(llama_run, out)
+    once = (from_builder.folder / "model.onnx.data").stat().st_size
+    assert (out / "model.onnx.data").stat().st_size == once
+    options = json.loads((from_builder.folder / "genai_config.json").read_text())
+    (out / "genai_config.json").write_text(json.dumps(options))
+    assert mean_kl(torch_logits(llama_run, GENAI_TOKENS), onnx_logits(out, GENAI_TOKENS)) <= 1e-9
+
+
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 def test_a_template_can_carry_the_float_control(
     dtype: str, llama_run: RunDirectory, builder_template: Path, tmp_path: Path

@@ -1,4 +1,4 @@
-"""ONNX export: the run directory gives every integer; the graph is onnxruntime-genai's, torch.onnx.export's or the user's.
+"""ONNX export: a run's integers in a graph of onnxruntime-genai's builder, of torch.onnx.export or of the user.
 
 Inside this package the name `onnx` always means the installed package; its own modules are imported absolutely, as
 `exporters.onnx.…`. Importing this module is cheap; torch and the builder are loaded by the first export.

@@ -18,7 +18,7 @@ from onnx_ir.passes import common
 from exporters.interface import ExportOptions
 from exporters.onnx.bindings import Binding, find_bindings
 from exporters.onnx.check import check_bindings, check_complete
-from exporters.onnx.families import EMBEDDING, builder_knows, check_rope
+from exporters.onnx.families import EMBEDDING, builder_knows, check_rope, check_traceable
 from exporters.onnx.graph_builder import build_graph
 from exporters.onnx.graph_edit import drop_unused_initializers
 from exporters.onnx.matching import match_weights
@@ -214,8 +214,10 @@ def _checked_config(run: RunDirectory, options: ExportOptions) -> dict[str, Any]
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is missing or no readable JSON; run `quantize` again") from error
-    if options.template is None:
+    if options.template is None and builder_knows(config):
         check_rope(config, str(file))
+    elif options.template is None:
+        check_traceable(config, run.names(), str(file))
     if options.dtype is None:
         _check_grids(run)
     return config

@@ -63,16 +63,23 @@ def builder_knows(config: dict[str, Any]) -> bool:
 
 
 def check_rope(config: dict[str, Any], source: str) -> None:
-    """UserError where the builder knows the architecture but not its RoPE; `source` names config.json in it."""
+    """UserError unless the builder knows the RoPE of this architecture (one that it knows); `source` names the file."""
     architecture = _architecture(config)
-    if architecture not in ARCHITECTURES:
-        return
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ARCHITECTURES[architecture]:
         raise UserError(
             f"--format onnx cannot export the RoPE type {kind!r} of {architecture} ({source}); types that work for it "
             f"are {', '.join(ARCHITECTURES[architecture])}; or give a graph of your own with --template model.onnx"
+        )
+
+
+def check_traceable(config: dict[str, Any], parameters: list[str], source: str) -> None:
+    """UserError for mixtures of experts: which rows an expert multiplies depends on data, and no trace holds that."""
+    if any(".experts." in name for name in parameters):
+        raise UserError(
+            f"--format onnx cannot export architecture {_architecture(config)} ({source}), a mixture of experts; quantize "
+            "with a gguf:… scheme and use --format gguf, or give a graph of your own with --template model.onnx"
         )
 
 

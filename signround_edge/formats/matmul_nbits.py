@@ -10,6 +10,7 @@ exports to f32 and to f16 graphs without another rounding.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,9 @@ from signround_edge.formats.ggml_k_quants import SuperSymmetric
 from signround_edge.formats.ggml_legacy import SymmetricFp16
 from signround_edge.formats.grid import BlockScales, Fields, Grid, QuantizedTensor, safe_reciprocal, to_fp16
 from signround_edge.formats.scale_search import in_row_chunks, search_affine
+
+ONNX_BITS = (2, 3, 4, 8)
+ONNX_BLOCKS = (16, 32, 64, 128, 256)
 
 
 class MatMulNBitsAsymmetric(Grid):
@@ -34,7 +38,8 @@ class MatMulNBitsAsymmetric(Grid):
 
     def __init__(self, bits: int, block_size: int) -> None:
         self.name = f"w{bits}g{block_size}-asym"
-        self.block_size = self.row_multiple = block_size
+        self.block_size = block_size
+        self.row_multiple = math.lcm(block_size, ONNX_BLOCKS[0])
         self.code_max = (1 << bits) - 1
         container = container_bits(self.code_max + 1)
         self.bits_per_weight = container + (16 + container) / block_size
@@ -58,6 +63,19 @@ class MatMulNBitsAsymmetric(Grid):
     def field_shapes(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         shape = (rows, cols // self.block_size)
         return {"scale": (shape, torch.float16), "zero_point": (shape, torch.uint8)}
+
+
+def matmul_nbits_grid(bits: int, block_size: int, asymmetric: bool = False) -> Grid:
+    """The grid of w<bits>g<block size>[-asym]; a symmetric one's zero point is 2^(bits−1).
+
+    A block size that ONNX Runtime lacks is stored in smaller blocks that repeat its scale.
+    """
+    if asymmetric:
+        return MatMulNBitsAsymmetric(bits, block_size)
+    name, container = f"w{bits}g{block_size}", container_bits(1 << bits)
+    grid = SymmetricFp16(name, bits=bits, block_size=block_size, signed=bits == 8, container=container)
+    grid.row_multiple = math.lcm(block_size, ONNX_BLOCKS[0])
+    return grid
 
 
 @dataclass(frozen=True)
@@ -89,7 +107,7 @@ def matmul_nbits_bytes(grid: Grid, rows: int, cols: int) -> int | None:
     if not has_matmul_nbits_form(grid):
         return None
     bits = _container(grid)
-    blocks = cols // grid.block_size
+    blocks = cols // _stored_block(grid)
     return rows * (cols * bits // 8 + 4 * blocks + (blocks * bits + 7) // 8)
 
 
@@ -112,24 +130,27 @@ def _container(grid: Grid) -> int:
     return container_bits(grid.code_max - grid.code_min + 1)
 
 
+def _stored_block(grid: Grid) -> int:
+    """The largest block size of ONNX Runtime that divides the grid's."""
+    return next(size for size in reversed(ONNX_BLOCKS) if grid.block_size % size == 0)
+
+
 def as_matmul_nbits(tensor: QuantizedTensor) -> NBitsView | None:
     """The same integers and scales as MatMulNBits operands, or None where the grid has a real-valued minimum.
 
     Every grid of the form s·(q − integer) maps without loss; 5- and 6-bit codes take an 8-bit container.
     """
     grid, fields = tensor.grid, tensor.fields
+    codes = tensor.codes
     if isinstance(grid, MatMulNBitsAsymmetric):
-        return NBitsView(_container(grid), grid.block_size, tensor.codes, fields["scale"].float(), fields["zero_point"])
-    if not _scale_times_integer(grid):
+        scales, zeros = fields["scale"].float(), fields["zero_point"]
+    elif _scale_times_integer(grid):
+        scales, zeros = grid.affine_view(fields)
+        offset = -grid.code_min if grid.code_dtype == torch.int8 else 0
+        codes = (codes.to(torch.int16) + offset).to(torch.uint8)
+        zeros = (zeros + offset).to(torch.uint8)
+    else:
         return None
-    scales, zeros = grid.affine_view(fields)
-    offset = -grid.code_min if grid.code_dtype == torch.int8 else 0
-    codes = (tensor.codes.to(torch.int16) + offset).to(torch.uint8)
-    return NBitsView(
-        _container(grid),
-        grid.block_size,
-        codes,
-        scales,
-        (zeros + offset).to(torch.uint8),
-        isinstance(grid, SuperSymmetric),
-    )
+    block = _stored_block(grid)
+    scales, zeros = (t.repeat_interleave(grid.block_size // block, dim=1) for t in (scales, zeros))
+    return NBitsView(_container(grid), block, codes, scales, zeros, isinstance(grid, SuperSymmetric))

@@ -76,6 +76,11 @@ def quantize(
     source = SourceModel.open(model)
     decoder = build_decoder(model)
     use_blocked_attention(decoder.model, torch_device)
+    if settings.granularity == "layer" and decoder.has_experts():
+        raise UserError(
+            "--granularity layer cannot tune a mixture of experts, each of which sees some of the tokens only; use "
+            "--granularity block"
+        )
     use_cached_rms_norm(decoder.model, torch_device)
     plan = make_plan(decoder, source, scheme, float_fallback)
     for line in listing(plan):
@@ -229,7 +234,7 @@ class _Job:
         every = self.decoder.matrices(index)
         modules = {name: module for name, module in every.items() if self.run.is_quantized(name)}
         moments = SecondMoments(self._token_weights)
-        with moments.watching(self.importance.to_collect(every, modules)):
+        with moments.watching(block, self.importance.to_collect(every, modules)):
             target = self._run(shell, index, exact, moments)
         importance = self.importance.settle(moments.result(), self.device)
         matrices = [

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from signround_edge.decoder import is_transposed, set_weight
+from signround_edge.experts import split_expert
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.scale_search import extreme_scales
 from signround_edge.tuning.settings import TuningSettings, check_steps
@@ -115,7 +116,9 @@ def tune_unit(
         output.backward(_loss_gradient(unit, output.detach(), index))
         for matrix in unit.matrices:
             weight = weights[matrix.name]
-            assert weight.grad is not None
+            if weight.grad is None:  # an expert that no token of these samples was routed to
+                assert split_expert(matrix.name)[1] is not None, matrix.name
+                continue
             gradient, out = weight.grad, weight.data
             if is_transposed(matrix.module):
                 _transposed_step(states[matrix.name], gradient, out, step, settings)

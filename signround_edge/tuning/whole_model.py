@@ -257,6 +257,7 @@ def tune_whole_model(
     best_step, kept = 0, [shift.detach().clone() for shift in shifts]
     check_at = check_steps(steps, settings.checks)
     for step in range(steps):
+        optimizer.zero_grad()  # experts that no token of a batch reaches get no gradient, and must not keep their last
         model.train_step(next(batches))
         optimizer.step()
         schedule.step()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support import save_random_model
-from test_quantize import CONFIGS, SMALL, assert_same_files, files_of
+from support import assert_same_files, files_of, save_random_model
+from test_quantize import CONFIGS, SMALL
 
 from signround_edge.decoder import Decoder, build_decoder, set_parameter
 from signround_edge.errors import UserError

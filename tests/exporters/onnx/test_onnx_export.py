@@ -41,6 +41,7 @@ FAMILIES = {
     "qwen2-window": (Qwen2Config(**BASE, use_sliding_window=True, sliding_window=16, max_window_layers=1), "gguf:q8_0"),
     "llama-2-bits": (LlamaConfig(**BASE), "onnx:w2g32"),
     "qwen2-3-bits": (Qwen2Config(**BASE), "onnx:w3g64-asym"),
+    "llama-per-channel": (LlamaConfig(**{**BASE, "hidden_size": 96}), "onnx:w4"),
     "qwen3-qk-norms": (Qwen3Config(**BASE, tie_word_embeddings=True), "onnx:w8g64"),
 }
 

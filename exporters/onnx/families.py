@@ -78,8 +78,8 @@ def check_traceable(config: dict[str, Any], parameters: list[str], source: str) 
     """UserError for mixtures of experts: which rows an expert multiplies depends on data, and no trace holds that."""
     if any(".experts." in name for name in parameters):
         raise UserError(
-            f"--format onnx cannot export architecture {_architecture(config)} ({source}), a mixture of experts; quantize "
-            "with a gguf:… scheme and use --format gguf, or give a graph of your own with --template model.onnx"
+            f"--format onnx cannot export architecture {_architecture(config)} ({source}), a mixture of experts; "
+            "quantize with a gguf:… scheme and use --format gguf, or give a graph of your own with --template model.onnx"
         )
 
 

@@ -11,7 +11,6 @@ time linear; the parameter that is found is then compared as a whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -62,12 +61,15 @@ def match_weights(graph: ir.Graph, weights: RunWeights, limit: float) -> Matches
         limit: the largest relative error of a match; 0 asks for equality.
     """
     samples = {name: sample(weights.run.dequantized(name).numpy()) for name in weights.run.names()}
-    shapes = {name: tuple(weights.run.entry(name).shape) for name in samples}
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for name in samples:
+        by_shape.setdefault(tuple(weights.run.entry(name).shape), []).append(name)
+    stacks = {s: (names, np.stack([samples[n] for n in names])) for s, names in by_shape.items()}
     stored = {n: v for n, v in float_initializers(graph).items() if v.uses()}
     found: dict[str, _Found] = {}
     ambiguous: dict[str, int] = {}
     for name, value in stored.items():
-        candidates = list(_candidates(_array(value), samples, shapes))
+        candidates = _candidates(_array(value), stacks)
         best, rivals = _choose(name, candidates, limit)
         if best is None:
             ambiguous |= {r.parameter: len(rivals) - 1 for r in rivals}
@@ -96,24 +98,32 @@ def _positions(count: int, at_most: int) -> NDArray[np.int64]:
     return np.linspace(0, count - 1, min(count, at_most)).astype(np.int64)
 
 
+def _errors(theirs: FloatArray, ours: FloatArray) -> FloatArray:
+    """‖theirs − one‖/‖theirs‖ for each one of `ours` [n, *shape]; 0 for two zero tensors, infinite beside one."""
+    differences = np.linalg.norm((ours - theirs).reshape(len(ours), -1), axis=1)
+    size = np.linalg.norm(theirs.reshape(-1))
+    return differences / size if size else np.where(differences == 0, np.float32(0), np.float32(np.inf))
+
+
 def _error(theirs: FloatArray, ours: FloatArray) -> float:
-    """‖theirs − ours‖/‖theirs‖; 0 for two zero tensors, infinite where only theirs is zero."""
-    difference, size = float(np.linalg.norm(theirs - ours)), float(np.linalg.norm(theirs))
-    if size:
-        return difference / size
-    return 0.0 if difference == 0 else float("inf")
+    return float(_errors(theirs, ours[None])[0])
 
 
-def _candidates(
-    array: FloatArray, samples: dict[str, FloatArray], shapes: dict[str, tuple[int, ...]]
-) -> Iterable[_Found]:
-    """Every parameter of that shape, in either orientation, and how far it is."""
+def _candidates(array: FloatArray, stacks: dict[tuple[int, ...], tuple[list[str], FloatArray]]) -> list[_Found]:
+    """Every parameter of that shape, in either orientation, and how far its sample is.
+
+    Args:
+        array: a stored tensor.
+        stacks: shape → names of the parameters, and their samples stacked along the first axis.
+    """
+    found = []
     for transposed in (False, True)[: array.ndim]:
         theirs = _oriented(array, transposed)
-        sampled = sample(theirs)
-        for name, ours in samples.items():
-            if shapes[name] == theirs.shape:
-                yield _Found(name, transposed, _error(sampled, ours))
+        if theirs.shape in stacks:
+            names, ours = stacks[theirs.shape]
+            errors = _errors(sample(theirs), ours).tolist()
+            found += [_Found(n, transposed, e) for n, e in zip(names, errors, strict=True)]
+    return found
 
 
 def _choose(initializer: str, candidates: list[_Found], limit: float) -> tuple[_Found | None, list[_Found]]:

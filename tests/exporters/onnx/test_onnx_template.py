@@ -165,8 +165,7 @@ def test_a_graph_that_stores_a_tied_head_twice_gets_it_once(
     assert_weights_equal(llama_run, out)
     once = (from_builder.folder / "model.onnx.data").stat().st_size
     assert (out / "model.onnx.data").stat().st_size == once
-    options = json.loads((from_builder.folder / "genai_config.json").read_text())
-    (out / "genai_config.json").write_text(json.dumps(options))
+    shutil.copy(from_builder.folder / "genai_config.json", out)
     assert mean_kl(torch_logits(llama_run, GENAI_TOKENS), onnx_logits(out, GENAI_TOKENS)) <= 1e-9
 
 
@@ -333,14 +332,14 @@ def test_verify_inspect_and_evaluate_work_on_a_graph_without_cache(from_torch: E
     assert (runtime["status"], runtime["gate"]) == ("pass", "exact")
     assert runtime["kld_mean"] <= 1e-6
     types = {t["type"] for t in cli("inspect", from_torch.folder, "--json")["tensors"]}  # type: ignore[attr-defined]
-    assert "MatMulNBits-4x32" in types
+    assert types & {"MatMulNBits-4x32", "MatMulNBits-2x32"}
     scores = cli("evaluate", from_torch.folder, "--text", text, *sizes, "--json")
     assert abs(scores["ppl"] - runtime["ppl"]) < 1e-6 * runtime["ppl"]  # type: ignore[operator]
 
 
 def test_verify_names_the_tensor_whose_scale_was_changed(from_torch: Exported, text: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(from_torch.folder, tmp_path / "onnx")
-    binding = next(b for b in read_sidecar(folder).bindings if b.op == "MatMulNBits")
+    binding = next(b for b in read_sidecar(folder).bindings if b.op == "MatMulNBits" and ".0." in b.parameters[0])
     tensor = open_artifact(folder).graph.initializers[binding.initializers["scales"]].const_value
     data = bytearray((folder / tensor.location).read_bytes())
     scale = np.frombuffer(data, dtype=np.float32, count=1, offset=tensor.offset) * np.float32(1.01)

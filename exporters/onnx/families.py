@@ -79,7 +79,7 @@ def check_traceable(config: dict[str, Any], parameters: list[str], source: str) 
     if any(".experts." in name for name in parameters):
         raise UserError(
             f"--format onnx cannot export architecture {_architecture(config)} ({source}), a mixture of experts; "
-            "quantize with a gguf:… scheme and use --format gguf, or give a graph of your own with --template model.onnx"
+            "quantize with a gguf:… scheme and use --format gguf, or give your own graph with --template model.onnx"
         )
 
 

@@ -16,7 +16,7 @@ class ExportOptions:
 
     Attributes:
         dtype: None packs the integers; "f32" or "f16" writes the dequantized weights as floats instead.
-        template: a file of the target format whose metadata and naming to copy.
+        template: a file of the target format whose metadata and naming (GGUF) or graph (ONNX) to keep.
         accuracy_level: MatMulNBits' accuracy_level (ONNX only).
         split_max_bytes: split the model into files of at most so many bytes of tensor data (GGUF only).
         log: called with one line of progress.

@@ -142,7 +142,7 @@ def quantize(
 @_run
 @click.option("--format", "target", required=True, help="gguf or onnx.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File or folder to write.")
-@click.option("--template", type=click.Path(path_type=Path), help="A file of that format whose metadata to copy.")
+@click.option("--template", type=click.Path(path_type=Path), help="GGUF: metadata to copy; ONNX: your float graph.")
 @click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="0", help="Of MatMulNBits, ONNX only.")
 @click.option("--dtype", type=click.Choice(["f32", "f16"]), help="Write the dequantized weights as floats instead.")
 @click.option("--split-max-size", help="Split into files of at most this size (500M, 4G); GGUF only.")

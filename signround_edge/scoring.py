@@ -37,7 +37,8 @@ def _open(path: str, reference_dir: Path | None) -> tuple[Any, Path]:
     if (local / "manifest.json").is_file():
         run = RunDirectory.open(local)
         return TorchSession(load_run_model(run)), run.config_dir
-    if (local / "config.json").is_file() or not local.exists():
+    # An ONNX folder may carry its model's config.json.
+    if not local.exists() or ((local / "config.json").is_file() and not (local / "model.onnx").is_file()):
         folder = resolve_model(path)
         return TorchSession(load_source_model(folder)), folder
     artifact_format = exporter_of(local).name

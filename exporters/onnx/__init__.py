@@ -1,4 +1,4 @@
-"""ONNX export: onnxruntime-genai's model builder makes the graph, the run directory gives every integer in it.
+"""ONNX export: a run's integers in a graph of onnxruntime-genai's builder, of torch.onnx.export or of the user.
 
 Inside this package the name `onnx` always means the installed package; its own modules are imported absolutely, as
 `exporters.onnx.…`. Importing this module is cheap; torch and the builder are loaded by the first export.
@@ -17,7 +17,7 @@ __all__ = ["OnnxExporter"]
 
 
 class OnnxExporter:
-    """Writes a folder that ONNX Runtime and onnxruntime-genai load: model.onnx, tokenizer, genai_config.json."""
+    """Writes a folder: model.onnx, tokenizer and config files, and genai_config.json where the graph has a KV cache."""
 
     name = "onnx"
 

@@ -1,4 +1,8 @@
-"""Bindings: which node and initializers of a graph hold which Hugging Face parameters."""
+"""Bindings: which node and initializers of a graph hold which Hugging Face parameters.
+
+They are found by the builder's names (`find_bindings`) or by value (`matching`), and kept in `signround_edge.json`: all
+that reads an exported folder takes them from there.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,8 @@ class Binding:
         op: its operator type.
         parameters: Hugging Face names, their rows stacked in this order (a packed QKV projection has three).
         initializers: "weight", and for quantized operators "scales" and "zero_points" → initializer name.
-        transposed: the weight is stored [K, N], as a float MatMul wants it.
+        transposed: the weight is the transpose of the Hugging Face parameter (a float MatMul wants [K, N] of a Linear).
+        duplicates: parameters with the values of the only one in `parameters`, which the graph keeps once.
     """
 
     node: str
@@ -34,6 +39,7 @@ class Binding:
     parameters: tuple[str, ...]
     initializers: dict[str, str]
     transposed: bool = False
+    duplicates: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -54,12 +60,20 @@ class Binding:
             "parameters": list(self.parameters),
             "initializers": self.initializers,
             "transposed": self.transposed,
+            **({"duplicates": list(self.duplicates)} if self.duplicates else {}),
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Binding:
         """Raises KeyError or TypeError on anything else than `to_json` writes."""
-        return cls(data["node"], data["op"], tuple(data["parameters"]), dict(data["initializers"]), data["transposed"])
+        return cls(
+            data["node"],
+            data["op"],
+            tuple(data["parameters"]),
+            dict(data["initializers"]),
+            data["transposed"],
+            tuple(data.get("duplicates", ())),
+        )
 
 
 def quantized_initializers(node: ir.Node) -> dict[str, str]:

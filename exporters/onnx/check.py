@@ -31,7 +31,7 @@ def check_complete(bindings: list[Binding], weights: RunWeights) -> list[str]:
 
     Returns the biases that the builder left out because all their values are 0; nothing else may be missing.
     """
-    held = {weights.owner(p) for binding in bindings for p in binding.parameters}
+    held = {weights.owner(p) for binding in bindings for p in (*binding.parameters, *binding.duplicates)}
     missing = [name for name in weights.run.names() if name not in held]
     for name in missing:
         if not name.endswith(".bias") or bool(weights.run.dequantized(name).any()):

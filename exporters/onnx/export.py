@@ -1,20 +1,27 @@
-"""The export: run directory → staged checkpoint → the builder's graph → checks and passes → one whole folder."""
+"""The export: run directory → a float or pre-quantized graph → passes → checks → one whole folder.
+
+Graphs come from onnxruntime-genai's model builder where it knows the architecture, else from torch.onnx.export, or from
+the user (`--template`). Each route ends in a `FinishedGraph`; what follows is common to all.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from exporters.interface import ExportOptions
 from exporters.onnx.bindings import Binding, find_bindings
 from exporters.onnx.check import check_bindings, check_complete
-from exporters.onnx.families import EMBEDDING, check_architecture
+from exporters.onnx.families import EMBEDDING, builder_knows, check_rope, check_traceable
 from exporters.onnx.graph_builder import build_graph
 from exporters.onnx.graph_edit import drop_unused_initializers
+from exporters.onnx.matching import match_weights
 from exporters.onnx.model_file import write_model
 from exporters.onnx.output_folder import whole_folder
 from exporters.onnx.packing import container_of
@@ -22,11 +29,14 @@ from exporters.onnx.passes.accuracy_level import set_accuracy_level
 from exporters.onnx.passes.embeddings import set_embedding
 from exporters.onnx.passes.float_matrices import set_float_matrices
 from exporters.onnx.passes.half_weights import halve_weights
+from exporters.onnx.passes.matched_weights import set_matched_weights
 from exporters.onnx.passes.operands import set_operands
 from exporters.onnx.passes.provenance import provenance, set_provenance
 from exporters.onnx.run_weights import RunWeights
 from exporters.onnx.sidecar import Sidecar, hash_files
 from exporters.onnx.staging import can_pack_qkv, write_float_checkpoint, write_olive_checkpoint
+from exporters.onnx.template import copy_companions, match_template, open_template
+from exporters.onnx.tracing import trace_graph
 from signround_edge.errors import UserError
 from signround_edge.formats import get_grid
 from signround_edge.formats.gguf_presets import GGUF_PRESETS
@@ -36,6 +46,23 @@ MODEL_FILE = "model.onnx"
 ACCURACY_LEVELS = (0, 1, 4)
 
 
+@dataclass(frozen=True)
+class FinishedGraph:
+    """A graph that holds the run's weights, ready to be written.
+
+    Attributes:
+        model: the graph.
+        bindings: what it holds of the run.
+        made_by: who made the graph, for the provenance.
+        kv_cache: it has a key-value cache.
+    """
+
+    model: ir.Model
+    bindings: list[Binding]
+    made_by: str
+    kv_cache: bool
+
+
 def export_folder(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
     """Write the folder; see `OnnxExporter.export`."""
     if options.split_max_bytes is not None:
@@ -43,33 +70,110 @@ def export_folder(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
     config = _checked_config(run, options)
     weights = RunWeights(run)
     with whole_folder(out) as partial:
-        staging, built = partial / "staging", partial / "built"
-        options.log("onnx: building the graph with onnxruntime-genai's model builder")
-        if options.dtype is None:
-            write_olive_checkpoint(weights, config, staging)
-            build_graph(staging, built, "int4", pack_qkv=can_pack_qkv(run))
-        else:
-            write_float_checkpoint(run, config, staging)
-            build_graph(staging, built, "fp32")
-        shutil.rmtree(staging)
-        model = ir.load(built / MODEL_FILE)
-        options.log("onnx: checking every tensor of the graph against the run directory")
-        _check_built(model.graph, weights, control=options.dtype is not None)
-        bindings = _finish(model, weights, options)
+        scratch = partial / "scratch"
+        companions = partial / "companions"
+        companions.mkdir()
+        graph = _make_graph(weights, config, scratch, companions, options)
+        facts = provenance(weights, graph.made_by)
+        set_provenance(graph.model, facts)
         options.log("onnx: writing model.onnx and model.onnx.data")
-        write_model(model, partial / MODEL_FILE)
+        write_model(graph.model, partial / MODEL_FILE)
         # Once more on what is really in the files: this is what a device will load.
-        check_bindings(ir.load(partial / MODEL_FILE).graph, bindings, weights)
-        zero_biases = check_complete(bindings, weights)
-        for file in sorted(built.iterdir()):
-            if not file.name.startswith(MODEL_FILE):
-                shutil.move(file, partial / file.name)
-        shutil.rmtree(built)
-        level = options.accuracy_level
-        files = hash_files(partial)
-        Sidecar(provenance(weights), options.dtype, level, bindings, zero_biases, files).write(partial)
-    options.log(f"onnx: {len(bindings)} tensors equal the run directory; wrote {out}")
+        check_bindings(ir.load(partial / MODEL_FILE).graph, graph.bindings, weights)
+        zero_biases = check_complete(graph.bindings, weights)
+        for file in sorted(companions.iterdir()):
+            shutil.move(file, partial / file.name)
+        companions.rmdir()
+        shutil.rmtree(scratch, ignore_errors=True)
+        level, files = options.accuracy_level, hash_files(partial)
+        Sidecar(facts, options.dtype, level, graph.bindings, zero_biases, files, graph.kv_cache).write(partial)
+    options.log(f"onnx: {len(graph.bindings)} tensors equal the run directory; wrote {out}")
     return out
+
+
+def _make_graph(
+    weights: RunWeights, config: dict[str, Any], scratch: Path, companions: Path, options: ExportOptions
+) -> FinishedGraph:
+    """The graph by the route that fits; other files of the folder (tokenizer, config) go to `companions`."""
+    if options.template is not None:
+        return _from_template(weights, options.template, companions, options)
+    if builder_knows(config):
+        return _build(weights, config, scratch, companions, options)
+    return _trace(weights, companions, options)
+
+
+def _build(
+    weights: RunWeights, config: dict[str, Any], scratch: Path, companions: Path, options: ExportOptions
+) -> FinishedGraph:
+    """Run directory → staged checkpoint → the builder's graph."""
+    from onnxruntime_genai import __version__ as builder_version
+
+    staging, built = scratch / "staging", scratch / "built"
+    options.log("onnx: building the graph with onnxruntime-genai's model builder")
+    if options.dtype is None:
+        write_olive_checkpoint(weights, config, staging)
+        build_graph(staging, built, "int4", pack_qkv=can_pack_qkv(weights.run))
+    else:
+        write_float_checkpoint(weights.run, config, staging)
+        build_graph(staging, built, "fp32")
+    shutil.rmtree(staging)
+    for file in sorted(built.iterdir()):
+        if not file.name.startswith(MODEL_FILE):
+            shutil.move(file, companions / file.name)
+    model = ir.load(built / MODEL_FILE)
+    options.log("onnx: checking every tensor of the graph against the run directory")
+    _check_built(model.graph, weights, control=options.dtype is not None)
+    return FinishedGraph(model, _finish(model, weights, options), f"onnxruntime-genai {builder_version}", True)
+
+
+def _trace(weights: RunWeights, companions: Path, options: ExportOptions) -> FinishedGraph:
+    """Run directory → torch model → torch.onnx.export → our integers in the place of its floats."""
+    from torch import __version__ as torch_version
+
+    options.log(
+        "onnx: onnxruntime-genai's model builder does not know this architecture; tracing it with torch.onnx.export. "
+        "The graph has no KV cache: it runs in plain ONNX Runtime, not in onnxruntime-genai"
+    )
+    model = trace_graph(weights.run)
+    options.log("onnx: matching the graph's weights with the run directory")
+    matched = match_weights(model.graph, weights, limit=0.0).bindings
+    check_complete(matched, weights)
+    copy_companions(weights.run, None, companions)
+    return FinishedGraph(
+        model, _replace_weights(model, matched, weights, options), f"torch.onnx.export (torch {torch_version})", False
+    )
+
+
+def _from_template(weights: RunWeights, template: Path, companions: Path, options: ExportOptions) -> FinishedGraph:
+    """A user's float graph → our integers in the place of its floats."""
+    model = open_template(template)
+    options.log(f"onnx: matching the weights of {template} with the run directory")
+    matched = match_template(model, template, weights)
+    _check_template_dtype(model.graph, matched, template, options)
+    copy_companions(weights.run, template, companions)
+    kv_cache = any((value.name or "").startswith("past") for value in model.graph.inputs)
+    return FinishedGraph(
+        model, _replace_weights(model, matched, weights, options), f"template {template.name}", kv_cache
+    )
+
+
+def _check_template_dtype(graph: ir.Graph, matched: list[Binding], template: Path, options: ExportOptions) -> None:
+    stored = {graph.initializers[b.initializers["weight"]].const_value.dtype for b in matched}
+    if options.dtype == "f32" and ir.DataType.FLOAT16 in stored:
+        raise UserError(f"--dtype f32: the weights of --template {template} are f16; give one in f32, or --dtype f16")
+
+
+def _replace_weights(
+    model: ir.Model, matched: list[Binding], weights: RunWeights, options: ExportOptions
+) -> list[Binding]:
+    """The passes of both routes that match by value; returns what the finished graph holds."""
+    bindings = set_matched_weights(model, matched, weights, keep_floats=options.dtype is not None)
+    set_accuracy_level(model.graph, options.accuracy_level)
+    common.RemoveUnusedNodesPass()(model)
+    drop_unused_initializers(model.graph)
+    if options.dtype == "f16":
+        halve_weights(model.graph, bindings, weights)
+    return bindings
 
 
 def _check_built(graph: ir.Graph, weights: RunWeights, control: bool) -> None:
@@ -96,7 +200,6 @@ def _finish(model: ir.Model, weights: RunWeights, options: ExportOptions) -> lis
     bindings = find_bindings(model.graph)
     if options.dtype == "f16":
         halve_weights(model.graph, bindings, weights)
-    set_provenance(model, weights)
     return bindings
 
 
@@ -106,14 +209,15 @@ def _checked_config(run: RunDirectory, options: ExportOptions) -> dict[str, Any]
         raise UserError(f"--dtype {options.dtype} is unknown; --format onnx writes f32 or f16")
     if options.accuracy_level not in ACCURACY_LEVELS:
         raise UserError(f"--accuracy-level {options.accuracy_level} is unknown; MatMulNBits on a CPU has 0, 1 and 4")
-    if options.template is not None:
-        raise UserError("--template works with --format gguf only; leave it out for --format onnx")
     file = run.config_dir / "config.json"
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is missing or no readable JSON; run `quantize` again") from error
-    check_architecture(config, str(file))
+    if options.template is None and builder_knows(config):
+        check_rope(config, str(file))
+    elif options.template is None:
+        check_traceable(config, run.names(), str(file))
     if options.dtype is None:
         _check_grids(run)
     return config

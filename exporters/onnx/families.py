@@ -57,22 +57,34 @@ def parameters_of(initializer: str) -> tuple[str, ...]:
     return ()
 
 
-def check_architecture(config: dict[str, Any], source: str) -> None:
-    """UserError unless the builder makes the right graph of this config.json; `source` names it in the message."""
-    architecture = next(iter(config.get("architectures") or ["none"]))
-    known = ", ".join(ARCHITECTURES)
-    if architecture not in ARCHITECTURES:
-        raise UserError(
-            f"--format onnx cannot export architecture {architecture} ({source}), only {known}; quantize with a gguf:… "
-            "scheme and use --format gguf, which knows more"
-        )
+def builder_knows(config: dict[str, Any]) -> bool:
+    """Whether the builder makes the right graph of this config.json's architecture."""
+    return _architecture(config) in ARCHITECTURES
+
+
+def check_rope(config: dict[str, Any], source: str) -> None:
+    """UserError unless the builder knows the RoPE of this architecture (one that it knows); `source` names the file."""
+    architecture = _architecture(config)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ARCHITECTURES[architecture]:
         raise UserError(
             f"--format onnx cannot export the RoPE type {kind!r} of {architecture} ({source}); types that work for it "
-            f"are {', '.join(ARCHITECTURES[architecture])}"
+            f"are {', '.join(ARCHITECTURES[architecture])}; or give a graph of your own with --template model.onnx"
         )
+
+
+def check_traceable(config: dict[str, Any], parameters: list[str], source: str) -> None:
+    """UserError for mixtures of experts: which rows an expert multiplies depends on data, and no trace holds that."""
+    if any(".experts." in name for name in parameters):
+        raise UserError(
+            f"--format onnx cannot export architecture {_architecture(config)} ({source}), a mixture of experts; "
+            "quantize with a gguf:… scheme and use --format gguf, or give your own graph with --template model.onnx"
+        )
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    return str(next(iter(config.get("architectures") or ["none"])))
 
 
 def decoder_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -68,9 +68,9 @@ def set_operand_initializers(
 
 def set_float_initializer(graph: ir.Graph, binding: Binding, dtype: str, weights: RunWeights) -> ir.Value:
     """The binding's weight initializer with the run's floats in "float32" or "float16"."""
-    entry = [weights.run.entry(weights.owner(p)).shape for p in binding.parameters]
-    rows, cols = sum(shape[0] for shape in entry), entry[0][1]
-    shape = (cols, rows) if binding.transposed else (rows, cols)
+    shapes = [weights.run.entry(weights.owner(p)).shape for p in binding.parameters]
+    shape = (sum(s[0] for s in shapes), *shapes[0][1:])
+    shape = shape[::-1] if binding.transposed else shape
     return set_initializer(
         graph, binding.initializers["weight"], dtype, shape, lambda: weights.stored_floats(binding, dtype)
     )

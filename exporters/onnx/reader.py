@@ -90,13 +90,18 @@ def resolve(path: Path) -> Path:
 
 def open_artifact(path: Path) -> Artifact:
     """Parse the model and check that all its data is in place; UserError on a broken, truncated or missing file."""
+    return Artifact(resolve(path), open_model(path).graph)
+
+
+def open_model(path: Path, remedy: str = "export the run again") -> ir.Model:
+    """The same, as the whole model; `remedy` is the way out that errors name."""
     file = resolve(path)
     try:
-        return Artifact(file, _parse(file))
+        return _parse(file, remedy)
     except UserError:
         raise
     except Exception as error:  # protobuf and onnx_ir raise many types on bytes that are no model
-        raise UserError(f"{file} is not a readable ONNX file ({_first_line(error)}); export the run again") from error
+        raise UserError(f"{file} is not a readable ONNX file ({_first_line(error)}); {remedy}") from error
 
 
 def read_tensors(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:
@@ -180,42 +185,41 @@ def _expected(artifact: Artifact, binding: Binding, weights: RunWeights) -> Call
     return read
 
 
-def _parse(file: Path) -> ir.Graph:
-    """The graph, complete: every value that a node reads comes from somewhere, and all external data is there."""
+def _parse(file: Path, remedy: str) -> ir.Model:
+    """The model, complete: every value that a node reads comes from somewhere, and all external data is there."""
     log = logging.getLogger("onnx_ir")  # what it would warn of ends in an error below
     level = log.level
     log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph = ir.load(file).graph
+            model = ir.load(file)
     finally:
         log.setLevel(level)
+    graph = model.graph
     if not list(graph):
-        raise UserError(f"{file} is not an ONNX model (its graph is empty); export the run again")
+        raise UserError(f"{file} is not an ONNX model (its graph is empty); {remedy}")
     for name, value in graph.initializers.items():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
-            _check_external(file, name, tensor, int(tensor.nbytes))
+            _check_external(file, name, tensor, int(tensor.nbytes), remedy)
     known = set(graph.inputs)
     for node in graph:
         for value in node.inputs:
             if value is not None and value.producer() is None and not value.is_initializer() and value not in known:
-                raise UserError(
-                    f"{file}: node {node.name} reads {value.name}, which nothing gives; export the run again"
-                )
-    return graph
+                raise UserError(f"{file}: node {node.name} reads {value.name}, which nothing gives; {remedy}")
+    return model
 
 
-def _check_external(file: Path, name: str, tensor: ir.ExternalTensor, nbytes: int) -> None:
+def _check_external(file: Path, name: str, tensor: ir.ExternalTensor, nbytes: int, remedy: str) -> None:
     location = Path(tensor.location)
     if location.is_absolute() or ".." in location.parts:
         raise UserError(f"{file}: tensor {name} points outside the folder ({location}); do not trust this file")
     data = file.parent / location
     if not data.is_file():
-        raise UserError(f"{data} is missing, but {file.name} keeps tensor {name} there; restore it or export again")
+        raise UserError(f"{data} is missing, but {file.name} keeps tensor {name} there; restore it, or {remedy}")
     if (tensor.length or nbytes) != nbytes or (tensor.offset or 0) + nbytes > data.stat().st_size:
-        raise UserError(f"{data} is truncated: tensor {name} ends behind its end; restore it or export the run again")
+        raise UserError(f"{data} is truncated: tensor {name} ends behind its end; restore it, or {remedy}")
 
 
 def _bytes_once(value: ir.Value, counted: set[Any]) -> int:

@@ -49,9 +49,24 @@ class RunWeights:
         return self._last[1]
 
     def rows(self, binding: Binding) -> FloatArray:
-        """f32 weights in the artifact's row order: [N, K] of a matrix, [N] of a norm weight or bias."""
-        tensors = [self.run.dequantized(self.owner(p)) for p in binding.parameters]
-        weights: FloatArray = torch.cat(tensors).numpy()
+        """f32 weights in the artifact's row order: [N] of a norm weight or bias, [N, K] of a matrix.
+
+        Float Conv1D weights are [K, N], as Hugging Face has them.
+
+        Raises:
+            UserError: the graph keeps several parameters once, and in this run they differ.
+        """
+        names = [self.owner(p) for p in binding.parameters]
+        stacked = torch.cat([self.run.dequantized(name) for name in names])
+        for duplicate in binding.duplicates:
+            if not torch.equal(self.run.dequantized(self.owner(duplicate)), stacked):
+                raise UserError(
+                    f"tensors {names[0]} and {duplicate} of {self.run.path} differ, but the artifact keeps them as "
+                    "one; it was exported from another run"
+                )
+        if binding.quantized and self.run.entry(names[0]).transposed:
+            stacked = stacked.T.contiguous()
+        weights: FloatArray = stacked.numpy()
         return weights
 
     def stored_floats(self, binding: Binding, dtype: str = "float32") -> NDArray[Any]:

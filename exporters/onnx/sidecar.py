@@ -24,6 +24,7 @@ class Sidecar:
         bindings: every stored tensor.
         zero_biases: parameters that the graph leaves out because all their values are zero.
         files: file name → sha256, for every other file of the folder.
+        kv_cache: the graph has a key-value cache; without one it wants all tokens again for each new one.
     """
 
     provenance: dict[str, str]
@@ -32,6 +33,7 @@ class Sidecar:
     bindings: list[Binding]
     zero_biases: list[str]
     files: dict[str, str]
+    kv_cache: bool = True
 
     def write(self, folder: Path) -> None:
         """Write it into the folder."""
@@ -42,6 +44,7 @@ class Sidecar:
             **self.provenance,
             "dtype": self.dtype,
             "accuracy_level": self.accuracy_level,
+            "kv_cache": self.kv_cache,
             "files": self.files,
             "zero_biases": self.zero_biases,
             "tensors": [b.to_json() for b in self.bindings],
@@ -59,7 +62,13 @@ class Sidecar:
             provenance = {k: data[k] for k in ("version", "scheme", "manifest_sha256", "graph_builder")}
             bindings = [Binding.from_json(t) for t in data["tensors"]]
             return cls(
-                provenance, data["dtype"], data["accuracy_level"], bindings, data["zero_biases"], dict(data["files"])
+                provenance,
+                data["dtype"],
+                data["accuracy_level"],
+                bindings,
+                data["zero_biases"],
+                dict(data["files"]),
+                data.get("kv_cache", True),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is not readable ({type(error).__name__}); export the run again") from error

@@ -1,4 +1,4 @@
-"""ONNX Runtime inside this process: one decoder graph with KV-cache inputs, one thread. Only the worker uses it."""
+"""ONNX Runtime inside this process: a decoder with or without KV cache, one thread. Only the worker uses it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from signround_edge.metrics import FloatArray, TokenArray
 _DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32}
 _DTYPES |= {"tensor(float16)": np.float16}
 _EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+_MODEL = "model.onnx"
 _NAMED_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class OnnxEngine:
-    """A decoder that onnxruntime-genai's builder wrote, run by ONNX Runtime on the CPU with one thread.
+    """A decoder run by ONNX Runtime on the CPU with one thread: input_ids, and what else the graph asks for, → logits.
 
     Args:
-        artifact: the .onnx file, or the folder that holds genai_config.json.
+        artifact: the .onnx file, or the folder that holds it.
         accuracy_level: run every MatMulNBits at this level instead of the file's own.
     Raises:
         UserError: ONNX Runtime refuses the file, or the graph is not such a decoder.
@@ -50,7 +51,7 @@ class OnnxEngine:
         unknown = [n for n in self._inputs if n not in _NAMED_INPUTS and not n.startswith("past")]
         if "input_ids" not in self._inputs or "logits" not in outputs or unknown:
             raise UserError(
-                f"{model} is not a decoder of onnxruntime-genai's builder: inputs {list(self._inputs)[:4]}…, "
+                f"{model} is not a decoder that verify can feed: inputs {list(self._inputs)[:4]}…, "
                 f"outputs {outputs[:2]}…; export it again"
             )
 
@@ -100,7 +101,9 @@ class OnnxEngine:
 
 
 def model_file(artifact: Path) -> Path:
-    """The decoder's .onnx file of an artifact (a folder with genai_config.json, or the file itself).
+    """The decoder's .onnx file of an artifact: the file itself, or in a folder what genai_config.json names.
+
+    Without genai_config.json (a graph that onnxruntime-genai cannot run) it is model.onnx.
 
     Raises:
         UserError: there is none.
@@ -108,11 +111,9 @@ def model_file(artifact: Path) -> Path:
     if artifact.is_file() and artifact.suffix == ".onnx":
         return artifact
     decoder = _decoder_config(artifact)
-    if "filename" not in decoder:
-        raise UserError(f"{artifact} is neither an .onnx file nor a folder whose genai_config.json names one")
-    file = artifact / Path(str(decoder["filename"])).name  # a name, never a path out of the folder
+    file = artifact / Path(str(decoder.get("filename", _MODEL))).name  # a name, never a path out of the folder
     if not file.is_file():
-        raise UserError(f"{artifact} has no {file.name}, which its genai_config.json names; export it again")
+        raise UserError(f"{artifact} is neither an .onnx file nor a folder with {file.name}; export it again")
     return file
 
 

@@ -9,21 +9,19 @@ from exporters.onnx.run_weights import RunWeights
 from signround_edge.run_directory import sha256_of
 
 
-def provenance(weights: RunWeights) -> dict[str, str]:
+def provenance(weights: RunWeights, graph_builder: str) -> dict[str, str]:
     """What model file and `signround_edge.json` both say: version, scheme, sha256 of the run's manifest, builder."""
-    from onnxruntime_genai import __version__ as builder_version
-
     run = weights.run
     return {
         "version": signround_edge.__version__,
         "scheme": run.manifest.scheme,
         "manifest_sha256": sha256_of(run.path / "manifest.json"),
-        "graph_builder": f"onnxruntime-genai {builder_version}",
+        "graph_builder": graph_builder,
     }
 
 
-def set_provenance(model: ir.Model, weights: RunWeights) -> None:
-    """Write it to metadata_props under `signround_edge.…`; the builder puts the git commit of its folder there."""
+def set_provenance(model: ir.Model, facts: dict[str, str]) -> None:
+    """Write them to metadata_props under `signround_edge.…`; the builder puts the git commit of its folder there."""
     model.producer_name, model.producer_version = "signround-edge", signround_edge.__version__
-    for key, value in provenance(weights).items():
+    for key, value in facts.items():
         model.metadata_props[f"signround_edge.{key}"] = value

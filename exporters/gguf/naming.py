@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import gguf
@@ -14,10 +15,12 @@ from torch import Tensor
 from exporters.gguf.families import family_of, row_order
 from exporters.gguf.row_orders import Config, RowOrder
 from signround_edge.errors import UserError
+from signround_edge.formats import QuantizedTensor
 from signround_edge.gguf_names import name_table
 from signround_edge.run_directory import RunDirectory
 
 _SUFFIXES = (".weight", ".bias")
+_VALUES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,30 @@ def float_data(run: RunDirectory, hf_name: str) -> Tensor:
 
 def dequantized_rows(run: RunDirectory, placement: Placement) -> NDArray[np.float32]:
     """The weights as the file should hold them: f32 [rows, values a row] (a vector is one row)."""
-    if run.is_quantized(placement.hf_name):
-        weights = run.quantized(placement.hf_name).dequantize()
-    else:
-        weights = float_data(run, placement.hf_name).to(torch.float32)
-    array: NDArray[np.float32] = weights.numpy()
-    if placement.rows is not None:
-        array = array[placement.rows]
-    if placement.added:
-        array = array + np.float32(placement.added)
-    return array if array.ndim > 1 else array[None, :]
+    return np.concatenate(list(dequantized_pieces(run, placement)))
+
+
+def dequantized_pieces(run: RunDirectory, placement: Placement) -> Iterator[NDArray[np.float32]]:
+    """The same, some rows at a time: of a large embedding the f32 weights would not fit into memory."""
+    name = placement.hf_name
+    stored: QuantizedTensor | Tensor = run.quantized(name) if run.is_quantized(name) else float_data(run, name)
+    for rows in row_groups(tuple(stored.shape), placement.rows):
+        if isinstance(stored, QuantizedTensor):
+            weights = stored.take_rows(rows).dequantize()
+        else:
+            weights = stored[rows].to(torch.float32)
+        array: NDArray[np.float32] = weights.numpy()
+        if placement.added:
+            array = array + np.float32(placement.added)
+        yield array if array.ndim > 1 else array[None, :]
+
+
+def row_groups(shape: tuple[int, ...], order: RowOrder | None) -> Iterator[slice | Tensor]:
+    """Indices of the rows of a matrix in the file's order, in groups of about 16 million values; a vector is one."""
+    step = _VALUES_AT_ONCE // math.prod(shape[1:]) if len(shape) > 1 else shape[0]
+    for start in range(0, shape[0], max(1, step)):
+        group = slice(start, start + max(1, step))
+        yield group if order is None else torch.from_numpy(order[group])
 
 
 def _with_tied(run: RunDirectory) -> Iterable[tuple[str, str]]:

@@ -69,7 +69,7 @@ def export_with_template(run: RunDirectory, path: Path, options: ExportOptions, 
 def match_by_value(run: RunDirectory, file: GgufFile) -> list[Placement]:
     """Placement of the run's parameters in a file of any architecture; those without a place are left out."""
     arch = file.architecture
-    names = candidate_names(run, int(file.get(f"{arch}.block_count") or 0), arch)
+    names = candidate_names(run, _block_count(file), arch)
     heads = _head_counts(file)
     orders: dict[str, RowOrder] = {}
     placements = []
@@ -84,6 +84,7 @@ def match_by_value(run: RunDirectory, file: GgufFile) -> list[Placement]:
     return placements
 
 
+@np.errstate(all="ignore")  # a damaged file may hold NaN and infinity; they match nothing
 def _place(
     run: RunDirectory, file: GgufFile, gguf_name: str, hf_name: str, heads: list[int], orders: dict[str, RowOrder]
 ) -> Placement | None:
@@ -112,6 +113,17 @@ def float_rows(file: GgufFile, name: str) -> NDArray[np.float32]:
             "use an f16 or f32 template"
         ) from error
     return weights.reshape(-1, info.shape[-1])
+
+
+def _block_count(file: GgufFile) -> int:
+    """Decoder blocks that the file announces, checked before a table of names is made for each of them."""
+    count = file.get(f"{file.architecture}.block_count") or 0
+    if not isinstance(count, int) or not 0 <= count <= len(file.tensors):
+        raise UserError(
+            f"{file.path} has {len(file.tensors)} tensors and says that it has {count!r} blocks: it is damaged; "
+            "export or download it again"
+        )
+    return count
 
 
 def _head_counts(file: GgufFile) -> list[int]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from exporters.gguf.container import PlannedTensor
 from exporters.gguf.ggml_types import BF16, F16, F32, GgmlType
-from exporters.gguf.naming import Placement, dequantized_rows, float_data, matrix_shape
+from exporters.gguf.naming import Placement, dequantized_pieces, float_data, matrix_shape, row_groups
 from exporters.gguf.packing import pack, require_layout
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
@@ -61,20 +61,24 @@ def _own_float_type(run: RunDirectory, hf_name: str) -> GgmlType:
 
 
 def _packed(run: RunDirectory, placement: Placement) -> Iterator[NDArray[Any]]:
-    blocks = pack(run.quantized(placement.hf_name))
-    yield blocks if placement.rows is None else blocks[placement.rows]
+    tensor = run.quantized(placement.hf_name)
+    for rows in row_groups(tensor.shape, placement.rows):
+        yield pack(tensor.take_rows(rows))
 
 
 def _floats(run: RunDirectory, placement: Placement, ggml_type: GgmlType) -> Iterator[NDArray[Any]]:
-    weights = dequantized_rows(run, placement)
-    if ggml_type is F32:
-        yield weights
-        return
-    if ggml_type is BF16:
-        yield (weights.view(np.uint32) >> 16).astype(np.uint16)  # exact: the values were bfloat16
-        return
+    for weights in dequantized_pieces(run, placement):
+        if ggml_type is F32:
+            yield weights
+        elif ggml_type is BF16:
+            yield (weights.view(np.uint32) >> 16).astype(np.uint16)  # exact: the values were bfloat16
+        else:
+            yield _as_f16(weights, placement.hf_name)
+
+
+def _as_f16(weights: NDArray[np.float32], name: str) -> NDArray[np.float16]:
     with np.errstate(over="ignore"):
         half = weights.astype(np.float16)
     if not np.isfinite(half).all():
-        raise UserError(f"{placement.hf_name} has weights beyond ±65504, which f16 cannot hold; use --dtype f32")
-    yield half
+        raise UserError(f"{name} has weights beyond ±65504, which f16 cannot hold; use --dtype f32")
+    return half

@@ -73,7 +73,8 @@ def _measure(folder: Path, shape: Shape, load: bool) -> list[dict[str, Any]]:
     _say(f"writing a run of {shape.parameters() / 1e9:.2f} billion weights, {shape.layers} layers")
     run = write_synthetic_run(folder / "run", shape)
     rows, logits = [], {}
-    for kind, flags in (("packed", []), ("split", ["--split-max-size", SPLIT]), ("f16", ["--dtype", "f16"])):
+    exports = {"packed": [], "f16": ["--dtype", "f16"], **({"split": ["--split-max-size", SPLIT]} if load else {})}
+    for kind, flags in exports.items():
         with _exported(run.path, folder / kind, flags) as (path, size, cost):
             row = {"export": kind, "layers": shape.layers, "weights": shape.parameters(), "file_bytes": size}
             row |= {**asdict(cost), "values_compared": _compare(run, path)}

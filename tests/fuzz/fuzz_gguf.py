@@ -303,8 +303,7 @@ def summary(results: list[Result]) -> dict[str, Any]:
 
 
 def _kind(result: Result) -> str:
-    parts = [part.removeprefix("bytes: ") for part in result.damage.split("; and ")]
-    return " + ".join(part.split(": ")[0] for part in parts)
+    return " + ".join(part.split(": ")[0] for part in result.damage.split("; and "))
 
 
 def _say(line: str) -> None:

@@ -72,6 +72,8 @@ class Document:
         found = cls(version, [cursor.entry() for _ in range(entries)], [cursor.tensor() for _ in range(tensors)])
         aligned = [e.number() for e in found.entries if e.key == b"general.alignment"]
         found.alignment = aligned[0] if aligned else 32
+        if not found.tensors or not found.entries or not 0 < found.alignment <= 1 << 16:
+            raise ValueError("nothing to damage")
         start = cursor.position + -cursor.position % found.alignment
         for tensor in found.tensors:
             assert tensor.offset is not None
@@ -107,7 +109,7 @@ class Document:
         return bytes(out.data), out.spans
 
 
-MALFORMED = (ValueError, struct.error, KeyError, IndexError, OverflowError, ZeroDivisionError, MemoryError)
+MALFORMED = (ArithmeticError, AssertionError, LookupError, MemoryError, TypeError, ValueError, struct.error)
 
 
 def text(content: bytes) -> bytes:

@@ -114,11 +114,11 @@ def _compare(run: RunDirectory, path: Path) -> int:
 
 def _compare_rows(run: RunDirectory, file: GgufFile, placement: Placement, rng: np.random.Generator) -> int:
     info, data = file.tensors[placement.gguf_name], file.raw(placement.gguf_name)
-    if not run.is_quantized(placement.hf_name):
-        expected = run.float_tensor(placement.hf_name).float().numpy()[None, :]
+    if not run.is_quantized(placement.hf_names[0]):
+        expected = run.float_tensor(placement.hf_names[0]).float().numpy()[None, :]
         picked = np.arange(1)
     else:
-        tensor = run.quantized(placement.hf_name)
+        tensor = run.quantized(placement.hf_names[0])
         picked = np.sort(rng.integers(0, tensor.shape[0], SAMPLED_ROWS))
         picked[0], picked[-1] = 0, tensor.shape[0] - 1
         rows = picked if placement.rows is None else placement.rows[picked]

@@ -96,6 +96,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--granularity", type=click.Choice(["block", "layer"]), help="Reconstruct blocks, or each layer alone.")
 @click.option("--optimizer", type=click.Choice(["signsgd", "adam"]), help="Optimizer of the rounding.")
 @click.option("--compute-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), help="Matrix products in tuning.")
+@click.option("--whole-model-steps", type=int, help="Steps of tuning all scales and norms together; 0: none.")
+@click.option("--whole-model-lr", type=float, help="Relative learning rate of that stage.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=int, help="Seed of the sample order.")
 @click.option("--imatrix", type=click.Path(path_type=Path), help="llama.cpp's imatrix file: E[x²] for scales.")

@@ -6,6 +6,7 @@ Parameters stay on the meta device until a block is needed, so that only one blo
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from signround_edge.errors import UserError
+from signround_edge.experts import Experts, replace_experts
 from signround_edge.source_model import SourceModel
 
 
@@ -43,7 +45,10 @@ class Decoder:
         return f"{self.prefix}.{index}."
 
     def matrices(self, index: int) -> dict[str, nn.Module]:
-        """Parameter name → module of every weight matrix (nn.Linear or GPT-2's Conv1D) of a block."""
+        """Parameter name → module of every weight matrix (nn.Linear or GPT-2's Conv1D) of a block.
+
+        The routers of mixtures of experts are none: they are small and decide too much to be rounded.
+        """
         from transformers.pytorch_utils import Conv1D
 
         return {
@@ -51,6 +56,10 @@ class Decoder:
             for name, module in self.blocks[index].named_modules()
             if isinstance(module, nn.Linear | Conv1D)
         }
+
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts."""
+        return any(isinstance(module, Experts) for module in self.blocks.modules())
 
     def tied_parameters(self) -> dict[str, str]:
         """Alias → owner for parameters that share data (the output head tied to the embedding)."""
@@ -87,7 +96,11 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def build_decoder(config_dir: Path) -> Decoder:
-    """Build the model of config_dir/config.json without weights; UserError for what is no decoder-only model."""
+    """Build the model of config_dir/config.json without weights, experts as `Experts`.
+
+    Raises:
+        UserError: no decoder-only model, or experts of an unknown form.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -102,6 +115,7 @@ def build_decoder(config_dir: Path) -> Decoder:
         ) from error
     model.eval()
     model.tie_weights()
+    replace_experts(model)
     prefix, blocks = _find_blocks(model, config_dir)
     return Decoder(
         model, blocks, prefix, model.get_input_embeddings(), model.get_output_embeddings(), model.base_model_prefix
@@ -152,17 +166,31 @@ def unload_parameters(module: nn.Module) -> None:
 
 
 # Checkpoints keep names that transformers has given up since.
-_OLDER_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX (Pythia)
+_OLDER_NAMES = tuple(
+    (re.compile(pattern), older)
+    for pattern, older in (
+        (r"^lm_head\.weight$", "embed_out.weight"),  # GPT-NeoX (Pythia)
+        (r"\.mlp\.gate\.", ".block_sparse_moe.gate."),  # Mixtral, from here on
+        (r"\.mlp\.experts\.(\d+)\.gate_proj\.", r".block_sparse_moe.experts.\1.w1."),
+        (r"\.mlp\.experts\.(\d+)\.down_proj\.", r".block_sparse_moe.experts.\1.w2."),
+        (r"\.mlp\.experts\.(\d+)\.up_proj\.", r".block_sparse_moe.experts.\1.w3."),
+    )
+)
 
 
 def checkpoint_name(name: str, source: SourceModel, base_prefix: str) -> str:
     """The source's name of a model parameter; UserError when the source lacks it."""
-    renamed = _OLDER_NAMES.get(name, name)
     bare = name.removeprefix(f"{base_prefix}.") if base_prefix else name
-    for candidate in (name, bare, f"{base_prefix}.{name}", renamed):
+    for candidate in (name, bare, f"{base_prefix}.{name}", _older_name(name), _older_name(bare)):
         if candidate in source.files:
             return candidate
     raise UserError(f"{source.path}: tensor {name} is missing from the safetensors files; download the model again")
+
+
+def _older_name(name: str) -> str:
+    for pattern, older in _OLDER_NAMES:
+        name = pattern.sub(older, name)
+    return name
 
 
 def set_weight(module: nn.Module, weight: Tensor, requires_grad: bool = False) -> nn.Parameter:
@@ -170,6 +198,12 @@ def set_weight(module: nn.Module, weight: Tensor, requires_grad: bool = False) -
     parameter = nn.Parameter(weight, requires_grad=requires_grad)
     module._parameters["weight"] = parameter
     return parameter
+
+
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Replace a parameter of the model by another one, without copying."""
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner)._parameters[leaf] = parameter
 
 
 def first_hidden(output: Any) -> Tensor:

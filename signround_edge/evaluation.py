@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from signround_edge.decoder import build_decoder, checkpoint_name
+from signround_edge.decoder import build_decoder, checkpoint_name, set_parameter
 from signround_edge.errors import UserError
 from signround_edge.metrics import FloatArray, ScoreKeeper, Scores, TokenArray, Windows, cut_windows
 from signround_edge.run_directory import RunDirectory
@@ -59,8 +59,7 @@ def load_source_model(path: Path, device: str = "cpu") -> nn.Module:
 def _load(config_dir: Path, tensors: Iterator[tuple[str, Tensor]], device: str) -> nn.Module:
     model: Any = build_decoder(config_dir).model
     for name, tensor in tensors:
-        owner = model.get_submodule(name.rpartition(".")[0])
-        owner._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor.to(device), requires_grad=False)
+        set_parameter(model, name, nn.Parameter(tensor.to(device), requires_grad=False))
     model.tie_weights()
     unloaded = [name for name, p in model.named_parameters() if p.device.type == "meta"]
     if unloaded:

@@ -7,6 +7,8 @@ import re
 
 import gguf
 
+from signround_edge.experts import split_expert
+
 _BLOCK = re.compile(r"\.(\d+)\.")
 
 
@@ -14,12 +16,14 @@ _BLOCK = re.compile(r"\.(\d+)\.")
 def gguf_name(name: str, model_type: str) -> str | None:
     """The name that a parameter would have in a GGUF file ("blk.3.ffn_down.weight"), or None when llama.cpp has none.
 
+    The matrices of a layer's experts share one name: they are stacked in one tensor.
+
     Args:
         name: parameter name in the Hugging Face model.
         model_type: of its config.json; decides where architectures disagree.
     """
     block = _BLOCK.search(name)
-    stem, _, leaf = _BLOCK.sub(".0.", name, count=1).rpartition(".")  # all blocks are named alike
+    stem, _, leaf = _BLOCK.sub(".0.", split_expert(name)[0], count=1).rpartition(".")  # all blocks are named alike
     for arch in _likeliest_first(model_type):
         found = name_table(arch, 1).get_name(stem)
         if found is not None:

@@ -3,6 +3,7 @@
     run/manifest.json                 what the run is, and which parts are complete
     run/blocks/0007.safetensors       one decoder block: codes, scale fields and float tensors
     run/blocks/outside.safetensors    embeddings, output head, final norm: all that is outside the decoder blocks
+    run/blocks/*.whole-model.safetensors   the same parts after the whole-model stage; they take the others' place
     run/config/                       config.json, tokenizer and generation files of the source model
 
 Keys in a part file: `<parameter>` for float tensors, `<parameter>#codes` and `<parameter>#<field>` for quantized ones.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ class Manifest:
         tied: parameter name → name of the parameter whose data it shares.
         tensors: every parameter, in model order.
         complete: part name → record, for parts that are written.
+        whole_model: what the whole-model stage reports, once it is done; the parts are its own from then on.
     """
 
     scheme: str
@@ -91,12 +93,14 @@ class Manifest:
     tied: dict[str, str]
     tensors: list[TensorEntry]
     complete: dict[str, PartRecord] = field(default_factory=dict)
+    whole_model: dict[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
     def state(self) -> str:
         """Either "complete" or "incomplete"."""
-        return "complete" if all(p in self.complete for p in self.parts) else "incomplete"
+        pending = self.settings.get("whole_model_steps", 0) and self.whole_model is None
+        return "complete" if all(p in self.complete for p in self.parts) and not pending else "incomplete"
 
     def to_json(self) -> str:
         data = asdict(self)
@@ -172,9 +176,8 @@ class RunDirectory:
         run = cls(path, manifest)
         if manifest.state != "complete" and not allow_incomplete:
             done = sum(p in manifest.complete for p in manifest.parts)
-            raise UserError(
-                f"{path} is incomplete ({done} of {len(manifest.parts)} parts); finish it with `quantize … --resume`"
-            )
+            what = "whole-model stage" if done == len(manifest.parts) else f"{done} of {len(manifest.parts)} parts"
+            raise UserError(f"{path} is incomplete ({what}); finish it with `quantize … --resume`")
         for part, record in manifest.complete.items():
             run._check_part(part, record)
         return run
@@ -232,6 +235,31 @@ class RunDirectory:
         """Write one part atomically and record it; `tensors` must be exactly the manifest's for that part."""
         expected = {t.name for t in self.manifest.tensors if t.part == part}
         assert set(tensors) == expected, (part, set(tensors) ^ expected)
+        digest = self._write_tensors(self._part_path(part), tensors)
+        self.manifest.complete[part] = PartRecord(digest, report)
+        self._write_manifest()
+
+    def write_whole_model(
+        self, parts: Iterable[tuple[str, dict[str, Tensor | QuantizedTensor]]], report: dict[str, Any]
+    ) -> None:
+        """Put every part, tuned by the whole-model stage, in the place of the block-wise one, all at one moment."""
+        records = {}
+        for part, tensors in parts:
+            digest = self._write_tensors(self._part_path(part, whole_model=True), tensors)
+            records[part] = PartRecord(digest, self.manifest.complete[part].report)
+        assert set(records) == set(self.manifest.parts)
+        self.manifest.complete, self.manifest.whole_model = records, report
+        self._write_manifest()
+        self.remove_superseded()
+
+    def remove_superseded(self) -> None:
+        """Delete the block-wise parts that those of the whole-model stage have replaced."""
+        if self.manifest.whole_model is not None:
+            for part in self.manifest.parts:
+                self._part_path(part, whole_model=False).unlink(missing_ok=True)
+
+    def _write_tensors(self, target: Path, tensors: dict[str, Tensor | QuantizedTensor]) -> str:
+        """Write a part's file atomically; returns its sha256."""
         flat: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if isinstance(tensor, QuantizedTensor):
@@ -240,7 +268,6 @@ class RunDirectory:
                 flat |= {f"{name}{_SEPARATOR}{f}": v.cpu().contiguous() for f, v in tensor.fields.items()}
             else:
                 flat[name] = tensor.detach().cpu().contiguous()
-        target = self._part_path(part)
         temporary = target.with_name(target.name + ".partial")
         try:
             save_file(flat, temporary)
@@ -253,14 +280,15 @@ class RunDirectory:
             raise UserError(
                 f"{target} could not be written ({error}); free some disk space and run the same command with --resume"
             ) from error
-        self.manifest.complete[part] = PartRecord(digest, report)
-        self._write_manifest()
+        return digest
 
     def _write_manifest(self) -> None:
         write_atomically(self.path / "manifest.json", self.manifest.to_json().encode())
 
-    def _part_path(self, part: str) -> Path:
-        return self.path / "blocks" / f"{part}.safetensors"
+    def _part_path(self, part: str, whole_model: bool | None = None) -> Path:
+        """The file of a part as it is now, or as it was before or will be after the whole-model stage."""
+        revised = self.manifest.whole_model is not None if whole_model is None else whole_model
+        return self.path / "blocks" / f"{part}{'.whole-model' if revised else ''}.safetensors"
 
     def _open_part(self, part: str) -> Any:
         return safe_open(self._part_path(part), framework="pt")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,19 +40,36 @@ def resolve_model(model: str) -> Path:
 
 
 @dataclass(frozen=True)
+class ExpertPart:
+    """One expert's matrix within a tensor that holds all experts of a layer.
+
+    Attributes:
+        tensor: the stored tensor, [experts, rows, cols].
+        expert: its number.
+        rows: its rows.
+    """
+
+    tensor: str
+    expert: int
+    rows: slice
+
+
+@dataclass(frozen=True)
 class SourceModel:
     """A model folder whose safetensors headers have been read.
 
     Attributes:
         path: the folder.
-        files: tensor name → file name.
+        files: tensor name → file name. Matrices of fused experts have names too, as if stored one by one.
         dtypes, shapes: tensor name → dtype and shape in the file.
+        parts: name of such a matrix → where it is.
     """
 
     path: Path
     files: dict[str, str]
     dtypes: dict[str, torch.dtype]
     shapes: dict[str, tuple[int, ...]]
+    parts: dict[str, ExpertPart] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> SourceModel:
@@ -62,6 +79,7 @@ class SourceModel:
         files: dict[str, str] = {}
         dtypes: dict[str, torch.dtype] = {}
         shapes: dict[str, tuple[int, ...]] = {}
+        parts: dict[str, ExpertPart] = {}
         for file in _weight_files(path):
             with _open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
@@ -69,14 +87,23 @@ class SourceModel:
                     files[name] = file.name
                     dtypes[name] = _DTYPES.get(piece.get_dtype(), torch.float32)
                     shapes[name] = tuple(piece.get_shape())
-        return cls(path, files, dtypes, shapes)
+                    for matrix, part in _expert_parts(name, shapes[name]).items():
+                        parts[matrix] = part
+                        files[matrix], dtypes[matrix] = files[name], dtypes[name]
+                        shapes[matrix] = (part.rows.stop - part.rows.start, shapes[name][2])
+        return cls(path, files, dtypes, shapes, parts)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as stored; UserError when it cannot be read or holds NaN or infinity."""
         file = self.path / self.files[name]
+        part = self.parts.get(name)
         with _open(file) as tensors:
             try:
-                tensor: Tensor = tensors.get_tensor(name)
+                tensor: Tensor = (
+                    tensors.get_tensor(name)
+                    if part is None
+                    else tensors.get_slice(part.tensor)[part.expert, part.rows].contiguous()
+                )
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: tensor {name} cannot be read ({error}); download the file again") from error
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -95,6 +122,25 @@ class SourceModel:
             for file in sorted(self.path.glob(pattern)):
                 if not file.name.endswith(".safetensors.index.json"):
                     shutil.copyfile(file, target / file.name)
+
+
+def _expert_parts(name: str, shape: tuple[int, ...]) -> dict[str, ExpertPart]:
+    """The matrices in a tensor of fused experts, under the names that they have where each is stored apart.
+
+    Layout: transformers' `gate_up_proj` [experts, 2·intermediate, hidden], `down_proj` [experts, hidden, intermediate].
+    """
+    stem, _, leaf = name.rpartition(".")
+    if len(shape) != 3 or not stem.endswith(".experts") or leaf not in ("gate_up_proj", "down_proj"):
+        return {}
+    rows = shape[1]
+    slices = {"down_proj": slice(0, rows)}
+    if leaf == "gate_up_proj":
+        slices = {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, rows)}
+    return {
+        f"{stem}.{expert}.{matrix}.weight": ExpertPart(name, expert, part)
+        for expert in range(shape[0])
+        for matrix, part in slices.items()
+    }
 
 
 def _weight_files(path: Path) -> list[Path]:

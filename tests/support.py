@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from signround_edge.experts import replace_experts
 from signround_edge.formats import Grid, QuantizedTensor
 from signround_edge.formats.gguf_presets import ModelTraits, Place, Role
 from signround_edge.formats.schemes import Scheme, after_fallback, parse_scheme
@@ -44,6 +46,7 @@ def make_run(model_dir: Path, out: Path, scheme_text: str) -> RunDirectory:
     """Round a Hugging Face model to nearest (with the grids' scale search) into a complete run directory at `out`."""
     scheme = parse_scheme(scheme_text)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
+    split_experts(model)
     blocks_name, blocks = _decoder_blocks(model)
     modules = dict(model.named_modules())
     tied = _tied_parameters(model)
@@ -93,11 +96,52 @@ def dequantized_model(run: RunDirectory) -> PreTrainedModel:
     """The torch model (f32, eval) with the run's dequantized weights: what artifacts are compared with."""
     config = transformers.AutoConfig.from_pretrained(run.config_dir)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    missing, unexpected = model.load_state_dict(dict(run.state_dict()), strict=False)
+    missing, unexpected = model.load_state_dict(fused_experts(dict(run.state_dict())), strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= set(run.manifest.tied), missing
     model.tie_weights()
     return model.eval()
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Files below a folder, by their relative paths."""
+    return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    """Two folders hold the same files, byte for byte."""
+    assert files_of(one) == files_of(other)
+    different = [str(p) for p in files_of(one) if not filecmp.cmp(one / p, other / p, shallow=False)]
+    assert not different
+
+
+def split_experts(model: nn.Module) -> None:
+    """Take the fused experts of a loaded model apart."""
+    fused = {name: module for name, module in model.named_modules() if "gate_up_proj" in module._parameters}
+    replace_experts(model)
+    for name, module in fused.items():
+        for number, expert in enumerate(model.get_submodule(name)):
+            gate, up = module.gate_up_proj[number].detach().chunk(2)
+            expert.gate_proj.weight = nn.Parameter(gate.clone())
+            expert.up_proj.weight = nn.Parameter(up.clone())
+            expert.down_proj.weight = nn.Parameter(module.down_proj[number].detach().clone())
+
+
+def fused_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a run under the names and in the shapes of transformers' own model."""
+    found = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for name in tensors:
+        stem, _, leaf = name.partition(".experts.0.")
+        if not leaf:
+            continue
+        count = len({n for n in tensors if n.startswith(f"{stem}.experts.") and n.endswith(leaf)})
+        stack = torch.stack([tensors[f"{stem}.experts.{i}.{leaf}"] for i in range(count)])
+        found[f"{stem}.experts.{leaf}"] = stack
+    for name in [name for name in found if name.endswith(".experts.gate_proj.weight")]:
+        stem = name.removesuffix("gate_proj.weight")
+        found[f"{stem}gate_up_proj"] = torch.cat([found.pop(name), found.pop(f"{stem}up_proj.weight")], dim=1)
+        found[f"{stem}down_proj"] = found.pop(f"{stem}down_proj.weight")
+    return found
 
 
 def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

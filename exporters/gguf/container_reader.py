@@ -112,14 +112,17 @@ class GgufFile:
         file = cls._open_one(path)
         count = file.get(SPLIT_COUNT) or 0  # merged by llama.cpp's gguf-split: 0
         if not isinstance(count, int) or count < 0:
-            raise UserError(f"{path} is a damaged GGUF file ({SPLIT_COUNT} is {count!r}); export or download it again")
+            raise UserError(
+                f"{path} is a damaged GGUF file ({SPLIT_COUNT} is {shown(count)}); export or download it again"
+            )
         if count > 1:
             _join(file, count)
         announced = file.get(SPLIT_TENSORS)
         if announced is not None and announced != len(file.tensors):
+            others = f" and its {count - 1} other files" if count > 1 else ""
             raise UserError(
-                f"{path}{f' and its {count - 1} other files' if count > 1 else ''} should hold {announced!r} tensors "
-                f"and hold {len(file.tensors)}; export or download the model again"
+                f"{path}{others} should hold {shown(announced)} tensors and hold {len(file.tensors)}; "
+                "export or download the model again"
             )
         for key in (SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS):
             file.metadata.pop(key, None)
@@ -137,6 +140,12 @@ class GgufFile:
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a GGUF file") from error
         return _parse(cls(path, 0), _Cursor(mapped.data[:_MAX_HEAD], path), size)
+
+
+def shown(value: Any) -> str:
+    """A metadata value for a message, at most 60 characters: a damaged file may hold anything of any length."""
+    text = f"an array of {len(value)}" if isinstance(value, list) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def split_path(path: Path, index: int, count: int) -> Path:
@@ -249,7 +258,7 @@ def _parse(file: GgufFile, cursor: _Cursor, size: int) -> GgufFile:
         kind = cursor.value_type()
         value, item = cursor.value(kind)
         if key in file.metadata:
-            raise cursor.damaged(f"metadata key {key!r} twice")
+            raise cursor.damaged(f"metadata key {key[:_MAX_NAME]!r} twice")
         file.metadata[key] = MetadataValue(value, kind, item)
     alignment = file.get("general.alignment")
     alignment = 32 if alignment is None else alignment

@@ -14,7 +14,7 @@ from exporters.gguf.metadata import (
     file_type,
     model_name,
 )
-from exporters.gguf.naming import builtin_placements, matrix_shape
+from exporters.gguf.naming import builtin_placements
 from exporters.gguf.rope import factor_tensors
 from exporters.gguf.template import export_with_template
 from exporters.gguf.tensors import f32_tensor, plan_tensor
@@ -24,7 +24,7 @@ from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 
 _DTYPES = (None, "f32", "f16")
-_ALWAYS_F32 = ("position_embd.weight",)  # as llama.cpp's converter has it
+_ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight")  # as llama.cpp's converter has it
 
 
 def export(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
@@ -39,12 +39,12 @@ def export(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.arch])
     writer.add_type(gguf.GGUFType.MODEL)
     placements = builtin_placements(run, config)
-    tensors = [plan_tensor(run, p, options.dtype, p.gguf_name in _ALWAYS_F32) for p in placements]
+    tensors = [plan_tensor(run, p, options.dtype, p.gguf_name.endswith(_ALWAYS_F32)) for p in placements]
     tensors += [f32_tensor(name, factors) for name, factors in factor_tensors(family, config).items()]
     embedding = next((p for p in placements if p.gguf_name == "token_embd.weight"), None)
     if embedding is None:
         raise UserError(f"{run.path} has no token embedding; run `quantize` again")
-    n_vocab = matrix_shape(run, embedding.hf_name)[0]
+    n_vocab = embedding.shape(run)[0]
     add_architecture(writer, family, config, n_vocab, options.log)
     tokens = add_tokenizer(writer, run.config_dir, n_vocab, options.log)
     writer.add_name(model_name(run, config, tokens))

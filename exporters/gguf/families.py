@@ -101,8 +101,10 @@ _ARCH = gguf.MODEL_ARCH
 _ROWS = (
     Family("llama", _ARCH.LLAMA, interleaved_order),
     Family("mistral", _ARCH.LLAMA, interleaved_order),
+    Family("mixtral", _ARCH.LLAMA, interleaved_order),
     Family("qwen2", _ARCH.QWEN2, without=_NO_OUTPUT_BIAS),
     Family("qwen3", _ARCH.QWEN3, without=_NO_OUTPUT_BIAS),
+    Family("qwen3_moe", _ARCH.QWEN3MOE, without=_NO_OUTPUT_BIAS),
     Family("smollm3", _ARCH.SMOLLM3, interleaved_order, without=_NO_OUTPUT_BIAS),
     Family("gpt2", _ARCH.GPT2, derived=_gpt2, layer_norm=True, rotary=False, activations=_TANH_GELU),
     Family(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +17,29 @@ from torch import Tensor
 
 from exporters.gguf.imatrix import read_imatrix, write_imatrix
 from signround_edge.errors import UserError
+from signround_edge.experts import split_expert, stacks
 from signround_edge.gguf_names import gguf_name
 from signround_edge.run_directory import sha256_of
 
 
 def _model_type(model: Path) -> str:
     """Of a folder with config.json; UserError when it names none."""
+    return str(_config(model)["model_type"])
+
+
+def _experts(model: Path) -> int:
+    """Experts a layer; 0 where there are none."""
+    config = _config(model)
+    return int(config.get("num_local_experts") or config.get("num_experts") or 0)
+
+
+def _config(model: Path) -> dict[str, Any]:
     try:
-        return str(json.loads((model / "config.json").read_text(encoding="utf-8"))["model_type"])
+        config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{model / 'config.json'} names no model_type; give a Hugging Face folder") from error
+    return config
 
 
 class ImatrixSource:
@@ -36,7 +50,7 @@ class ImatrixSource:
         self.label = str(path)
         self._vectors = read_imatrix(path)
         self.sha256 = sha256_of(path)
-        self._model_type = _model_type(model)
+        self._model_type, self._experts = _model_type(model), _experts(model)
 
     def of(self, parameter: str, length: int) -> Tensor | None:
         """E[x²] f32 [length] of a parameter's input channels; None when the file lacks it.
@@ -48,6 +62,9 @@ class ImatrixSource:
         if name is None or name not in self._vectors:
             return None
         vector = self._vectors[name]
+        expert = split_expert(parameter)[1]
+        if expert is not None and vector.size == self._experts * length:
+            vector = vector.reshape(self._experts, length)[expert]
         if vector.shape != (length,):
             shape = " × ".join(map(str, vector.shape))
             raise UserError(
@@ -59,6 +76,9 @@ class ImatrixSource:
 
 class ImatrixSink:
     """A file for the E[x²] that a tuning run collects; see `signround_edge.tuning.importance`.
+
+    The experts of a layer are one entry, [experts, in], each with the count of all tokens: llama-quantize divides sums
+    by counts, which gives E[x²] over the tokens that an expert saw.
 
     llama-imatrix sums squares over all tokens alike. We write the mean that our own scale search uses, times the number
     of tokens: by default each token of a block counts by one over the mean square of its hidden states
@@ -81,8 +101,10 @@ class ImatrixSink:
 
     def write(self, importance: Mapping[str, Tensor], samples: int, seqlen: int) -> str:
         """Write E[x²] f32 [in] by parameter name, from `samples` × `seqlen` tokens; returns the path."""
-        names = {name: str(gguf_name(name, self._model_type)) for name in importance}
-        vectors = {names[name]: np.asarray(v.float().cpu().numpy()) for name, v in importance.items()}
+        vectors = {}
+        for members in stacks(list(importance)).values():
+            matrix = np.stack([importance[name].float().cpu().numpy() for name in members])
+            vectors[str(gguf_name(members[0], self._model_type))] = matrix[0] if len(members) == 1 else matrix
         return str(write_imatrix(self._path, vectors, samples * seqlen, seqlen, [self._dataset]))
 
 

@@ -46,6 +46,11 @@ def _none(config: Config) -> Iterator[str]:
     return iter(())
 
 
+def _qwen3_moe(config: Config) -> Iterator[str]:
+    if not config["norm_topk_prob"]:
+        yield "lets the weights of the chosen experts add up to 1, this model does not (norm_topk_prob)"
+
+
 def _smollm3(config: Config) -> Iterator[str]:
     layers = config["num_hidden_layers"]
     if config["no_rope_layers"] != [int((i + 1) % 4 != 0) for i in range(layers)]:
@@ -114,6 +119,7 @@ def _gemma(config: Config, layers_of_27b: int) -> Iterator[str]:
 
 
 _PROBLEMS: dict[str, Callable[[Config], Iterator[str]]] = {
+    "qwen3_moe": _qwen3_moe,
     "smollm3": _smollm3,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,

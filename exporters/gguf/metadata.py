@@ -155,7 +155,19 @@ def _add_windows(writer: gguf.GGUFWriter, config: Config) -> None:
         writer.add_sliding_window_pattern(period)
 
 
+def _mixtral_keys(writer: gguf.GGUFWriter, config: Config) -> None:
+    writer.add_expert_count(int(config["num_experts"]))
+    writer.add_expert_used_count(int(config["num_experts_per_tok"]))
+
+
+def _qwen3_moe_keys(writer: gguf.GGUFWriter, config: Config) -> None:
+    _mixtral_keys(writer, config)
+    writer.add_expert_feed_forward_length(int(config["moe_intermediate_size"]))
+
+
 _OWN_KEYS: dict[str, Callable[[gguf.GGUFWriter, Config], None]] = {
+    "mixtral": _mixtral_keys,
+    "qwen3_moe": _qwen3_moe_keys,
     "gpt_neox": _gpt_neox_keys,
     "falcon": _falcon_keys,
     "phi3": _phi3_keys,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import gguf
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from exporters.gguf.families import family_of, row_order
 from exporters.gguf.row_orders import Config, RowOrder
 from signround_edge.errors import UserError
+from signround_edge.experts import stacks
 from signround_edge.formats import QuantizedTensor
 from signround_edge.gguf_names import name_table
 from signround_edge.run_directory import RunDirectory
@@ -25,19 +26,25 @@ _VALUES_AT_ONCE = 1 << 22  # 16 MB as f32: larger temporaries are mapped anew ea
 
 @dataclass(frozen=True)
 class Placement:
-    """One tensor of the file, made of one parameter of the run.
+    """One tensor of the file, made of one parameter of the run, or of one matrix of each expert of a layer.
 
     Attributes:
         gguf_name: the tensor's name in the file.
-        hf_name: the parameter's name in the run (for tied parameters: the one that holds the data).
+        hf_names: the parameter's name in the run (for tied parameters: the one that holds the data); several are
+            experts, stacked in this order.
         rows: stored row i is the parameter's row rows[i]; None when the order is the same.
         added: a constant that the file's convention adds (Gemma stores 1 + norm weight).
     """
 
     gguf_name: str
-    hf_name: str
+    hf_names: tuple[str, ...]
     rows: RowOrder | None = None
     added: float = 0.0
+
+    def shape(self, run: RunDirectory) -> tuple[int, ...]:
+        """Shape of the tensor, rows first: [n], [rows, values a row] or [experts, rows, values a row]."""
+        one = matrix_shape(run, self.hf_names[0])
+        return one if len(self.hf_names) == 1 else (len(self.hf_names), *one)
 
 
 def builtin_placements(run: RunDirectory, config: Config) -> list[Placement]:
@@ -49,8 +56,9 @@ def builtin_placements(run: RunDirectory, config: Config) -> list[Placement]:
     family = family_of(config)
     names = name_table(family.arch, int(config["num_hidden_layers"]))
     placements = []
-    for hf_name in run.names():
-        spellings = (names.get_name(spelling, try_suffixes=_SUFFIXES) for spelling in _spellings(hf_name))
+    for stack, hf_names in stacks(run.names()).items():
+        hf_name = hf_names[0]
+        spellings = (names.get_name(spelling, try_suffixes=_SUFFIXES) for spelling in _spellings(stack))
         gguf_name = next(filter(None, spellings), None)
         if gguf_name is None or hf_name.endswith(family.without):
             raise UserError(
@@ -59,21 +67,21 @@ def builtin_placements(run: RunDirectory, config: Config) -> list[Placement]:
             )
         rows = row_order(family, config, hf_name, matrix_shape(run, hf_name)[0])
         added = family.norm_added if hf_name.endswith("norm.weight") else 0.0
-        placements.append(Placement(gguf_name, hf_name, rows, added))
+        placements.append(Placement(gguf_name, tuple(hf_names), rows, added))
     return placements
 
 
-def candidate_names(run: RunDirectory, block_count: int, arch: str) -> dict[str, str]:
-    """GGUF name → HF name that a template of architecture `arch` may use, tied parameters included."""
+def candidate_names(run: RunDirectory, block_count: int, arch: str) -> dict[str, tuple[str, ...]]:
+    """GGUF name → HF names (see `Placement`) that a template of architecture `arch` may use, tied ones included."""
     archs = [known for known, name in gguf.MODEL_ARCH_NAMES.items() if name == arch]
     maps = [name_table(known, block_count) for known in archs]
-    found: dict[str, str] = {}
-    for hf_name, data_name in _with_tied(run):
+    found: dict[str, tuple[str, ...]] = {}
+    for stack, data_names in _with_tied(run):
         for names in maps:
-            for spelling in _spellings(hf_name):
+            for spelling in _spellings(stack):
                 gguf_name = names.get_name(spelling, try_suffixes=_SUFFIXES)
                 if gguf_name is not None:
-                    found.setdefault(gguf_name, data_name)
+                    found.setdefault(gguf_name, data_names)
     return found
 
 
@@ -90,23 +98,38 @@ def float_data(run: RunDirectory, hf_name: str) -> Tensor:
 
 
 def dequantized_rows(run: RunDirectory, placement: Placement) -> NDArray[np.float32]:
-    """The weights as the file should hold them: f32 [rows, values a row] (a vector is one row)."""
-    return np.concatenate(list(dequantized_pieces(run, placement)))
+    """The weights as the file should hold them: f32 [rows, values a row].
+
+    A vector is one row; the rows of experts follow one another.
+    """
+    shape = placement.shape(run)
+    weights = np.empty((math.prod(shape[:-1]), shape[-1]), dtype=np.float32)
+    start = 0
+    for piece in dequantized_pieces(run, placement):
+        weights[start : start + len(piece)] = piece
+        start += len(piece)
+    return weights
+
+
+def iter_dequantized(run: RunDirectory, placement: Placement) -> Iterator[NDArray[np.float32]]:
+    """The same, one parameter at a time."""
+    for hf_name in placement.hf_names:
+        yield dequantized_rows(run, replace(placement, hf_names=(hf_name,)))
 
 
 def dequantized_pieces(run: RunDirectory, placement: Placement) -> Iterator[NDArray[np.float32]]:
     """The same, some rows at a time: of a large embedding the f32 weights would not fit into memory."""
-    name = placement.hf_name
-    stored: QuantizedTensor | Tensor = run.quantized(name) if run.is_quantized(name) else float_data(run, name)
-    for rows in row_groups(tuple(stored.shape), placement.rows):
-        if isinstance(stored, QuantizedTensor):
-            weights = stored.take_rows(rows).dequantize()
-        else:
-            weights = stored[rows].to(torch.float32)
-        array: NDArray[np.float32] = weights.numpy()
-        if placement.added:
-            array = array + np.float32(placement.added)
-        yield array if array.ndim > 1 else array[None, :]
+    for name in placement.hf_names:
+        stored: QuantizedTensor | Tensor = run.quantized(name) if run.is_quantized(name) else float_data(run, name)
+        for rows in row_groups(tuple(stored.shape), placement.rows):
+            if isinstance(stored, QuantizedTensor):
+                weights = stored.take_rows(rows).dequantize()
+            else:
+                weights = stored[rows].to(torch.float32)
+            array: NDArray[np.float32] = weights.numpy()
+            if placement.added:
+                array = array + np.float32(placement.added)
+            yield array if array.ndim > 1 else array[None, :]
 
 
 def row_groups(shape: tuple[int, ...], order: RowOrder | None) -> Iterator[slice | Tensor]:
@@ -117,10 +140,10 @@ def row_groups(shape: tuple[int, ...], order: RowOrder | None) -> Iterator[slice
         yield group if order is None else torch.from_numpy(order[group])
 
 
-def _with_tied(run: RunDirectory) -> Iterable[tuple[str, str]]:
-    """(name, name of the parameter that holds its data)."""
-    yield from ((name, name) for name in run.names())
-    yield from run.manifest.tied.items()
+def _with_tied(run: RunDirectory) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(name, names of the parameters that hold its data); for experts, the name without a number."""
+    yield from ((stack, tuple(names)) for stack, names in stacks(run.names()).items())
+    yield from ((name, (owner,)) for name, owner in run.manifest.tied.items())
 
 
 def _spellings(hf_name: str) -> list[str]:

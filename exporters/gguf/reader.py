@@ -31,7 +31,10 @@ class TensorRow(NamedTuple):
 
 
 class MappedTensor(NamedTuple):
-    """A parameter of a run and its tensor in the file; stored row i is the parameter's row rows[i] (None: same)."""
+    """A parameter of a run and its tensor in the file; stored row i is the parameter's row rows[i] (None: same).
+
+    The experts of a layer have one tensor: it has the rows of the first, then those of the second, and so on.
+    """
 
     hf_name: str
     gguf_name: str
@@ -42,7 +45,6 @@ class ExpectedTensor(NamedTuple):
     """What a tensor of the file should hold: `weights()` is f32 [rows, values a row] (a vector is one row)."""
 
     gguf_name: str
-    hf_name: str
     weights: Callable[[], NDArray[np.float32]]
 
 
@@ -63,7 +65,8 @@ def name_map(run: RunDirectory, artifact: Path) -> list[MappedTensor]:
         UserError: the file is unreadable.
         CheckFailed: the file lacks a tensor for a parameter: it is not this run's, or not whole.
     """
-    return [MappedTensor(p.hf_name, p.gguf_name, p.rows) for p in _placements(run, GgufFile.open(artifact))]
+    placements = _placements(run, GgufFile.open(artifact))
+    return [MappedTensor(hf_name, p.gguf_name, p.rows) for p in placements for hf_name in p.hf_names]
 
 
 def iter_expected(run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]:
@@ -75,7 +78,7 @@ def iter_expected(run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]
     file = GgufFile.open(artifact)
     for placement in _placements(run, file):
         ggml_type = file.tensors[placement.gguf_name].ggml_type
-        yield ExpectedTensor(placement.gguf_name, placement.hf_name, _expected(run, placement, ggml_type))
+        yield ExpectedTensor(placement.gguf_name, _expected(run, placement, ggml_type))
 
 
 def _expected(run: RunDirectory, placement: Placement, ggml_type: GgmlType) -> Callable[[], NDArray[np.float32]]:
@@ -97,7 +100,7 @@ def _placements(run: RunDirectory, file: GgufFile) -> list[Placement]:
             placements = builtin_placements(run, canonical_config(config))
     if placements is None:
         placements = match_by_value(run, file)
-    absent = set(run.names()) - {p.hf_name for p in placements if p.gguf_name in file.tensors}
+    absent = set(run.names()) - {n for p in placements if p.gguf_name in file.tensors for n in p.hf_names}
     if absent:
         raise CheckFailed(
             f"{file.path} has no tensor for {len(absent)} of the run's parameters (for example {min(absent)}); "

@@ -7,6 +7,7 @@ value, which also finds the order of rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from gguf import quants
 from numpy.typing import NDArray
 
 from exporters.gguf.container import PlannedTensor, write_file
-from exporters.gguf.container_reader import GgufFile, StoredTensorInfo
+from exporters.gguf.container_reader import GgufFile, StoredTensorInfo, shown
 from exporters.gguf.ggml_types import F32
 from exporters.gguf.matching import find_row_order, find_vector
 from exporters.gguf.metadata import PROVENANCE, add_provenance, file_type
-from exporters.gguf.naming import Placement, candidate_names, dequantized_rows
+from exporters.gguf.naming import Placement, candidate_names, dequantized_rows, iter_dequantized
 from exporters.gguf.row_orders import RowOrder
 from exporters.gguf.tensors import plan_tensor
 from exporters.interface import ExportOptions
@@ -42,7 +43,7 @@ def export_with_template(run: RunDirectory, path: Path, options: ExportOptions, 
     if template.resolve() == path.resolve():
         raise UserError(f"--template and -o are the same file ({path}); choose another -o")
     placements = {p.gguf_name: p for p in match_by_value(run, source)}
-    missing = set(run.names()) - {p.hf_name for p in placements.values()}
+    missing = set(run.names()) - {name for p in placements.values() for name in p.hf_names}
     if missing:
         raise UserError(
             f"{template} has no place for {len(missing)} of the run's parameters ({', '.join(sorted(missing)[:3])}"
@@ -75,37 +76,53 @@ def match_by_value(run: RunDirectory, file: GgufFile) -> list[Placement]:
     placements = []
     # Weights first: a bias has the order of its weight's rows.
     for gguf_name in sorted(set(names) & set(file.tensors), key=lambda name: name.endswith(".bias")):
-        hf_name = names[gguf_name]
-        placement = _place(run, file, gguf_name, hf_name, heads, orders)
+        placement = _place(run, file, Placement(gguf_name, names[gguf_name]), heads, orders)
         if placement is not None:
             placements.append(placement)
             if placement.rows is not None:
-                orders[hf_name] = placement.rows
+                orders[placement.hf_names[0]] = placement.rows
     return placements
 
 
 @np.errstate(all="ignore")  # a damaged file may hold NaN and infinity; they match nothing
 def _place(
-    run: RunDirectory, file: GgufFile, gguf_name: str, hf_name: str, heads: list[int], orders: dict[str, RowOrder]
+    run: RunDirectory, file: GgufFile, candidate: Placement, heads: list[int], orders: dict[str, RowOrder]
 ) -> Placement | None:
-    ours = dequantized_rows(run, Placement(gguf_name, hf_name))
-    theirs = float_rows(file, gguf_name)
+    """The candidate with the order of rows that the file has; None when the file holds something else."""
+    if len(candidate.hf_names) > 1:
+        return candidate if _same_experts(run, file, candidate) else None
+    ours = dequantized_rows(run, candidate)
+    theirs = float_rows(file, candidate.gguf_name)
     if ours.shape != theirs.shape:
         return None
-    if len(file.tensors[gguf_name].shape) > 1:
+    if len(file.tensors[candidate.gguf_name].shape) > 1:
         found, order = find_row_order(ours, theirs, heads)
-        return Placement(gguf_name, hf_name, order) if found else None
-    weight = orders.get(hf_name.removesuffix(".bias") + ".weight")
+        return replace(candidate, rows=order) if found else None
+    weight = orders.get(candidate.hf_names[0].removesuffix(".bias") + ".weight")
     found, order, added = find_vector(ours[0], theirs[0], [weight] if weight is not None else [])
-    return Placement(gguf_name, hf_name, order, added) if found else None
+    return replace(candidate, rows=order, added=added) if found else None
 
 
-def float_rows(file: GgufFile, name: str) -> NDArray[np.float32]:
-    """A stored tensor as f32 [rows, values a row], through gguf's dequantizer (numpy)."""
+def _same_experts(run: RunDirectory, file: GgufFile, candidate: Placement) -> bool:
+    """Whether the file holds the same experts, rows in the same order, one expert in memory at a time."""
+    shape = candidate.shape(run)
+    if file.tensors[candidate.gguf_name].shape != shape:
+        return False
+    rows = shape[-2]
+    for expert, ours in enumerate(iter_dequantized(run, candidate)):
+        theirs = float_rows(file, candidate.gguf_name, slice(expert * rows, (expert + 1) * rows))
+        found, order = find_row_order(ours, theirs, [])
+        if not found or order is not None:
+            return False
+    return True
+
+
+def float_rows(file: GgufFile, name: str, rows: slice = slice(None)) -> NDArray[np.float32]:
+    """Rows of a stored tensor as f32 [rows, values a row], through gguf's dequantizer (numpy)."""
     info = file.tensors[name]
     try:
         weights: NDArray[np.float32] = quants.dequantize(
-            file.raw(name), gguf.GGMLQuantizationType(info.ggml_type.number)
+            file.raw(name)[rows], gguf.GGMLQuantizationType(info.ggml_type.number)
         )
     except (NotImplementedError, ValueError) as error:
         raise UserError(
@@ -120,7 +137,7 @@ def _block_count(file: GgufFile) -> int:
     count = file.get(f"{file.architecture}.block_count") or 0
     if not isinstance(count, int) or not 0 <= count <= len(file.tensors):
         raise UserError(
-            f"{file.path} has {len(file.tensors)} tensors and says that it has {count!r} blocks: it is damaged; "
+            f"{file.path} has {len(file.tensors)} tensors and says that it has {shown(count)} blocks: it is damaged; "
             "export or download it again"
         )
     return count
@@ -141,7 +158,7 @@ def _planned(
     if placement is None:
         return PlannedTensor(info.name, info.ggml_type, info.shape, info.nbytes, lambda: _copied(source, info.name))
     template_is_f32 = info.ggml_type is F32
-    keep_f32 = template_is_f32 and not run.is_quantized(placement.hf_name)
+    keep_f32 = template_is_f32 and not run.is_quantized(placement.hf_names[0])
     return plan_tensor(run, placement, dtype, keep_f32)
 
 

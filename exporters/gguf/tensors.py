@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from exporters.gguf.container import PlannedTensor
 from exporters.gguf.ggml_types import BF16, F16, F32, GgmlType
-from exporters.gguf.naming import Placement, dequantized_pieces, float_data, matrix_shape, row_groups
+from exporters.gguf.naming import Placement, dequantized_pieces, float_data, row_groups
 from exporters.gguf.packing import pack, require_layout
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
@@ -29,18 +29,16 @@ def plan_tensor(run: RunDirectory, placement: Placement, dtype: str | None, keep
     Raises:
         UserError: the parameter's grid has no GGUF type.
     """
-    shape = matrix_shape(run, placement.hf_name)
-    if dtype is None and run.is_quantized(placement.hf_name):
-        name = run.entry(placement.hf_name).format
-        assert name is not None
-        layout = require_layout(name, placement.hf_name)
+    shape, hf_name = placement.shape(run), placement.hf_names[0]
+    if dtype is None and run.is_quantized(hf_name):
+        layout = require_layout(_only_format(run, placement), hf_name)
         ggml_type = layout.ggml_type
         return PlannedTensor(
             placement.gguf_name, ggml_type, shape, ggml_type.nbytes(shape), lambda: _packed(run, placement)
         )
     ggml_type = F32
     if len(shape) > 1 and not keep_f32:
-        ggml_type = _FLOATS[dtype] if dtype else _own_float_type(run, placement.hf_name)
+        ggml_type = _FLOATS[dtype] if dtype else _own_float_type(run, hf_name)
     return PlannedTensor(
         placement.gguf_name,
         ggml_type,
@@ -60,23 +58,33 @@ def _own_float_type(run: RunDirectory, hf_name: str) -> GgmlType:
     return _OWN_FLOATS.get(float_data(run, hf_name).dtype, F32)
 
 
+def _only_format(run: RunDirectory, placement: Placement) -> str:
+    """The grid of a quantized tensor; UserError where experts that are to be one tensor have several."""
+    formats = {run.entry(name).format for name in placement.hf_names}
+    if len(formats) > 1:
+        raise UserError(
+            f"{run.path}: the experts of {placement.gguf_name} have several types, and they are one tensor in a GGUF "
+            "file; run `quantize` again"
+        )
+    return str(formats.pop())
+
+
 def _packed(run: RunDirectory, placement: Placement) -> Iterator[NDArray[Any]]:
-    tensor = run.quantized(placement.hf_name)
-    for rows in row_groups(tensor.shape, placement.rows):
-        yield pack(tensor.take_rows(rows))
+    for hf_name in placement.hf_names:
+        tensor = run.quantized(hf_name)
+        for rows in row_groups(tensor.shape, placement.rows):
+            yield pack(tensor.take_rows(rows))
 
 
 def _floats(run: RunDirectory, placement: Placement, ggml_type: GgmlType) -> Iterator[NDArray[Any]]:
     for weights in dequantized_pieces(run, placement):
-        if ggml_type is F32:
-            yield weights
-        elif ggml_type is BF16:
-            yield (weights.view(np.uint32) >> 16).astype(np.uint16)  # exact: the values were bfloat16
-        else:
-            yield _as_f16(weights, placement.hf_name)
+        yield weights if ggml_type is F32 else _halves(weights, ggml_type, placement.gguf_name)
 
 
-def _as_f16(weights: NDArray[np.float32], name: str) -> NDArray[np.float16]:
+def _halves(weights: NDArray[np.float32], ggml_type: GgmlType, name: str) -> NDArray[Any]:
+    """Weights as F16 or BF16."""
+    if ggml_type is BF16:
+        return (weights.view(np.uint32) >> 16).astype(np.uint16)  # exact: the values were bfloat16
     with np.errstate(over="ignore"):
         half = weights.astype(np.float16)
     if not np.isfinite(half).all():

@@ -63,7 +63,8 @@ def check_architecture(config: dict[str, Any], source: str) -> None:
     known = ", ".join(ARCHITECTURES)
     if architecture not in ARCHITECTURES:
         raise UserError(
-            f"--format onnx cannot export architecture {architecture} ({source}); architectures that work are {known}"
+            f"--format onnx cannot export architecture {architecture} ({source}), only {known}; quantize with a gguf:… "
+            "scheme and use --format gguf, which knows more"
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))

@@ -200,6 +200,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
     "llama_model_n_ctx_train": (c_int32, [c_void_p]),
+    "llama_model_meta_val_str": (c_int32, [c_void_p, c_char_p, c_char_p, ctypes.c_size_t]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
     "llama_vocab_get_add_bos": (c_bool, [c_void_p]),
     "llama_vocab_bos": (c_int32, [c_void_p]),

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import re
+
 from signround_edge.errors import UserError
 from signround_edge.formats.ggml_codebook import CodebookFp16, SuperCodebook
 from signround_edge.formats.ggml_k_quants import SuperAffine, SuperSymmetric
 from signround_edge.formats.ggml_legacy import AffineFp16, SymmetricFp16
 from signround_edge.formats.grid import BlockScales, Grid, QuantizedTensor
-from signround_edge.formats.matmul_nbits import MatMulNBitsAsymmetric, NBitsView, as_matmul_nbits
+from signround_edge.formats.matmul_nbits import (
+    ONNX_BITS,
+    ONNX_BLOCKS,
+    NBitsView,
+    as_matmul_nbits,
+    matmul_nbits_grid,
+)
 
 __all__ = ["GRIDS", "BlockScales", "Grid", "NBitsView", "QuantizedTensor", "as_matmul_nbits", "get_grid"]
 
@@ -25,9 +34,8 @@ _ROWS: tuple[Grid, ...] = (
     SuperSymmetric("Q6_K", bits=6, block_size=16, sub_bits=8, bits_per_weight=6.5625),
     CodebookFp16("IQ4_NL", bits=4),
     SuperCodebook("IQ4_XS", bits=4, block_size=32, sub_bits=6, bits_per_weight=4.25),
-    *(SymmetricFp16(f"w4g{g}", bits=4, block_size=g) for g in (16, 64, 128, 256)),
-    *(SymmetricFp16(f"w8g{g}", bits=8, block_size=g, signed=True) for g in (16, 64, 128, 256)),
-    *(MatMulNBitsAsymmetric(bits, g) for bits in (4, 8) for g in (16, 32, 64, 128, 256)),
+    *(matmul_nbits_grid(bits, g) for bits in ONNX_BITS for g in ONNX_BLOCKS if (bits, g) not in ((4, 32), (8, 32))),
+    *(matmul_nbits_grid(bits, g, asymmetric=True) for bits in ONNX_BITS for g in ONNX_BLOCKS),
 )
 
 GRIDS: dict[str, Grid] = {grid.name: grid for grid in _ROWS}
@@ -39,9 +47,18 @@ _BY_LOWER_CASE = {name.lower(): name for name in GRIDS} | ALIASES
 
 
 def get_grid(name: str) -> Grid:
-    """The grid of that name ("Q4_0", "w4g128-asym", in any case); UserError lists the known ones."""
+    """The grid of that name ("Q4_0", "w4g128-asym", in any case); UserError lists the known ones.
+
+    Besides those, w<bits>g<N>[-asym] with any N: one scale a row of N values is what per-channel schemes ask for.
+    """
     name = name if name in GRIDS else _BY_LOWER_CASE.get(name.lower(), name)
-    grid = GRIDS.get(name)
+    grid = GRIDS.get(name) or _of_any_block_size(name)
     if grid is None:
         raise UserError(f"unknown block format {name!r}; known are {', '.join([*GRIDS, *ALIASES])}")
     return grid
+
+
+@functools.cache
+def _of_any_block_size(name: str) -> Grid | None:
+    match = re.fullmatch(r"w([2348])g([1-9]\d{0,6})(-asym)?", name)
+    return matmul_nbits_grid(int(match[1]), int(match[2]), match[3] is not None) if match else None

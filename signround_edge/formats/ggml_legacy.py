@@ -15,13 +15,20 @@ from signround_edge.formats.scale_search import in_row_chunks, search_affine, se
 class SymmetricFp16(Grid):
     """w = d·(q − anchor), one fp16 d per block (Q2_0, Q4_0, Q5_0, Q8_0). Field: scale fp16 [R, B].
 
-    The anchor is the middle code, 2^(bits−1), unless given; signed codes have theirs at 0.
+    The anchor is the middle code, 2^(bits−1), unless given; signed codes have theirs at 0. A code is stored in
+    `container` bits: as many as it has, unless given.
     """
 
     affine = False
 
     def __init__(
-        self, name: str, bits: int, block_size: int = 32, signed: bool = False, anchor: int | None = None
+        self,
+        name: str,
+        bits: int,
+        block_size: int = 32,
+        signed: bool = False,
+        anchor: int | None = None,
+        container: int | None = None,
     ) -> None:
         half = 1 << (bits - 1)
         self.name = name
@@ -30,7 +37,7 @@ class SymmetricFp16(Grid):
         self.code_max = self.code_min + 2 * half - 1
         self.anchor = self.code_min + half if anchor is None else anchor
         self.code_dtype = torch.int8 if signed else torch.uint8
-        self.bits_per_weight = bits + 16 / block_size
+        self.bits_per_weight = (container or bits) + 16 / block_size
 
     def store(self, scales: BlockScales) -> Fields:
         return {"scale": to_fp16(scales.scale)}

@@ -20,6 +20,7 @@ class Role(Enum):
 
     EMBEDDING = "embedding"
     OUTPUT = "output"  # the head, or the embedding tied to it
+    ATTENTION_K = "attention_k"
     ATTENTION_V = "attention_v"  # also a fused matrix that holds V
     ATTENTION_OUTPUT = "attention_output"
     FFN_DOWN = "ffn_down"
@@ -28,7 +29,7 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Place:
-    """A matrix's role and, for those of decoder blocks, the block's index."""
+    """A matrix's role and, for those of decoder blocks, the block's index. Every expert's matrix has the same place."""
 
     role: Role
     layer: int = 0
@@ -42,11 +43,13 @@ class ModelTraits:
         layers: number of decoder blocks.
         query_groups: query heads that share one key head.
         falcon: whether it is a Falcon, which has rules of its own.
+        experts: experts a block; 0 where there are none. Eight of them (Mixtral) have rules of their own.
     """
 
     layers: int = 1
     query_groups: int = 1
     falcon: bool = False
+    experts: int = 0
 
     @property
     def llama_70b(self) -> bool:
@@ -99,12 +102,16 @@ def _unless_falcon(rule: Rule, falcon: str | None = None) -> Rule:
     return lambda layer, model: falcon if model.falcon else rule(layer, model)
 
 
+def _of_eight_experts(name: str | None, others: Rule) -> Rule:
+    return lambda layer, model: name if model.experts == 8 else others(layer, model)
+
+
 @dataclass(frozen=True)
 class Preset:
     """One row: a base type, and rules for the roles that may differ. All types are names for `get_grid`.
 
     Attributes:
-        base: type of everything without a rule.
+        base: type of everything without a rule; "*" in it stands for the number of values a row.
         rules: role → rule; a rule's None means the base type.
         embedding: type of an untied embedding; None is the base type.
         output: type of the head, or of the embedding that is tied to it.
@@ -117,18 +124,22 @@ class Preset:
 
     def format_of(self, place: Place, model: ModelTraits, cols: int) -> str:
         """The type for a matrix with rows of `cols` values, before any fallback for rows that it does not divide."""
+        base = self.base.replace("*", str(cols))
         if place.role is Role.OUTPUT:
-            return "Q8_0" if model.falcon or cols % get_grid(self.base).row_multiple else self.output
+            return "Q8_0" if model.falcon or cols % get_grid(base).row_multiple else self.output
         if place.role is Role.EMBEDDING:
-            return self.embedding or self.base
+            return self.embedding or base
+        if model.experts == 8 and place.role in (Role.ATTENTION_K, Role.ATTENTION_V):
+            return "Q8_0"  # small beside eight experts
         rule = self.rules.get(place.role)
-        name = (rule(place.layer, model) if rule else None) or self.base
+        name = (rule(place.layer, model) if rule else None) or base
         if place.role is Role.ATTENTION_V and model.llama_70b and name in ("Q3_K", "Q4_K"):
             return "Q5_K"
         return name
 
 
 _V, _OUT, _DOWN = Role.ATTENTION_V, Role.ATTENTION_OUTPUT, Role.FFN_DOWN
+_OUT_Q5_K = _of_eight_experts("Q5_K", lambda layer, model: None)
 
 GGUF_PRESETS: dict[str, Preset] = {
     "q2_0": Preset("Q2_0", embedding="Q4_K"),
@@ -139,16 +150,20 @@ GGUF_PRESETS: dict[str, Preset] = {
     "q8_0": Preset("Q8_0", output="Q8_0"),
     "q2_k": Preset(
         "Q2_K",
-        {_V: _grouped("Q4_K", "Q3_K"), _DOWN: _always("Q3_K"), _OUT: _unless_falcon(_always("Q3_K"))},
+        {
+            _V: _grouped("Q4_K", "Q3_K"),
+            _DOWN: _always("Q3_K"),
+            _OUT: _of_eight_experts("Q5_K", _unless_falcon(_always("Q3_K"))),
+        },
     ),
     "q2_k_s": Preset("Q2_K", {_V: _grouped("Q4_K"), _DOWN: _first(8, "Q4_K")}),
-    "q3_k_s": Preset("Q3_K"),
+    "q3_k_s": Preset("Q3_K", {_OUT: _OUT_Q5_K}),
     "q3_k_m": Preset(
         "Q3_K",
         {
             _V: lambda layer, model: "Q5_K" if layer < 2 else "Q4_K",
             _DOWN: _q3_k_m_down,
-            _OUT: _unless_falcon(_always("Q4_K")),
+            _OUT: _of_eight_experts("Q5_K", _unless_falcon(_always("Q4_K"))),
         },
     ),
     "q3_k_l": Preset(
@@ -156,19 +171,23 @@ GGUF_PRESETS: dict[str, Preset] = {
         {
             _V: _always("Q5_K"),
             _DOWN: _unless_falcon(_always("Q5_K"), "Q4_K"),
-            _OUT: _unless_falcon(_always("Q5_K"), "Q4_K"),
+            _OUT: _of_eight_experts(None, _unless_falcon(_always("Q5_K"), "Q4_K")),
         },
     ),
     "q4_k_s": Preset(
         "Q4_K",
-        {_V: lambda layer, model: "Q5_K" if layer < 4 else None, _DOWN: _unless_falcon(_first(8, "Q5_K"))},
+        {
+            _V: lambda layer, model: "Q5_K" if layer < 4 else None,
+            _DOWN: _unless_falcon(_first(8, "Q5_K")),
+            _OUT: _OUT_Q5_K,
+        },
     ),
-    "q4_k_m": Preset("Q4_K", {_V: _where_more_bits("Q6_K"), _DOWN: _q4_k_m_down}),
+    "q4_k_m": Preset("Q4_K", {_V: _where_more_bits("Q6_K"), _DOWN: _q4_k_m_down, _OUT: _OUT_Q5_K}),
     "q5_k_s": Preset("Q5_K"),
     "q5_k_m": Preset("Q5_K", {_V: _where_more_bits("Q6_K"), _DOWN: _where_more_bits("Q6_K")}),
     "q6_k": Preset("Q6_K"),
-    "iq4_nl": Preset("IQ4_NL", {_V: _grouped("Q5_K")}),
-    "iq4_xs": Preset("IQ4_XS", {_V: _grouped("Q5_K")}),
+    "iq4_nl": Preset("IQ4_NL", {_V: _grouped("Q5_K"), _OUT: _OUT_Q5_K}),
+    "iq4_xs": Preset("IQ4_XS", {_V: _grouped("Q5_K"), _OUT: _OUT_Q5_K}),
 }
 
 # Where a row is no multiple of the block. llama.cpp leaves what even these do not divide in F16.

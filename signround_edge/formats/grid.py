@@ -203,6 +203,10 @@ class QuantizedTensor:
         blocks = self.grid.dequantize_blocks(self.grid.blocked(self.codes), self.fields)
         return blocks.reshape(self.codes.shape)
 
+    def to(self, device: torch.device) -> QuantizedTensor:
+        """The same tensor on a device."""
+        return QuantizedTensor(self.grid, self.codes.to(device), {k: v.to(device) for k, v in self.fields.items()})
+
     def problem(self) -> str | None:
         """What is wrong with shapes, dtypes or code range, in a few words; None when all is right."""
         if self.codes.ndim != 2 or self.codes.dtype != self.grid.code_dtype:

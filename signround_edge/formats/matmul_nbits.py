@@ -10,6 +10,7 @@ exports to f32 and to f16 graphs without another rounding.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,15 @@ from signround_edge.formats.ggml_legacy import SymmetricFp16
 from signround_edge.formats.grid import BlockScales, Fields, Grid, QuantizedTensor, safe_reciprocal, to_fp16
 from signround_edge.formats.scale_search import in_row_chunks, search_affine
 
+ONNX_BITS = (2, 3, 4, 8)
+ONNX_BLOCKS = (16, 32, 64, 128, 256)
+
 
 class MatMulNBitsAsymmetric(Grid):
-    """w = s·(q − z), fp16-valued s and b-bit integer z per block. Fields: scale fp16, zero_point uint8, [R, B]."""
+    """w = s·(q − z), fp16-valued s and b-bit integer z per block. Fields: scale fp16, zero_point uint8, [R, B].
+
+    Codes and zero points of 3 bits are stored in 4: ONNX Runtime has no container of 3.
+    """
 
     affine = True
     anchor = 0
@@ -31,10 +38,11 @@ class MatMulNBitsAsymmetric(Grid):
 
     def __init__(self, bits: int, block_size: int) -> None:
         self.name = f"w{bits}g{block_size}-asym"
-        self.bits = bits
-        self.block_size = self.row_multiple = block_size
+        self.block_size = block_size
+        self.row_multiple = math.lcm(block_size, ONNX_BLOCKS[0])
         self.code_max = (1 << bits) - 1
-        self.bits_per_weight = bits + (16 + bits) / block_size
+        container = container_bits(self.code_max + 1)
+        self.bits_per_weight = container + (16 + container) / block_size
 
     def store(self, scales: BlockScales) -> Fields:
         assert scales.minimum is not None
@@ -57,12 +65,25 @@ class MatMulNBitsAsymmetric(Grid):
         return {"scale": (shape, torch.float16), "zero_point": (shape, torch.uint8)}
 
 
+def matmul_nbits_grid(bits: int, block_size: int, asymmetric: bool = False) -> Grid:
+    """The grid of w<bits>g<block size>[-asym]; a symmetric one's zero point is 2^(bits−1).
+
+    A block size that ONNX Runtime lacks is stored in smaller blocks that repeat its scale.
+    """
+    if asymmetric:
+        return MatMulNBitsAsymmetric(bits, block_size)
+    name, container = f"w{bits}g{block_size}", container_bits(1 << bits)
+    grid = SymmetricFp16(name, bits=bits, block_size=block_size, signed=bits == 8, container=container)
+    grid.row_multiple = math.lcm(block_size, ONNX_BLOCKS[0])
+    return grid
+
+
 @dataclass(frozen=True)
 class NBitsView:
     """A quantized matrix as MatMulNBits stores it, before bit packing: w = scales·(codes − zero_points).
 
     Attributes:
-        bits: bits of the container (4 or 8).
+        bits: bits of the container (2, 4 or 8).
         block_size: g, input features a block.
         codes: uint8 [N, K].
         scales: f32 [N, K/g]; fp16-valued unless `f32_scales`.
@@ -85,8 +106,8 @@ def matmul_nbits_bytes(grid: Grid, rows: int, cols: int) -> int | None:
     """
     if not has_matmul_nbits_form(grid):
         return None
-    bits = _container_bits(grid)
-    blocks = cols // grid.block_size
+    bits = _container(grid)
+    blocks = cols // _stored_block(grid)
     return rows * (cols * bits // 8 + 4 * blocks + (blocks * bits + 7) // 8)
 
 
@@ -100,9 +121,18 @@ def _scale_times_integer(grid: Grid) -> bool:
     return isinstance(grid, SymmetricFp16 | SuperSymmetric) and not isinstance(grid, Codebook)
 
 
-def _container_bits(grid: Grid) -> int:
-    """4 or 8: ONNX Runtime has no 5- and 6-bit containers."""
-    return 4 if grid.code_max - grid.code_min <= 15 else 8
+def container_bits(codes: int) -> int:
+    """Bits in which ONNX Runtime stores one of so many codes: 2, 4 or 8; 3, 5 and 6 bits take the next larger."""
+    return next(bits for bits in (2, 4, 8) if codes <= 1 << bits)
+
+
+def _container(grid: Grid) -> int:
+    return container_bits(grid.code_max - grid.code_min + 1)
+
+
+def _stored_block(grid: Grid) -> int:
+    """The largest block size of ONNX Runtime that divides the grid's."""
+    return next(size for size in reversed(ONNX_BLOCKS) if grid.block_size % size == 0)
 
 
 def as_matmul_nbits(tensor: QuantizedTensor) -> NBitsView | None:
@@ -111,18 +141,16 @@ def as_matmul_nbits(tensor: QuantizedTensor) -> NBitsView | None:
     Every grid of the form s·(q − integer) maps without loss; 5- and 6-bit codes take an 8-bit container.
     """
     grid, fields = tensor.grid, tensor.fields
+    codes = tensor.codes
     if isinstance(grid, MatMulNBitsAsymmetric):
-        return NBitsView(grid.bits, grid.block_size, tensor.codes, fields["scale"].float(), fields["zero_point"])
-    if not _scale_times_integer(grid):
+        scales, zeros = fields["scale"].float(), fields["zero_point"]
+    elif _scale_times_integer(grid):
+        scales, zeros = grid.affine_view(fields)
+        offset = -grid.code_min if grid.code_dtype == torch.int8 else 0
+        codes = (codes.to(torch.int16) + offset).to(torch.uint8)
+        zeros = (zeros + offset).to(torch.uint8)
+    else:
         return None
-    scales, zeros = grid.affine_view(fields)
-    offset = -grid.code_min if grid.code_dtype == torch.int8 else 0
-    codes = (tensor.codes.to(torch.int16) + offset).to(torch.uint8)
-    return NBitsView(
-        _container_bits(grid),
-        grid.block_size,
-        codes,
-        scales,
-        (zeros + offset).to(torch.uint8),
-        isinstance(grid, SuperSymmetric),
-    )
+    block = _stored_block(grid)
+    scales, zeros = (t.repeat_interleave(grid.block_size // block, dim=1) for t in (scales, zeros))
+    return NBitsView(_container(grid), block, codes, scales, zeros, isinstance(grid, SuperSymmetric))

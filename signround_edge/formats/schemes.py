@@ -9,10 +9,8 @@ from signround_edge.errors import UserError
 from signround_edge.formats import GRIDS, get_grid
 from signround_edge.formats.gguf_presets import GGUF_FALLBACK, GGUF_PRESETS, ModelTraits, Place, Preset
 from signround_edge.formats.grid import Grid
-from signround_edge.formats.matmul_nbits import has_matmul_nbits_form
+from signround_edge.formats.matmul_nbits import ONNX_BITS, ONNX_BLOCKS, has_matmul_nbits_form
 
-ONNX_BITS = (4, 8)
-ONNX_BLOCKS = (16, 32, 64, 128, 256)
 # ONNX embeddings and heads: 8 bits, nearly lossless, and on small models a third of the file when left in floats.
 ONNX_OUTPUT = "Q8_0"
 
@@ -94,7 +92,8 @@ def fallback(name: str) -> str | None:
 def known_schemes() -> list[str]:
     """Every scheme that `parse_scheme` accepts alone."""
     gguf = [f"gguf:{name}" for name in [*GGUF_PRESETS, *PRESET_ALIASES]]
-    onnx = [f"onnx:w{b}g{g}{asym}" for b in ONNX_BITS for g in ONNX_BLOCKS for asym in ("", "-asym")]
+    blocks = ["", *(f"g{g}" for g in ONNX_BLOCKS)]  # without a block size: per channel, one scale a row
+    onnx = [f"onnx:w{b}{g}{asym}" for b in ONNX_BITS for g in blocks for asym in ("", "-asym")]
     return gguf + onnx
 
 
@@ -104,7 +103,7 @@ def parse_scheme(text: str) -> Scheme:
     if not names:
         raise UserError(f"--scheme is empty; known schemes are {', '.join(known_schemes())}")
     schemes = [_parse_one(name) for name in names]
-    grids = {get_grid(s.preset.base).name for s in schemes}
+    grids = {s.preset.base if "*" in s.preset.base else get_grid(s.preset.base).name for s in schemes}
     mixed = next((s.text for s in schemes if s.preset.rules and len(schemes) > 1), None)
     if mixed is not None:
         raise UserError(f"--scheme {text}: {mixed} mixes several grids, so no other format can share its run")
@@ -124,7 +123,9 @@ def _parse_one(name: str) -> Scheme:
     if target == "gguf" and name in known_schemes():
         return Scheme(name, ("gguf",), GGUF_PRESETS[PRESET_ALIASES.get(rest, rest)])
     if target == "onnx" and name in known_schemes():
-        return Scheme(name, ("onnx",), Preset(rest, embedding=ONNX_OUTPUT, output=ONNX_OUTPUT))
+        bits, asym = rest.removesuffix("-asym"), "-asym" if rest.endswith("-asym") else ""
+        base = rest if "g" in bits else f"{bits}g*{asym}"
+        return Scheme(name, ("onnx",), Preset(base, embedding=ONNX_OUTPUT, output=ONNX_OUTPUT))
     raise UserError(f"unknown scheme {name!r}; known schemes are {', '.join(known_schemes())}")
 
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from signround_edge.decoder import Decoder, first_hidden
 from signround_edge.errors import UserError
+from signround_edge.experts import Expert, stacks
 
 
 class _StopForward(Exception):
@@ -37,8 +38,16 @@ class BlockCall:
         return BlockCall(*moved)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Hidden states [n, seqlen, hidden] after the block."""
-        return first_hidden(block(hidden, *self.args, **self.kwargs))
+        """Hidden states [n, seqlen, hidden] after the block.
+
+        Under autocast RoPE's cosines and sines have its dtype, or queries and keys would be rotated in f32.
+        """
+        kwargs = self.kwargs
+        if "position_embeddings" in kwargs and torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            rounded = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) else x, kwargs["position_embeddings"])
+            kwargs = {**kwargs, "position_embeddings": rounded}
+        return first_hidden(block(hidden, *self.args, **kwargs))
 
 
 @dataclass
@@ -68,15 +77,53 @@ class Shell:
         """What the output head receives for the last block's output `hidden` [n, seqlen, hidden]."""
         return self._pass(tokens, hidden)[1]
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits f32 [tokens, vocabulary] for the last block's output [tokens, hidden]; differentiable.
+
+        What follows the blocks sees each token by itself, so tokens of any samples may be given together.
+        """
+        model = self.decoder.model
+        # Whatever the model does before its blocks, it does to tokens that do not matter.
+        placeholders = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+        with self._recording([], hidden.unsqueeze(0), []):
+            output: Tensor = model(input_ids=placeholders, use_cache=False).logits[0]
+        return output.float()
+
     def _pass(self, tokens: Tensor, inject: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the model with recorders for blocks: (input of block 0, input of the head).
 
         `inject` replaces the hidden states from block 0 on; without it the pass ends at the last block.
         """
-        blocks, model = self.decoder.blocks, self.decoder.model
+        model = self.decoder.model
+        tokens = tokens.to(next(self.decoder.embedding.parameters()).device)
         recorded: list[BlockCall] = []
         seen: list[Tensor] = []
+        head_inputs: list[Tensor] = []
+
+        def stop_at_head(module: nn.Module, args: tuple[Any, ...]) -> None:
+            head_inputs.append(args[0])
+            raise _StopForward
+
+        hook = self.decoder.head.register_forward_pre_hook(stop_at_head)
+        try:
+            with torch.no_grad(), self._recording(recorded, inject, seen):
+                model(input_ids=tokens, use_cache=False)
+        except _StopForward:
+            pass
+        finally:
+            hook.remove()
+        self.calls.setdefault(tokens.shape[0], recorded)
+        return seen[0], head_inputs[0] if head_inputs else seen[0]
+
+    @contextlib.contextmanager
+    def _recording(self, recorded: list[BlockCall], inject: Tensor | None, seen: list[Tensor]) -> Iterator[None]:
+        """Within, blocks pass hidden states through, and note how they are called and what enters block 0.
+
+        `inject` replaces the hidden states from block 0 on; without it the pass ends at the last block.
+        """
+        blocks, model = self.decoder.blocks, self.decoder.model
         last = len(blocks) - 1
+        passed: list[Tensor] = []
 
         def replace(index: int) -> Any:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -98,27 +145,13 @@ class Shell:
 
             return forward
 
-        passed: list[Tensor] = []
-        head_inputs: list[Tensor] = []
-
-        def stop_at_head(module: nn.Module, args: tuple[Any, ...]) -> None:
-            head_inputs.append(args[0])
-            raise _StopForward
-
-        hook = self.decoder.head.register_forward_pre_hook(stop_at_head)
         for index, block in enumerate(blocks):
             block.forward = replace(index)
         try:
-            with torch.no_grad():
-                model(input_ids=tokens, use_cache=False)
-        except _StopForward:
-            pass
+            yield
         finally:
-            hook.remove()
             for block in blocks:
                 del block.forward
-        self.calls.setdefault(tokens.shape[0], recorded)
-        return seen[0], head_inputs[0] if head_inputs else seen[0]
 
 
 def block_returns_tuple(decoder: Decoder, tokens: Tensor) -> bool:
@@ -186,23 +219,37 @@ def equal_weights(target: Tensor) -> Tensor:
     return torch.ones_like(target[..., :1])
 
 
+# An expert's E[x²] starts as that of all experts of its layer, which counts like this many tokens: some experts see few
+# tokens of a calibration text, or none.
+_PRIOR_TOKENS = 8
+
+
 class SecondMoments:
     """Sums up E[x²] of the inputs of matrices, weighted by token: the importance of each input channel."""
 
     def __init__(self, token_weights: Callable[[Tensor], Tensor]) -> None:
         self.token_weights = token_weights
-        self._pending: dict[str, Tensor] = {}
+        self._watched: list[str] = []
+        self._pending: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._sums: dict[str, Tensor] = {}
         self._totals: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
 
     @contextlib.contextmanager
-    def watching(self, modules: dict[str, nn.Module]) -> Iterator[None]:
-        """Within, the input of every call of a module waits for `settle`."""
+    def watching(self, block: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
+        """Within, the input of every call of one of the block's modules waits for `settle`."""
+        routed: dict[nn.Module, Tensor] = {}
+
+        def route(expert: nn.Module, args: tuple[Any, ...]) -> None:
+            routed.update(dict.fromkeys(expert.children(), args[1]))
 
         def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            return lambda module, args: self._pending.update({name: args[0].detach()})
+            return lambda module, args: self._pending.update({name: (args[0].detach(), routed.get(module))})
 
-        hooks = [module.register_forward_pre_hook(keep(name)) for name, module in modules.items()]
+        self._watched += modules
+        experts = [module for module in block.modules() if isinstance(module, Expert)]
+        hooks = [expert.register_forward_pre_hook(route) for expert in experts]
+        hooks += [module.register_forward_pre_hook(keep(name)) for name, module in modules.items()]
         try:
             yield
         finally:
@@ -211,17 +258,43 @@ class SecondMoments:
 
     def settle(self, weights: Tensor) -> None:
         """Add the inputs that wait, with weights [n, seqlen, 1]."""
-        for name, inputs in self._pending.items():
-            self.add(name, inputs, weights)
+        for name, (inputs, tokens) in self._pending.items():
+            self.add(name, inputs, weights, tokens)
         self._pending.clear()
 
-    def add(self, name: str, inputs: Tensor, weights: Tensor) -> None:
-        """Add inputs [n, seqlen, in features] of the matrix `name` with weights [n, seqlen, 1]."""
-        inputs = inputs.view(*weights.shape[:-1], -1)  # some models flatten samples and tokens
-        total = (inputs.float().square() * weights).sum((0, 1))
+    def add(self, name: str, inputs: Tensor, weights: Tensor, tokens: Tensor | None = None) -> None:
+        """Add inputs of the matrix `name`.
+
+        Args:
+            inputs: [n, seqlen, in features], or [n · seqlen, in features] as some models have it.
+            weights: of all tokens, [n, seqlen, 1].
+            tokens: numbers of the tokens that are the inputs, where those are not all.
+        """
+        inputs, weights = inputs.reshape(-1, inputs.shape[-1]), weights.reshape(-1, 1)
+        if tokens is not None:
+            weights = weights[tokens]
+        total = (inputs.float().square() * weights).sum(0)
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._totals[name] = self._totals.get(name, torch.zeros(())) + weights.sum().cpu()
+        self._tokens[name] = self._tokens.get(name, 0) + len(inputs)
 
     def result(self) -> dict[str, Tensor]:
         """Name → E[x²] f32 [in features]."""
-        return {name: total / self._totals[name].to(total.device) for name, total in self._sums.items()}
+        found = {name: total / self._totals[name].to(total.device) for name, total in self._sums.items()}
+        for names in stacks(self._watched).values():
+            if len(names) > 1:
+                found |= self._of_experts(names)
+        return found
+
+    def _of_experts(self, names: list[str]) -> dict[str, Tensor]:
+        """The same for one matrix of all experts of a layer."""
+        seen = [name for name in names if name in self._sums]
+        shared = torch.stack([self._sums[name] for name in seen]).sum(0)
+        total = torch.stack([self._totals[name] for name in seen]).sum()
+        weight = _PRIOR_TOKENS * total / sum(self._tokens[name] for name in seen)  # of an average token
+        prior, zero = (weight / total).to(shared.device) * shared, torch.zeros_like(shared)
+        return {
+            name: (self._sums.get(name, zero) + prior)
+            / (self._totals.get(name, torch.zeros(())) + weight).to(shared.device)
+            for name in names
+        }

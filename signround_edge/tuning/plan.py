@@ -11,6 +11,7 @@ import torch
 
 from signround_edge.decoder import Decoder, checkpoint_name, is_transposed
 from signround_edge.errors import UserError
+from signround_edge.experts import stacks
 from signround_edge.formats import Grid, get_grid
 from signround_edge.formats.gguf_presets import Place, Role
 from signround_edge.formats.matmul_nbits import matmul_nbits_bytes
@@ -56,10 +57,12 @@ class Plan:
 def entry_bytes(entry: TensorEntry, target: str) -> int:
     """Bytes of one tensor in the target file ("gguf" or "onnx").
 
-    Floats: GGUF holds norms and biases as F32 and others in their own dtype; the ONNX graph computes in F32.
+    Floats: GGUF holds what no scheme quantizes (norms, biases, routers, learned positions) as F32 and other matrices in
+    their own dtype; the ONNX graph computes in F32.
     """
     if entry.format is None:
-        width = 4 if len(entry.shape) == 1 or target == "onnx" else getattr(torch, entry.dtype).itemsize
+        own = entry.fallback_from is not None and target == "gguf"
+        width = getattr(torch, entry.dtype).itemsize if own else 4
         return math.prod(entry.shape) * int(width)
     rows, cols = entry.shape[::-1] if entry.transposed else entry.shape
     grid = get_grid(entry.format)
@@ -103,6 +106,7 @@ def make_plan(decoder: Decoder, source: SourceModel, scheme: Scheme, float_fallb
             cols = entry.shape[0] if entry.transposed else entry.shape[1]
             _choose_format(entry, scheme.asked_for(known_as, place, traits, cols), cols, scheme, float_fallback)
         tensors.append(entry)
+    _check_experts(tensors)
     parts = [part_of_block(i) for i in range(len(decoder.blocks))] + [OUTSIDE]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return Plan(tensors, parts, tied, scheme.targets[0], names[id(embedding)], names[id(head)])
@@ -125,21 +129,34 @@ def _choose_format(entry: TensorEntry, asked: Grid, cols: int, scheme: Scheme, f
     entry.fallback_from = None if entry.format == asked.name else asked.name
 
 
+def _check_experts(tensors: list[TensorEntry]) -> None:
+    """UserError where the experts of a layer, which are one tensor in a file, have several types."""
+    formats = {entry.name: entry.format for entry in tensors}
+    for stack, names in stacks(list(formats)).items():
+        types = sorted({formats[name] or "floats" for name in names})
+        if len(types) > 1:
+            raise UserError(
+                f"--tensor-type gives the experts of {stack} several types ({', '.join(types)}), and they are one "
+                "tensor in a GGUF file; give a pattern that matches all of them, such as ffn_down_exps"
+            )
+
+
 def listing(plan: Plan) -> list[str]:
     """Lines for the user: tensors and bytes by format, the total, and every fallback."""
     lines = []
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for entry in plan.tensors:
-        kind = entry.format or ("F32" if len(entry.shape) == 1 else entry.dtype)
+        kind = entry.format or (entry.dtype if entry.fallback_from else "F32")
         counts[kind] += 1
         sizes[kind] += entry_bytes(entry, plan.target)
     for kind, size in sorted(sizes.items(), key=lambda item: -item[1]):
         lines.append(f"{kind:>10}  {counts[kind]:5d} tensors  {size:15,d} bytes")
     lines.append(f"{'total':>10}  {len(plan.tensors):5d} tensors  {plan.tensor_bytes():15,d} bytes")
     lines[-1] += f"  {plan.bits_per_weight():.3f} bits/weight as {plan.target.upper()}"
-    for entry in plan.tensors:
-        if entry.fallback_from:
-            kept = entry.format or "floats"
-            lines.append(f"fallback: {entry.name} {entry.shape} {entry.fallback_from} → {kept}")
+    entries = {entry.name: entry for entry in plan.tensors if entry.fallback_from}
+    for stack, names in stacks(list(entries)).items():
+        entry = entries[names[0]]
+        shape = entry.shape if len(names) == 1 else f"{len(names)} × {entry.shape}"
+        lines.append(f"fallback: {stack} {shape} {entry.fallback_from} → {entry.format or 'floats'}")
     return lines

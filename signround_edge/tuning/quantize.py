@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from signround_edge.decoder import (
     build_decoder,
     checkpoint_name,
     load_parameters,
+    set_parameter,
     set_weight,
     unload_parameters,
 )
@@ -38,8 +40,10 @@ from signround_edge.tuning.attention import use_blocked_attention
 from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer, tokens_hash
 from signround_edge.tuning.importance import Importance, ImportanceSink, ImportanceSource, given_importance
 from signround_edge.tuning.plan import Plan, listing, make_plan, part_of_block
+from signround_edge.tuning.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.settings import TuningSettings
 from signround_edge.tuning.signround import Matrix, Unit, UnitReport, compute_context, initial_scales, tune_unit
+from signround_edge.tuning.whole_model import FloatShift, ScaleFactors, Tunable, WholeModel, tune_whole_model
 
 
 def quantize(
@@ -72,6 +76,12 @@ def quantize(
     source = SourceModel.open(model)
     decoder = build_decoder(model)
     use_blocked_attention(decoder.model, torch_device)
+    if settings.granularity == "layer" and decoder.has_experts():
+        raise UserError(
+            "--granularity layer cannot tune a mixture of experts, each of which sees some of the tokens only; use "
+            "--granularity block"
+        )
+    use_cached_rms_norm(decoder.model, torch_device)
     plan = make_plan(decoder, source, scheme, float_fallback)
     for line in listing(plan):
         progress.line(line)
@@ -131,6 +141,7 @@ def _open_or_create(out: Path, manifest: Manifest, source: SourceModel, resume: 
         difference = _difference(run.manifest, manifest)
         if difference:
             raise UserError(f"{out} cannot be resumed: {difference}; use the same arguments, or give another -o")
+        run.remove_superseded()
         return run
     if out.exists() and (not out.is_dir() or _has_foreign_files(out)):
         raise UserError(f"{out} exists and is not a run directory; give another -o")
@@ -184,6 +195,8 @@ class _Job:
             self.progress.parts(index + 1, total)
         self._outside(shell, embedding, quantized)
         self.progress.parts(total, total)
+        if self.run.manifest.state != "complete":
+            self._whole_model(shell, exact)
         if self.importance.sink is not None:
             self.progress.line(f"wrote {self.importance.save(*self.tokens.shape)}")
 
@@ -221,7 +234,7 @@ class _Job:
         every = self.decoder.matrices(index)
         modules = {name: module for name, module in every.items() if self.run.is_quantized(name)}
         moments = SecondMoments(self._token_weights)
-        with moments.watching(self.importance.to_collect(every, modules)):
+        with moments.watching(block, self.importance.to_collect(every, modules)):
             target = self._run(shell, index, exact, moments)
         importance = self.importance.settle(moments.result(), self.device)
         matrices = [
@@ -312,14 +325,68 @@ class _Job:
             tensors[name] = grid.quantize(weight, initial_scales(grid, weight, importance[name], "search"))
         self.run.write_part(OUTSIDE, tensors, {})
 
+    def _whole_model(self, shell: Shell, exact: Tensor) -> None:
+        """Tune all stored floats together, and write every part anew; `exact` is what leaves the exact last block."""
+        model = self._load_whole_model(shell, exact)
+        train, held_out = self._split()
+        batches = self._batches(len(self.decoder.blocks), train, self.settings.whole_model_batch_size)
+        report = tune_whole_model(model, self.settings, batches, held_out, self.progress)
+        parts = ((part, self._revised(part, model.tunables)) for part in self.plan.parts)
+        self.run.write_whole_model(parts, asdict(report))
+        self.progress.line(f"whole model: {report}")
+
+    def _load_whole_model(self, shell: Shell, exact: Tensor) -> WholeModel:
+        decoder, device = self.decoder, self.device
+        tunables: dict[str, Tunable] = {}
+        for entry in self.plan.tensors:
+            if entry.format is not None and entry.part != OUTSIDE:
+                tunables[entry.name] = ScaleFactors(self.run.quantized(entry.name).to(device), entry.transposed)
+            elif len(entry.shape) == 1:
+                tunables[entry.name] = FloatShift(self.run.float_tensor(entry.name).to(device))
+        outside = [entry.name for entry in self.plan.of_part(OUTSIDE)]
+        quantized = {name: _frozen(self.run.dequantized(name)) for name in outside}
+        for name, parameter in quantized.items():
+            set_parameter(decoder.model, name, parameter)
+        inputs = self._embed_all(shell)
+        for index, block in enumerate(decoder.blocks):
+            load_parameters(block, decoder.block_prefix(index), self.source, device, decoder.base_prefix)
+        for module in decoder.model.modules():
+            module._buffers.update({k: None if b is None else b.to(device) for k, b in module._buffers.items()})
+        grids = [self._grid(t.name) for t in self.plan.tensors if t.format is not None and t.part != OUTSIDE]
+        return WholeModel(
+            decoder,
+            shell,
+            self.tokens,
+            inputs,
+            exact,
+            {name: _frozen(self._source_tensor(name).float().to(device)) for name in outside},
+            {name: _frozen(parameter.to(device)) for name, parameter in quantized.items()},
+            tunables,
+            self.plan.tied,
+            compute_context(self.settings, grids, device),
+            device,
+            recompute=device.type == "cuda" or sum(math.prod(t.shape) for t in self.plan.tensors) > 600_000_000,
+        )
+
+    def _revised(self, part: str, tunables: dict[str, Tunable]) -> dict[str, Tensor | QuantizedTensor]:
+        """A part with what the whole-model stage has tuned."""
+        tensors: dict[str, Tensor | QuantizedTensor] = {}
+        for entry in self.plan.of_part(part):
+            if entry.name in tunables:
+                tensors[entry.name] = tunables[entry.name].stored()
+            elif entry.format is not None:
+                tensors[entry.name] = self.run.quantized(entry.name)
+            else:
+                tensors[entry.name] = self.run.float_tensor(entry.name)
+        return tensors
+
     def _floats(self, part: str) -> dict[str, Tensor]:
         """The parameters of a part that stay floats, bit for bit as in the source."""
-        base_prefix = self.decoder.base_prefix
-        return {
-            t.name: self.source.tensor(checkpoint_name(t.name, self.source, base_prefix))
-            for t in self.plan.of_part(part)
-            if t.format is None
-        }
+        return {t.name: self._source_tensor(t.name) for t in self.plan.of_part(part) if t.format is None}
+
+    def _source_tensor(self, name: str) -> Tensor:
+        """A parameter as the source stores it."""
+        return self.source.tensor(checkpoint_name(name, self.source, self.decoder.base_prefix))
 
     def _grid(self, name: str) -> Grid:
         return get_grid(str(self.run.entry(name).format))
@@ -345,10 +412,10 @@ class _Job:
         held_out = torch.arange(count) % every == min(every, count) - 1
         return torch.nonzero(~held_out).flatten(), torch.nonzero(held_out).flatten()
 
-    def _batches(self, index: int, train: Tensor) -> Iterator[Tensor]:
+    def _batches(self, index: int, train: Tensor, batch_size: int | None = None) -> Iterator[Tensor]:
         """Endless shuffled batches; each block seeds its own order, so that resuming needs no generator state."""
         generator = torch.Generator().manual_seed(self.settings.seed * 100_003 + index)
-        size = min(self.settings.batch_size, len(train))
+        size = min(batch_size or self.settings.batch_size, len(train))
         while True:
             order = train[torch.randperm(len(train), generator=generator)]
             for start in range(0, len(order) - size + 1, size):
@@ -365,6 +432,10 @@ def _load_own(module: torch.nn.Module, name: str, source: SourceModel, base_pref
             full = f"{name}.{leaf}" if name else leaf
             value = source.tensor(checkpoint_name(full, source, base_prefix)).float()
             module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
+
+
+def _frozen(tensor: Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor, requires_grad=False)
 
 
 def _out_in(transposed: bool, module: torch.nn.Module) -> Tensor:

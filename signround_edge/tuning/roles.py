@@ -11,6 +11,7 @@ _ROLES = (
     ("attn_qkv", Role.ATTENTION_V),
     ("attn_kv_b", Role.ATTENTION_V),
     ("attn_v", Role.ATTENTION_V),
+    ("attn_k.", Role.ATTENTION_K),
     ("attn_output", Role.ATTENTION_OUTPUT),
     ("ffn_down", Role.FFN_DOWN),
 )
@@ -31,4 +32,5 @@ def model_traits(config: Any) -> ModelTraits:
         elif config.multi_query:
             key_heads = 1
         return ModelTraits(config.num_hidden_layers, heads // key_heads, falcon=True)
-    return ModelTraits(config.num_hidden_layers, heads // key_heads)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
+    return ModelTraits(config.num_hidden_layers, heads // key_heads, experts=experts)

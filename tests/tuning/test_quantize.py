@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import os
 import random
 import signal
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support import save_random_model
+from support import assert_same_files, save_random_model
 
 from signround_edge.errors import UserError
 from signround_edge.evaluation import load_run_model, load_source_model
@@ -51,16 +50,6 @@ CONFIGS: dict[str, transformers.PretrainedConfig] = {
 @pytest.fixture(params=sorted(CONFIGS))
 def random_model(request: pytest.FixtureRequest, tmp_path: Path, tiny_llama: Path) -> Path:
     return save_random_model(CONFIGS[request.param], tmp_path / "model", tokenizer_from=tiny_llama)
-
-
-def files_of(folder: Path) -> list[Path]:
-    return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
-
-
-def assert_same_files(one: Path, other: Path) -> None:
-    assert files_of(one) == files_of(other)
-    different = [str(p) for p in files_of(one) if not filecmp.cmp(one / p, other / p, shallow=False)]
-    assert not different
 
 
 def test_every_architecture_tunes_and_is_never_worse_than_rounding(

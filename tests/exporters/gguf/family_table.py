@@ -14,10 +14,12 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -65,6 +67,8 @@ _GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
 }
+_MIXTRAL = {**_SHARED, "num_local_experts": 8, "sliding_window": None}
+_QWEN3_MOE = {**_SHARED, "head_dim": 32, "moe_intermediate_size": 96, "num_experts": 16, "num_experts_per_tok": 4}
 _BLOOM = {"hidden_size": 96, "n_layer": 2, "vocab_size": VOCAB, "initializer_range": 0.2}
 
 
@@ -86,8 +90,10 @@ class Row:
 FAMILIES = {
     "llama": Row(LlamaConfig(**BASE), "llama3", "llama-bpe"),
     "mistral": Row(MistralConfig(**BASE, sliding_window=None), "sentencepiece", "default"),
+    "mixtral": Row(MixtralConfig(**_MIXTRAL), "sentencepiece", "default"),
     "qwen2": Row(Qwen2Config(**BASE), "qwen2", "qwen2"),
     "qwen3": Row(Qwen3Config(**BASE, head_dim=128), "qwen2", "qwen2"),
+    "qwen3_moe": Row(Qwen3MoeConfig(**_QWEN3_MOE, norm_topk_prob=True), "qwen2", "qwen2"),
     "smollm3": Row(SmolLM3Config(**{**_SHARED, "num_hidden_layers": 5}), "llama3", "llama-bpe"),
     "gpt2": Row(GPT2Config(**_GPT2), "gpt2", "gpt-2"),
     "gpt_neox": Row(GPTNeoXConfig(**_TINY), "gpt_neox", "gpt-2"),
@@ -105,6 +111,7 @@ VARIANTS: dict[str, PretrainedConfig] = {
     "llama_wide_heads": LlamaConfig(**BASE, head_dim=128),
     "llama3_rope": LlamaConfig(**BASE, rope_parameters=LLAMA3_ROPE),
     "llama_linear_rope": LlamaConfig(**BASE, rope_parameters=LINEAR),
+    "mixtral_of_4": MixtralConfig(**{**_MIXTRAL, "num_local_experts": 4}, num_experts_per_tok=3),
     "qwen2_yarn": Qwen2Config(**BASE, rope_parameters=YARN),
     "qwen2_yarn_attention": Qwen2Config(**BASE, rope_parameters={**YARN, "attention_factor": 1.3}),
     "smollm3_yarn": SmolLM3Config(**{**_SHARED, "num_hidden_layers": 5}, rope_parameters=YARN),
@@ -138,6 +145,11 @@ LONG_PHI3 = Phi3Config(
 REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
     "activation": (LlamaConfig(**BASE, hidden_act="gelu"), "gelu.*--template"),
     "output_bias": (Qwen3Config(**BASE, head_dim=64, attention_bias=True), r"o_proj\.bias.*--template"),
+    "qwen3_moe_weights": (Qwen3MoeConfig(**_QWEN3_MOE, norm_topk_prob=False), "norm_topk_prob.*--template"),
+    "qwen3_moe_dense_layer": (
+        Qwen3MoeConfig(**_QWEN3_MOE, norm_topk_prob=True, mlp_only_layers=[1]),
+        r"layers\.1\.mlp\.gate_proj\.weight has no place.*--template",
+    ),
     "llama_longrope": (
         LlamaConfig(
             **BASE,

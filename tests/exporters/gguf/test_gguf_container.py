@@ -148,6 +148,7 @@ def described(name: bytes, dims: list[int], offset: int = 0) -> bytes:
         (head(tensors=1) + described(b"t", [8]) + bytes(150), r"\d+ bytes follow its last tensor"),
         (head(entries=1) + struct.pack("<Q1sIB", 1, b"\n", 0, 0) + bytes(60), "a metadata entry is called"),
         (head(entries=1) + struct.pack("<Q11sIi", 11, b"split.count", 5, -4), "split.count is -4"),
+        (head(entries=1) + struct.pack("<Q11sIQ", 11, b"split.count", 8, 100) + b"y" * 100, "split.count is 'y{56}…"),
         (head(entries=1) + struct.pack("<Q11sIf", 11, b"split.count", 6, 3.0), "split.count is 3.0"),
         (
             head(entries=1) + struct.pack("<Q19sIi", 19, b"split.tensors.count", 5, 7),

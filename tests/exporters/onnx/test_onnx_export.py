@@ -39,6 +39,9 @@ FAMILIES = {
     "mistral-window": (MistralConfig(**BASE, sliding_window=16), "onnx:w4g64-asym"),
     "qwen2-biases": (Qwen2Config(**BASE), "onnx:w4g128-asym"),
     "qwen2-window": (Qwen2Config(**BASE, use_sliding_window=True, sliding_window=16, max_window_layers=1), "gguf:q8_0"),
+    "llama-2-bits": (LlamaConfig(**BASE), "onnx:w2g32"),
+    "qwen2-3-bits": (Qwen2Config(**BASE), "onnx:w3g64-asym"),
+    "llama-per-channel": (LlamaConfig(**{**BASE, "hidden_size": 96}), "onnx:w4"),
     "qwen3-qk-norms": (Qwen3Config(**BASE, tie_word_embeddings=True), "onnx:w8g64"),
 }
 

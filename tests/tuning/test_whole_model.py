@@ -1,0 +1,199 @@
+"""The whole-model stage: its gradients are the right ones, it helps, keeps the codes, and resumes to the same bytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from support import assert_same_files, files_of, save_random_model
+from test_quantize import CONFIGS, SMALL
+
+from signround_edge.decoder import Decoder, build_decoder, set_parameter
+from signround_edge.errors import UserError
+from signround_edge.evaluation import TorchSession, evaluate, load_run_model, load_source_model, text_windows
+from signround_edge.formats import get_grid
+from signround_edge.formats.schemes import parse_scheme
+from signround_edge.run_directory import RunDirectory
+from signround_edge.tuning import quantize as quantize_module
+from signround_edge.tuning.activations import Shell, block_returns_tuple
+from signround_edge.tuning.quantize import quantize
+from signround_edge.tuning.whole_model import FloatShift, ScaleFactors, WholeModel, kl_divergence
+
+SETTINGS = replace(SMALL, samples=24, seqlen=64, whole_model_steps=30, whole_model_batch_size=4)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def block_wise(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, calibration_text: Path) -> RunDirectory:
+    out = tmp_path_factory.mktemp("block-wise") / "run"
+    settings = replace(SETTINGS, whole_model_steps=0)
+    return quantize(tiny_llama, parse_scheme("gguf:q2_k_s"), out, str(calibration_text), settings)
+
+
+@pytest.fixture(scope="module")
+def whole_model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, calibration_text: Path) -> RunDirectory:
+    out = tmp_path_factory.mktemp("whole-model") / "run"
+    return quantize(tiny_llama, parse_scheme("gguf:q2_k_s"), out, str(calibration_text), SETTINGS)
+
+
+def test_it_lowers_the_divergence_on_other_text(
+    block_wise: RunDirectory, whole_model: RunDirectory, tiny_llama: Path, evaluation_text: Path
+) -> None:
+    report = whole_model.manifest.whole_model
+    assert report is not None
+    assert report["after"] < report["before"]
+    windows = text_windows(tiny_llama, evaluation_text, 256, 8)
+    exact = TorchSession(load_source_model(tiny_llama))
+    before, after = (
+        evaluate(TorchSession(load_run_model(r)), windows, exact).kld_mean for r in (block_wise, whole_model)
+    )
+    assert before is not None
+    assert after is not None
+    assert after < before
+
+
+def test_it_changes_only_what_is_stored_in_floats(block_wise: RunDirectory, whole_model: RunDirectory) -> None:
+    changed = set()
+    for name in block_wise.names():
+        if not block_wise.is_quantized(name):
+            changed |= (
+                set() if torch.equal(block_wise.float_tensor(name), whole_model.float_tensor(name)) else {"float"}
+            )
+            continue
+        old, new = block_wise.quantized(name), whole_model.quantized(name)
+        assert torch.equal(old.codes, new.codes)
+        for field, value in old.fields.items():
+            if not torch.equal(value, new.fields[field]):
+                assert value.dtype == torch.float16, field
+                changed.add(field)
+    assert changed == {"float", "super_scale", "super_minimum"}
+
+
+def test_interrupted_and_resumed_gives_the_same_bytes(
+    monkeypatch: pytest.MonkeyPatch, whole_model: RunDirectory, tmp_path: Path, tiny_llama: Path, calibration_text: Path
+) -> None:
+    arguments = (tiny_llama, parse_scheme("gguf:q2_k_s"), tmp_path / "run", str(calibration_text), SETTINGS)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_module, "tune_whole_model", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(*arguments)
+    with pytest.raises(UserError, match=r"incomplete \(whole-model stage\).*--resume"):
+        RunDirectory.open(tmp_path / "run")
+    with monkeypatch.context() as patch:  # after the new parts, before the manifest
+        patch.setattr(RunDirectory, "_write_manifest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(*arguments, resume=True)
+    quantize(*arguments, resume=True)
+    assert_same_files(tmp_path / "run", whole_model.path)
+
+
+def test_parts_left_by_a_kill_after_the_manifest_are_removed_on_resume(
+    monkeypatch: pytest.MonkeyPatch, whole_model: RunDirectory, tmp_path: Path, tiny_llama: Path, calibration_text: Path
+) -> None:
+    arguments = (tiny_llama, parse_scheme("gguf:q2_k_s"), tmp_path / "run", str(calibration_text), SETTINGS)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "remove_superseded", lambda self: None)
+        quantize(*arguments)
+    assert len(files_of(tmp_path / "run")) > len(files_of(whole_model.path))
+    quantize(*arguments, resume=True)
+    assert_same_files(tmp_path / "run", whole_model.path)
+
+
+def loaded_decoder(path: Path) -> Decoder:
+    decoder = build_decoder(path)
+    for name, parameter in load_source_model(path).named_parameters():
+        set_parameter(decoder.model, name, torch.nn.Parameter(parameter.detach(), requires_grad=False))
+    decoder.model.tie_weights()
+    return decoder
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "w4g64-asym", "Q2_K", "Q3_K", "IQ4_XS"])
+def test_gradients_of_scales_are_those_of_the_dequantized_weight(name: str) -> None:
+    grid, generator = get_grid(name), torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 2 * max(grid.row_multiple, 64), generator=generator)
+    factors = ScaleFactors(grid.quantize(weight, grid.search(grid.blocked(weight), torch.ones(1))), transposed=False)
+    gradient = torch.randn(weight.shape, generator=generator)
+    factors.receive(gradient)
+    for field, shift in factors.shifts.items():
+        assert shift.grad is not None
+        # ŵ is linear in each field, so a difference is exact; 1/8 of an fp16 value is an fp16 value.
+        before = (factors.value() * gradient).sum()
+        at = int(shift.grad.abs().argmax())
+        with torch.no_grad():
+            shift.view(-1)[at] = 0.125
+        found = float(((factors.value() * gradient).sum() - before) / 0.125)
+        with torch.no_grad():
+            shift.zero_()
+        assert math.isclose(found, float(shift.grad.view(-1)[at]), rel_tol=2e-2), field
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_logits_of_the_shell_are_the_models(name: str, tmp_path: Path, tiny_llama: Path) -> None:
+    path = save_random_model(CONFIGS[name], tmp_path / "model", tokenizer_from=tiny_llama)
+    model = load_source_model(path)
+    tokens = torch.randint(0, 3072, (2, 12), generator=torch.Generator().manual_seed(0))
+    decoder = loaded_decoder(path)
+    shell = Shell(decoder, block_returns_tuple(decoder, tokens))
+    with torch.no_grad():
+        hidden = shell.embed(tokens)
+        for index, block in enumerate(decoder.blocks):
+            hidden = shell.block_call(index, tokens, CPU).run(block, hidden)
+        found = torch.cat([shell.logits(part) for part in hidden.flatten(0, 1).split(10)])
+        torch.testing.assert_close(found, model(input_ids=tokens).logits.flatten(0, 1))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_are_those_of_the_model_as_a_whole(recompute: bool, tmp_path: Path, tiny_llama: Path) -> None:
+    config = transformers.LlamaConfig(**CONFIGS["llama"].to_dict() | {"tie_word_embeddings": True})
+    path = save_random_model(config, tmp_path / "model", tokenizer_from=tiny_llama)
+    exact_model, model = load_source_model(path), load_source_model(path)
+    tokens = torch.randint(0, 3072, (3, 16), generator=torch.Generator().manual_seed(0))
+    decoder = loaded_decoder(path)
+    shell = Shell(decoder, block_returns_tuple(decoder, tokens))
+    hidden: list[torch.Tensor] = [shell.embed(tokens)]
+    with torch.no_grad():
+        for index, block in enumerate(decoder.blocks):
+            hidden.append(shell.block_call(index, tokens, CPU).run(block, hidden[-1]))
+    names = [n for n, p in model.named_parameters() if p.ndim == 1]
+    with torch.no_grad():
+        for name in names:
+            model.get_parameter(name).mul_(1.1).requires_grad_()
+    outside = {n: p for n, p in decoder.model.named_parameters() if ".layers." not in n}
+    moved = {n: torch.nn.Parameter(model.get_parameter(n).detach(), requires_grad=False) for n in outside}
+    whole = WholeModel(
+        decoder=decoder,
+        shell=shell,
+        tokens=tokens,
+        inputs=hidden[0],
+        exact=hidden[-1],
+        exact_outside={n: torch.nn.Parameter(p.detach(), requires_grad=False) for n, p in outside.items()},
+        outside=moved,
+        tunables={n: FloatShift(model.get_parameter(n).detach()) for n in names},
+        tied=decoder.tied_parameters(),
+        autocast=torch.autocast("cpu", enabled=False),
+        device=CPU,
+        recompute=recompute,
+    )
+    whole.install()
+    found = whole.train_step(torch.tensor([0, 2]))
+    part = tokens[[0, 2]]
+    target = exact_model(input_ids=part).logits.detach().flatten(0, 1)
+    loss = kl_divergence(target, model(input_ids=part).logits.flatten(0, 1)).mean()
+    loss.backward()
+    assert math.isclose(found, float(loss), rel_tol=1e-4)
+    for name in names:
+        gradient = model.get_parameter(name).grad
+        shift = whole.tunables[name].shifts["value"].grad
+        assert gradient is not None
+        assert shift is not None
+        unit = model.get_parameter(name).detach().square().mean().sqrt()
+        torch.testing.assert_close(shift, gradient * unit, rtol=1e-3, atol=1e-7)
+    assert math.isclose(whole.divergence(torch.tensor([0, 2]), 1), float(loss), rel_tol=1e-4)

@@ -250,7 +250,7 @@ def test_gemma_norms_are_written_with_their_offset(tmp_path: Path) -> None:
             return torch.tensor([0.25, -0.5])
 
         def entry(self, name: str) -> object:
-            return type("Entry", (), {"transposed": False})
+            return type("Entry", (), {"transposed": False, "shape": [2]})
 
     placement = Placement("blk.0.attn_norm.weight", ("norm.weight",), added=1.0)
     assert dequantized_rows(OneVector(), placement).tolist() == [[1.25, 0.5]]  # type: ignore[arg-type]

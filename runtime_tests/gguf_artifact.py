@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from exporters.gguf import GgufExporter
-from exporters.gguf.container_reader import GgufFile
+from exporters.gguf.container_reader import GgufFile, shown
 from exporters.gguf.metadata import PROVENANCE
 from exporters.gguf.reader import iter_expected
 from exporters.interface import ExportOptions
@@ -28,6 +27,7 @@ _FREE_KEYS = ("general.file_type", f"{PROVENANCE}.version")
 # Written by the template route, so that nobody expects built-in metadata there.
 TEMPLATE_KEY = f"{PROVENANCE}.template"
 _DIFFERENCES_SHOWN = 3
+_KEY_SHOWN = 80  # characters: a damaged file may hold a key of any length
 
 
 def expect_gguf(run: RunDirectory, artifact: Path, folder: Path) -> Expectation:
@@ -72,7 +72,7 @@ def _raw(file: GgufFile, name: str) -> Callable[[], FloatArray]:
 
 def _metadata_problem(artifact: GgufFile, control: GgufFile) -> str | None:
     keys = [k for k in dict.fromkeys([*control.metadata, *artifact.metadata]) if k not in _FREE_KEYS]
-    wrong = [f"{key} {what}" for key in keys if (what := _difference(artifact, control, key)) is not None]
+    wrong = [f"{key[:_KEY_SHOWN]} {what}" for key in keys if (what := _difference(artifact, control, key)) is not None]
     if not wrong:
         return None
     more = f" and {len(wrong) - _DIFFERENCES_SHOWN} more" if len(wrong) > _DIFFERENCES_SHOWN else ""
@@ -91,15 +91,8 @@ def _difference(artifact: GgufFile, control: GgufFile, key: str) -> str | None:
         pairs = zip(found.value, should.value, strict=True)
         index = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         if index is not None:
-            return f"[{index}] is {_short(found.value[index])}, not {_short(should.value[index])}"
-    return f"is {_short(found.value)}, not {_short(should.value)}"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        return f"an array of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+            return f"[{index}] is {shown(found.value[index])}, not {shown(should.value[index])}"
+    return f"is {shown(found.value)}, not {shown(should.value)}"
 
 
 def _silent(_line: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from signround_edge.run_directory import write_atomically
 Status = Literal["pass", "fail", "skipped"]
 _STYLES = {"pass": "green", "fail": "bold red", "skipped": "yellow"}
 _DIFFERENCES_SHOWN = 20
+_MORE_FIGURES = ("ppl_stderr", "kld_stderr", "kld_median", "kld_p99", "kld_max", "ln_ratio_stderr")
 
 
 @dataclass
@@ -86,19 +88,11 @@ class RuntimeReport:
             "device": self.device,
             "status": self.status,
             "reason": self.reason,
-            "ppl": parity.ppl if parity else None,
-            "ppl_reference": parity.ppl_reference if parity else None,
-            "kld_mean": parity.kld_mean if parity else None,
-            "top1_agreement": parity.top1_agreement if parity else None,
+            **{name: _figure(parity, name) for name in ("ppl", "ppl_reference", "kld_mean", "top1_agreement")},
             "artifact": self.artifact,
             "gate": self.gate,
-            "control_kld_mean": self.control.kld_mean if self.control else None,
-            "ppl_stderr": parity.ppl_stderr if parity else None,
-            "kld_stderr": parity.kld_stderr if parity else None,
-            "kld_median": parity.kld_median if parity else None,
-            "kld_p99": parity.kld_p99 if parity else None,
-            "kld_max": parity.kld_max if parity else None,
-            "ln_ratio_stderr": parity.ln_ratio_stderr if parity else None,
+            "control_kld_mean": _figure(self.control, "kld_mean"),
+            **{name: _figure(parity, name) for name in _MORE_FIGURES},
             "tokens": parity.tokens if parity else 0,
             "fidelity": _fidelity_json(self.fidelity),
             "notes": self.notes,
@@ -226,7 +220,13 @@ def _fidelity_json(scores: Scores | None) -> dict[str, Any] | None:
     if scores is None:
         return None
     names = ("ppl_reference", "kld_mean", "kld_stderr", "kld_median", "kld_p99", "top1_agreement")
-    return {name: getattr(scores, name) for name in names}
+    return {name: _figure(scores, name) for name in names}
+
+
+def _figure(scores: Scores | None, name: str) -> float | None:
+    """A figure for JSON, which knows no NaN and no infinity: a file whose logits are NaN has no perplexity."""
+    value: float | None = None if scores is None else getattr(scores, name)
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _fixed(value: float | None) -> str:

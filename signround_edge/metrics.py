@@ -17,6 +17,9 @@ from signround_edge.errors import UserError
 FloatArray = NDArray[np.float32]
 TokenArray = NDArray[np.int32]
 
+# A broken file's logits may be NaN, infinite or huge. Its figures say so; numpy's warnings would only be noise.
+_QUIET = np.errstate(over="ignore", invalid="ignore")
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -105,6 +108,7 @@ class ScoreKeeper:
     kld: list[FloatArray] = field(default_factory=list)
     same_top: list[NDArray[np.bool_]] = field(default_factory=list)
 
+    @_QUIET
     def add(self, logits: FloatArray, targets: TokenArray, reference: FloatArray | None = None) -> None:
         """Add one window.
 
@@ -123,6 +127,7 @@ class ScoreKeeper:
         self.kld.append((np.exp(log_r) * (log_r - log_p)).sum(axis=-1, dtype=np.float64).astype(np.float32))
         self.same_top.append(log_p.argmax(axis=-1) == log_r.argmax(axis=-1))
 
+    @_QUIET
     def scores(self) -> Scores:
         """The figures so far; at least one window must have been added."""
         nll = np.concatenate(self.nll).astype(np.float64)

@@ -27,6 +27,8 @@ _MAX_DIMS = 4
 _SMALLEST_ENTRY = 13  # a key of no letters (8), a type (4) and one byte of value
 _MAX_ARRAY_DEPTH = 4
 _MAX_ITEMS = 1 << 24  # of one array or text: far above any tokenizer, and a bound on what damage can allocate
+_MAX_HEAD = 64 << 20  # bytes of everything before the data, several times the largest tokenizer: the same bound
+_MAX_NAME = 63  # bytes; GGML_MAX_NAME without the closing zero
 
 _SCALARS: dict[GGUFValueType, str] = {
     GGUFValueType.UINT8: "<B",
@@ -105,12 +107,25 @@ class GgufFile:
     def open(cls, path: Path) -> GgufFile:
         """Parse the head. UserError when the file is missing, not GGUF, damaged or truncated.
 
-        The first file of a split model opens all of them; `split.*` is left out of the metadata then.
+        The first file of a split model opens all of them; `split.*` is left out of the metadata.
         """
         file = cls._open_one(path)
-        count = file.get(SPLIT_COUNT)
-        if isinstance(count, int) and count > 1:
+        count = file.get(SPLIT_COUNT) or 0  # merged by llama.cpp's gguf-split: 0
+        if not isinstance(count, int) or count < 0:
+            raise UserError(
+                f"{path} is a damaged GGUF file ({SPLIT_COUNT} is {shown(count)}); export or download it again"
+            )
+        if count > 1:
             _join(file, count)
+        announced = file.get(SPLIT_TENSORS)
+        if announced is not None and announced != len(file.tensors):
+            others = f" and its {count - 1} other files" if count > 1 else ""
+            raise UserError(
+                f"{path}{others} should hold {shown(announced)} tensors and hold {len(file.tensors)}; "
+                "export or download the model again"
+            )
+        for key in (SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS):
+            file.metadata.pop(key, None)
         return file
 
     @classmethod
@@ -124,8 +139,13 @@ class GgufFile:
             mapped = np.memmap(path, mode="r", dtype=np.uint8)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a GGUF file") from error
-        cursor = _Cursor(mapped.data, path)
-        return _parse(cls(path, 0), cursor)
+        return _parse(cls(path, 0), _Cursor(mapped.data[:_MAX_HEAD], path), size)
+
+
+def shown(value: Any) -> str:
+    """A metadata value for a message, at most 60 characters: a damaged file may hold anything of any length."""
+    text = f"an array of {len(value)}" if isinstance(value, list) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def split_path(path: Path, index: int, count: int) -> Path:
@@ -150,17 +170,10 @@ def _join(first: GgufFile, count: int) -> None:
         if part.get(SPLIT_NO) != index or part.get(SPLIT_COUNT) != count or part.tensors.keys() & first.tensors.keys():
             raise UserError(f"{path} is not part {index + 1} of {first.path}; export or download the model again")
         first.tensors.update(part.tensors)
-    if first.get(SPLIT_TENSORS) != len(first.tensors):
-        raise UserError(
-            f"{first.path} and its {count - 1} other files hold {len(first.tensors)} tensors, not the "
-            f"{first.get(SPLIT_TENSORS)} that they announce; export or download the model again"
-        )
-    for key in (SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS):
-        first.metadata.pop(key, None)
 
 
 class _Cursor:
-    """A read position that refuses to leave the file."""
+    """A read position that refuses to leave the file's head."""
 
     def __init__(self, data: memoryview, path: Path) -> None:
         self.data = data
@@ -190,6 +203,13 @@ class _Cursor:
         if count > _MAX_ITEMS:
             raise self.damaged(f"it announces {count} {what}")
         return count
+
+    def name(self, what: str) -> str:
+        """Text that shows up in messages and tables, so it must be printable on one line."""
+        name = self.string()
+        if not name or not name.isprintable():
+            raise self.damaged(f"{what} is called {name[:_MAX_NAME]!r}")
+        return name
 
     def string(self) -> str:
         length = self.count(1, "bytes of text")
@@ -224,7 +244,7 @@ class _Cursor:
         return [self.value(item, depth + 1)[0] for _ in range(count)], item
 
 
-def _parse(file: GgufFile, cursor: _Cursor) -> GgufFile:
+def _parse(file: GgufFile, cursor: _Cursor, size: int) -> GgufFile:
     if bytes(cursor.data[:4]) != MAGIC:
         raise UserError(f"{file.path} is not a GGUF file (it does not begin with GGUF)")
     cursor.position = 4
@@ -234,34 +254,44 @@ def _parse(file: GgufFile, cursor: _Cursor) -> GgufFile:
         raise UserError(f"{file.path} is a {why} GGUF file; only little-endian version 2 and 3 can be read")
     tensor_count = cursor.count(_SMALLEST_ENTRY, "tensors")
     for _ in range(cursor.count(_SMALLEST_ENTRY, "metadata entries")):
-        key = cursor.string()
+        key = cursor.name("a metadata entry")
         kind = cursor.value_type()
         value, item = cursor.value(kind)
         if key in file.metadata:
-            raise cursor.damaged(f"metadata key {key!r} twice")
+            raise cursor.damaged(f"metadata key {key[:_MAX_NAME]!r} twice")
         file.metadata[key] = MetadataValue(value, kind, item)
     alignment = file.get("general.alignment")
     alignment = 32 if alignment is None else alignment
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise cursor.damaged("general.alignment is no power of two")
     relative = [_tensor_info(cursor) for _ in range(tensor_count)]
-    start = cursor.position + -cursor.position % alignment
+    start = end = cursor.position + -cursor.position % alignment
     for info in relative:
         if info.name in file.tensors:
             raise cursor.damaged(f"tensor {info.name!r} twice")
-        if info.offset % alignment or start + info.offset + info.nbytes > len(cursor.data):
+        if start + info.offset + info.nbytes > size:
             raise cursor.damaged(f"the data of tensor {info.name!r} lies beyond its end")
-        file.tensors[info.name] = replace(info, offset=start + info.offset)
+        # llama.cpp loads only files whose tensors follow one another in the order of their descriptions.
+        if start + info.offset != end:
+            raise cursor.damaged(f"the data of tensor {info.name!r} does not follow that of the tensor before it")
+        file.tensors[info.name] = replace(info, offset=end)
+        end += info.nbytes + -info.nbytes % alignment
+    if size > end:
+        raise cursor.damaged(f"{size - end} bytes follow its last tensor")
     return file
 
 
 def _tensor_info(cursor: _Cursor) -> StoredTensorInfo:
     """One tensor description; its offset is relative to the start of the data."""
-    name = cursor.string()
+    name = cursor.name("a tensor")
+    if len(name.encode()) > _MAX_NAME:
+        raise cursor.damaged(f"the name of tensor {name[:_MAX_NAME]!r}… is longer than {_MAX_NAME} bytes")
     n_dims = cursor.scalar("<I")
     if not 1 <= n_dims <= _MAX_DIMS:
         raise cursor.damaged(f"tensor {name!r} has {n_dims} dimensions")
     shape = tuple(int(cursor.scalar("<Q")) for _ in range(n_dims))[::-1]
+    if not all(shape):
+        raise cursor.damaged(f"tensor {name!r} has no values")
     number = cursor.scalar("<I")
     ggml_type = BY_NUMBER.get(number)
     if ggml_type is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gguf
 import numpy as np
@@ -15,10 +16,12 @@ from exporters.gguf.families import family_of, row_order
 from exporters.gguf.row_orders import Config, RowOrder
 from signround_edge.errors import UserError
 from signround_edge.experts import stacks
+from signround_edge.formats import QuantizedTensor
 from signround_edge.gguf_names import name_table
 from signround_edge.run_directory import RunDirectory
 
 _SUFFIXES = (".weight", ".bias")
+_VALUES_AT_ONCE = 1 << 22  # 16 MB as f32: larger temporaries are mapped anew each time, which doubles the time
 
 
 @dataclass(frozen=True)
@@ -99,32 +102,42 @@ def dequantized_rows(run: RunDirectory, placement: Placement) -> NDArray[np.floa
 
     A vector is one row; the rows of experts follow one another.
     """
-    matrices = iter_dequantized(run, placement)
-    if len(placement.hf_names) == 1:
-        return next(matrices)
-    stacked = np.empty(placement.shape(run), dtype=np.float32)
-    for expert, matrix in enumerate(matrices):
-        stacked[expert] = matrix
-    return stacked.reshape(-1, stacked.shape[-1])
+    shape = placement.shape(run)
+    weights = np.empty((math.prod(shape[:-1]), shape[-1]), dtype=np.float32)
+    start = 0
+    for piece in dequantized_pieces(run, placement):
+        weights[start : start + len(piece)] = piece
+        start += len(piece)
+    return weights
 
 
 def iter_dequantized(run: RunDirectory, placement: Placement) -> Iterator[NDArray[np.float32]]:
     """The same, one parameter at a time."""
     for hf_name in placement.hf_names:
-        yield _dequantized(run, placement, hf_name)
+        yield dequantized_rows(run, replace(placement, hf_names=(hf_name,)))
 
 
-def _dequantized(run: RunDirectory, placement: Placement, hf_name: str) -> NDArray[np.float32]:
-    if run.is_quantized(hf_name):
-        weights = run.quantized(hf_name).dequantize()
-    else:
-        weights = float_data(run, hf_name).to(torch.float32)
-    array: NDArray[np.float32] = weights.numpy()
-    if placement.rows is not None:
-        array = array[placement.rows]
-    if placement.added:
-        array = array + np.float32(placement.added)
-    return array if array.ndim > 1 else array[None, :]
+def dequantized_pieces(run: RunDirectory, placement: Placement) -> Iterator[NDArray[np.float32]]:
+    """The same, some rows at a time: of a large embedding the f32 weights would not fit into memory."""
+    for name in placement.hf_names:
+        stored: QuantizedTensor | Tensor = run.quantized(name) if run.is_quantized(name) else float_data(run, name)
+        for rows in row_groups(tuple(stored.shape), placement.rows):
+            if isinstance(stored, QuantizedTensor):
+                weights = stored.take_rows(rows).dequantize()
+            else:
+                weights = stored[rows].to(torch.float32)
+            array: NDArray[np.float32] = weights.numpy()
+            if placement.added:
+                array = array + np.float32(placement.added)
+            yield array if array.ndim > 1 else array[None, :]
+
+
+def row_groups(shape: tuple[int, ...], order: RowOrder | None) -> Iterator[slice | Tensor]:
+    """Indices of the rows of a matrix in the file's order, in groups of some million values; a vector is one."""
+    step = _VALUES_AT_ONCE // math.prod(shape[1:]) if len(shape) > 1 else shape[0]
+    for start in range(0, shape[0], max(1, step)):
+        group = slice(start, start + max(1, step))
+        yield group if order is None else torch.from_numpy(order[group])
 
 
 def _with_tied(run: RunDirectory) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -17,7 +17,7 @@ from gguf import quants
 from numpy.typing import NDArray
 
 from exporters.gguf.container import PlannedTensor, write_file
-from exporters.gguf.container_reader import GgufFile, StoredTensorInfo
+from exporters.gguf.container_reader import GgufFile, StoredTensorInfo, shown
 from exporters.gguf.ggml_types import F32
 from exporters.gguf.matching import find_row_order, find_vector
 from exporters.gguf.metadata import PROVENANCE, add_provenance, file_type
@@ -70,7 +70,7 @@ def export_with_template(run: RunDirectory, path: Path, options: ExportOptions, 
 def match_by_value(run: RunDirectory, file: GgufFile) -> list[Placement]:
     """Placement of the run's parameters in a file of any architecture; those without a place are left out."""
     arch = file.architecture
-    names = candidate_names(run, int(file.get(f"{arch}.block_count") or 0), arch)
+    names = candidate_names(run, _block_count(file), arch)
     heads = _head_counts(file)
     orders: dict[str, RowOrder] = {}
     placements = []
@@ -84,6 +84,7 @@ def match_by_value(run: RunDirectory, file: GgufFile) -> list[Placement]:
     return placements
 
 
+@np.errstate(all="ignore")  # a damaged file may hold NaN and infinity; they match nothing
 def _place(
     run: RunDirectory, file: GgufFile, candidate: Placement, heads: list[int], orders: dict[str, RowOrder]
 ) -> Placement | None:
@@ -129,6 +130,17 @@ def float_rows(file: GgufFile, name: str, rows: slice = slice(None)) -> NDArray[
             "use an f16 or f32 template"
         ) from error
     return weights.reshape(-1, info.shape[-1])
+
+
+def _block_count(file: GgufFile) -> int:
+    """Decoder blocks that the file announces, checked before a table of names is made for each of them."""
+    count = file.get(f"{file.architecture}.block_count") or 0
+    if not isinstance(count, int) or not 0 <= count <= len(file.tensors):
+        raise UserError(
+            f"{file.path} has {len(file.tensors)} tensors and says that it has {shown(count)} blocks: it is damaged; "
+            "export or download it again"
+        )
+    return count
 
 
 def _head_counts(file: GgufFile) -> list[int]:

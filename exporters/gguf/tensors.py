@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from exporters.gguf.container import PlannedTensor
 from exporters.gguf.ggml_types import BF16, F16, F32, GgmlType
-from exporters.gguf.naming import Placement, float_data, iter_dequantized
+from exporters.gguf.naming import Placement, dequantized_pieces, float_data, row_groups
 from exporters.gguf.packing import pack, require_layout
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
@@ -71,12 +71,13 @@ def _only_format(run: RunDirectory, placement: Placement) -> str:
 
 def _packed(run: RunDirectory, placement: Placement) -> Iterator[NDArray[Any]]:
     for hf_name in placement.hf_names:
-        blocks = pack(run.quantized(hf_name))
-        yield blocks if placement.rows is None else blocks[placement.rows]
+        tensor = run.quantized(hf_name)
+        for rows in row_groups(tensor.shape, placement.rows):
+            yield pack(tensor.take_rows(rows))
 
 
 def _floats(run: RunDirectory, placement: Placement, ggml_type: GgmlType) -> Iterator[NDArray[Any]]:
-    for weights in iter_dequantized(run, placement):
+    for weights in dequantized_pieces(run, placement):
         yield weights if ggml_type is F32 else _halves(weights, ggml_type, placement.gguf_name)
 
 

@@ -17,7 +17,7 @@ from exporters.gguf.container_reader import GgufFile
 from runtime_tests.interface import StoredTensor
 from runtime_tests.runtimes import llama_cpp_bindings
 from runtime_tests.runtimes.worker_session import WorkerSession
-from runtime_tests.transports.local import DEFAULT_TIMEOUT, LocalWorker
+from runtime_tests.transports.local import DEFAULT_TIMEOUT, LocalWorker, WorkerFailure
 from signround_edge.errors import UserError
 from signround_edge.metrics import FloatArray
 
@@ -82,7 +82,12 @@ class LlamaCppRuntime:
             file = GgufFile.open(artifact)
             for name, info in file.tensors.items():
                 data = file.raw(name)
-                weights = _dequantize(worker, info.ggml_type.number, len(data), info.shape[-1], data.reshape(-1))
+                try:
+                    weights = _dequantize(worker, info.ggml_type.number, len(data), info.shape[-1], data.reshape(-1))
+                except WorkerFailure:
+                    raise
+                except UserError as error:
+                    raise UserError(f"{artifact}: tensor {name} cannot be compared ({error})") from error
                 yield StoredTensor(name, weights, info.ggml_type.name)
 
 

@@ -26,6 +26,7 @@ _FLASH_ATTENTION_OFF = 0
 _FILE_TYPE_F32 = b"0"  # LLAMA_FTYPE_ALL_F32
 _TYPE_COUNT = 43  # GGML_TYPE_COUNT of this build
 _MAX_VALUES = 1 << 31
+_LONGEST_MESSAGE = 300
 
 
 class LlamaCppEngine:
@@ -121,7 +122,8 @@ class LlamaCppEngine:
 
     def _on_log(self, level: int, text: bytes, _data: object) -> None:
         if level == c.LOG_LEVEL_ERROR and text.strip():
-            self._errors.append(text.decode(errors="replace").strip())
+            # Cut: it may quote a text of any length from a damaged file.
+            self._errors.append(" ".join(text.decode(errors="replace").split())[:_LONGEST_MESSAGE])
 
     def _said(self) -> str:
         return f": {'; '.join(self._errors)}" if self._errors else ""

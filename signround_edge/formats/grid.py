@@ -210,6 +210,10 @@ class QuantizedTensor:
         """(rows, values a row)."""
         return self.codes.shape[0], self.codes.shape[1]
 
+    def take_rows(self, rows: slice | Tensor) -> QuantizedTensor:
+        """Some rows (a view where `rows` is a slice) in the given order; rows are independent of one another."""
+        return QuantizedTensor(self.grid, self.codes[rows], {k: v[rows] for k, v in self.fields.items()})
+
     def dequantize(self) -> Tensor:
         """Weights f32 [R, K], bit for bit what the runtime's own dequantizer returns."""
         blocks = self.grid.dequantize_blocks(self.grid.blocked(self.codes), self.fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import platform
 from pathlib import Path
@@ -58,6 +59,16 @@ def test_the_exact_gate_bounds_the_divergence(kld: float, passes: bool) -> None:
 )
 def test_the_quantized_gate_is_statistical(kld: float, ln_ratio: float, stderr: float, passes: bool) -> None:
     assert (miss_quantized_gate(scores(kld, ln_ratio, stderr), LIMITS) is None) is passes
+
+
+def test_figures_that_are_no_numbers_are_null_in_json(tmp_path: Path) -> None:
+    """A file whose logits are NaN fails, and its certificate must still be JSON."""
+    nothing = Scores(ppl=math.nan, ppl_stderr=math.nan, tokens=9, ppl_reference=10.0, kld_mean=math.inf)
+    runtime = RuntimeReport("llama.cpp", "cpu-x86", "a.gguf", "fail", parity=nothing, control=nothing, fidelity=nothing)
+    report = VerifyReport("run", "text", None, [ArtifactReport("a.gguf", "gguf", "pass")], [runtime])
+    (found,) = json.loads(report.write(tmp_path).read_text())["runtimes"]
+    assert (found["ppl"], found["kld_mean"], found["control_kld_mean"]) == (None, None, None)
+    assert (found["ppl_reference"], found["fidelity"]["kld_mean"]) == (10.0, None)
 
 
 class Fixed:
@@ -205,3 +216,13 @@ def test_a_broken_profile_is_named(content: str, tmp_path: Path) -> None:
 def test_every_profile_file_is_named_as_its_device() -> None:
     folder = Path(devices.__file__).parent
     assert {p.stem for p in folder.glob("*.toml")} == set(load_devices())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
+def test_broken_logits_are_scored_without_a_warning(value: float) -> None:
+    logits = np.zeros((8, 5), dtype=np.float32)
+    broken = np.where(np.arange(5) == 1, np.float32(value), logits)
+    contender = Contender(Fixed(broken))
+    score([contender], Windows(np.zeros((3, 8), dtype=np.int32)), Fixed(logits), log=str)
+    assert miss_exact_gate(contender.parity.scores(), LIMITS) is not None

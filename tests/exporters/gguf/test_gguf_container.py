@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from exporters.gguf import GgufExporter, container
+from exporters.gguf import GgufExporter, container, container_reader
 from exporters.gguf.container import PlannedTensor, write_file
 from exporters.gguf.container_reader import GgufFile
 from exporters.gguf.ggml_types import F32
@@ -116,6 +116,12 @@ def head(version: int = 3, tensors: int = 0, entries: int = 0) -> bytes:
     return b"GGUF" + struct.pack("<IQQ", version, tensors, entries)
 
 
+def described(name: bytes, dims: list[int], offset: int = 0) -> bytes:
+    """The description of an F32 tensor."""
+    shape = struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+    return struct.pack("<Q", len(name)) + name + shape + struct.pack("<IQ", 0, offset)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -132,6 +138,22 @@ def head(version: int = 3, tensors: int = 0, entries: int = 0) -> bytes:
         (head(tensors=1) + struct.pack("<Q1sIQIQ", 1, b"t", 1, 1 << 62, 0, 0) + bytes(60), "lies beyond its end"),
         (head(tensors=1) + struct.pack("<Q1sIQIQ", 1, b"t", 1, 5, 2, 0) + bytes(60), "no multiple of 32"),
         (head(tensors=1) + struct.pack("<Q1sIQIQ", 1, b"t", 1, 5, 9999, 0) + bytes(60), "type 9999, unknown"),
+        (head(tensors=1) + described(b"t", [0, 1 << 60]) + bytes(60), "tensor 't' has no values"),
+        (head(tensors=1) + described(b"t", [1 << 32, 1 << 32]) + bytes(60), "lies beyond its end"),
+        (head(tensors=1) + described(b"", [1]) + bytes(60), "a tensor is called ''"),
+        (head(tensors=1) + described(b"a\x1b[31m\nb", [1]) + bytes(60), r"a tensor is called 'a\\x1b\[31m\\nb'"),
+        (head(tensors=1) + described(b"\xff", [1]) + bytes(60), r"a tensor is called '\\udcff'"),
+        (head(tensors=1) + described(b"t" * 64, [1]) + bytes(60), "longer than 63 bytes"),
+        (head(tensors=2) + described(b"t", [8]) + described(b"u", [8]) + bytes(99), "'u' does not follow"),
+        (head(tensors=1) + described(b"t", [8]) + bytes(150), r"\d+ bytes follow its last tensor"),
+        (head(entries=1) + struct.pack("<Q1sIB", 1, b"\n", 0, 0) + bytes(60), "a metadata entry is called"),
+        (head(entries=1) + struct.pack("<Q11sIi", 11, b"split.count", 5, -4), "split.count is -4"),
+        (head(entries=1) + struct.pack("<Q11sIQ", 11, b"split.count", 8, 100) + b"y" * 100, "split.count is 'y{56}…"),
+        (head(entries=1) + struct.pack("<Q11sIf", 11, b"split.count", 6, 3.0), "split.count is 3.0"),
+        (
+            head(entries=1) + struct.pack("<Q19sIi", 19, b"split.tensors.count", 5, 7),
+            "should hold 7 tensors",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(data: bytes, message: str, tmp_path: Path) -> None:
@@ -139,6 +161,15 @@ def test_what_is_wrong_with_a_file_is_said(data: bytes, message: str, tmp_path: 
     path.write_bytes(data)
     with pytest.raises(UserError, match=rf"bad\.gguf.*{message}"):
         read_tensors(path)
+
+
+def test_a_head_beyond_any_tokenizer_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays of a gigabyte that really are in a damaged file would take eight as Python numbers."""
+    monkeypatch.setattr(container_reader, "_MAX_HEAD", 1000)
+    path = tmp_path / "a.gguf"
+    path.write_bytes(head(entries=1) + struct.pack("<Q1sIIQ", 1, b"k", 9, 0, 2000) + bytes(2000))
+    with pytest.raises(UserError, match="announces 2000 values"):
+        GgufFile.open(path)
 
 
 def test_the_exporter_recognises_and_inspects_its_files(tmp_path: Path) -> None:

@@ -95,6 +95,20 @@ def test_other_architectures_run_with_a_template(
         assert not expected
 
 
+@pytest.mark.parametrize("count", [1 << 31, (1 << 32) - 1])
+def test_a_block_count_beyond_all_tensors_is_refused(
+    count: int, run_of: RunOf, byte_level_folder: Path, tmp_path: Path
+) -> None:
+    """A table of names for so many blocks would fill the memory."""
+    run = run_of(GPT2)
+    template = write_template(tmp_path / "t.gguf", "gpt2", tmp_path / "model", byte_level_folder, gpt2_convention)
+    content = template.read_bytes()
+    place = content.index(b"gpt2.block_count") + len(b"gpt2.block_count") + 4
+    template.write_bytes(content[:place] + count.to_bytes(4, "little") + content[place + 4 :])
+    with pytest.raises(UserError, match=rf"t\.gguf has \d+ tensors and says that it has {count} blocks"):
+        export(run, tmp_path / "out.gguf", template=template)
+
+
 def test_row_order_of_a_fused_projection_and_its_bias_is_found(
     run_of: RunOf, byte_level_folder: Path, tmp_path: Path
 ) -> None:
@@ -236,7 +250,7 @@ def test_gemma_norms_are_written_with_their_offset(tmp_path: Path) -> None:
             return torch.tensor([0.25, -0.5])
 
         def entry(self, name: str) -> object:
-            return type("Entry", (), {"transposed": False})
+            return type("Entry", (), {"transposed": False, "shape": [2]})
 
     placement = Placement("blk.0.attn_norm.weight", ("norm.weight",), added=1.0)
     assert dequantized_rows(OneVector(), placement).tolist() == [[1.25, 0.5]]  # type: ignore[arg-type]

@@ -102,7 +102,7 @@ def main() -> int:
     parser.add_argument("--schemes", default=",".join(SCHEMES))
     parser.add_argument("--really", type=int, default=20, help="cases that are run by new interpreters too")
     parser.add_argument("--keep", type=Path, help="keep the files of all cases with problems (or of a single one) here")
-    parser.add_argument("--out", type=Path, help="write all results here, as JSON")
+    parser.add_argument("--out", type=Path, help="append each result here, as a line of JSON")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the fork
     with tempfile.TemporaryDirectory(prefix="fuzz-gguf-") as folder:
@@ -112,14 +112,15 @@ def main() -> int:
             really = args.really > 0 and (case - args.first) % max(1, args.cases // args.really) == 0
             result = run_case(bench, case, really)
             results.append(result)
+            if args.out:
+                with args.out.open("a") as out:
+                    print(json.dumps(asdict(result)), file=out)
             if result.problems:
                 _say(f"case {case} (--schemes {args.schemes}), {result.base}, {result.damage}: {result.problems}")
             if args.keep and (result.problems or args.cases == 1):
                 shutil.copytree(bench.folder / "case", args.keep / str(case), dirs_exist_ok=True)
             if (len(results)) % 100 == 0:
                 _say(f"{len(results)} cases, {sum(bool(r.problems) for r in results)} with problems")
-        if args.out:
-            args.out.write_text(json.dumps([asdict(r) for r in results], indent=1))
         print(json.dumps(summary(results), indent=1))
     return int(any(r.problems for r in results))
 
@@ -200,7 +201,7 @@ def run_case(bench: Bench, case: int, really: bool = False) -> Result:
             _empty(bench.temporary)
         if really:
             shutil.rmtree(bench.report, ignore_errors=True)
-            problems += _disagreement(outcome, run_really(arguments, LIMIT_S))
+            problems += _disagreement(outcome, run_really(arguments, 5 * LIMIT_S))  # imports take their time
         result.problems += [f"{name}: {problem}" for problem in problems]
     return result
 

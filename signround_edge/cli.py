@@ -65,7 +65,7 @@ def _print_json(document: Any) -> None:
 @click.version_option(__version__, prog_name="signround-edge")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    """Tune 4- and 8-bit weights with SignRound, export them unchanged to GGUF or ONNX, and prove parity."""
+    """Tune weights of 2 to 8 bits with SignRound, export them unchanged to GGUF or ONNX, and prove parity."""
 
 
 _model = click.argument("model")

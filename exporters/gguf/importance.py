@@ -22,24 +22,13 @@ from signround_edge.gguf_names import gguf_name
 from signround_edge.run_directory import sha256_of
 
 
-def _model_type(model: Path) -> str:
-    """Of a folder with config.json; UserError when it names none."""
-    return str(_config(model)["model_type"])
-
-
-def _experts(model: Path) -> int:
-    """Experts a layer; 0 where there are none."""
-    config = _config(model)
-    return int(config.get("num_local_experts") or config.get("num_experts") or 0)
-
-
-def _config(model: Path) -> dict[str, Any]:
+def _config(model: Path) -> tuple[str, dict[str, Any]]:
+    """(model_type, config.json) of a model folder; UserError when it names none."""
     try:
         config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        config["model_type"]
+        return str(config["model_type"]), config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{model / 'config.json'} names no model_type; give a Hugging Face folder") from error
-    return config
 
 
 class ImatrixSource:
@@ -50,7 +39,8 @@ class ImatrixSource:
         self.label = str(path)
         self._vectors = read_imatrix(path)
         self.sha256 = sha256_of(path)
-        self._model_type, self._experts = _model_type(model), _experts(model)
+        self._model_type, config = _config(model)
+        self._experts = int(config.get("num_local_experts") or config.get("num_experts") or 0)
 
     def of(self, parameter: str, length: int) -> Tensor | None:
         """E[x²] f32 [length] of a parameter's input channels; None when the file lacks it.
@@ -88,7 +78,7 @@ class ImatrixSink:
     def __init__(self, path: Path, model: Path, dataset: str) -> None:
         """`dataset` is recorded as what the model was calibrated on."""
         self._path = path
-        self._model_type = _model_type(model)
+        self._model_type, _ = _config(model)
         self._dataset = dataset
 
     def check(self, parameters: Iterable[str]) -> None:

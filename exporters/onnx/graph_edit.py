@@ -10,6 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporters.onnx.bindings import Binding
+from exporters.onnx.packing import Operands
 from exporters.onnx.run_weights import RunWeights
 
 # Key in `ir.Value.meta`: the initializer whose bytes in the data file this one is another view of.
@@ -64,6 +65,37 @@ def set_operand_initializers(
             graph, f"{base}.qzeros", "uint8", packed.zero_points.shape, lambda: weights.operands(parameters).zero_points
         ),
     ]
+
+
+def set_gather_operands(
+    graph: ir.Graph, base: str, parameters: tuple[str, ...], weights: RunWeights, shared: list[ir.Value]
+) -> list[ir.Value]:
+    """Codes uint8 [N, K·bits/8], scales and zero points of quantized parameters, as GatherBlockQuantized reads them.
+
+    Args:
+        graph: the graph to edit.
+        base: where the names of new initializers start.
+        parameters: whose rows they are.
+        weights: the run.
+        shared: operands of a MatMulNBits of the same parameters: the codes are another view of its bytes. Empty where
+            there is none.
+    """
+    packed = weights.operands(parameters)
+    shape = (packed.shape[0], packed.shape[1] * packed.bits // 8)
+    _, scales, zeros = shared or set_operand_initializers(graph, base, parameters, weights)
+
+    def codes() -> NDArray[np.uint8]:
+        return weights.operands(parameters).weight.reshape(shape)
+
+    value = set_initializer(graph, f"{base}.qweight", "uint8", shape, codes)
+    if shared:
+        value.meta[SHARES_BYTES] = shared[0].name
+    return [value, scales, zeros]
+
+
+def gather_attributes(packed: Operands) -> dict[str, int]:
+    """Attributes of a GatherBlockQuantized that takes rows of these operands."""
+    return {"bits": packed.bits, "block_size": packed.block_size, "gather_axis": 0, "quantize_axis": 1}
 
 
 def set_float_initializer(graph: ir.Graph, binding: Binding, dtype: str, weights: RunWeights) -> ir.Value:

@@ -69,11 +69,12 @@ def match_weights(graph: ir.Graph, weights: RunWeights, limit: float) -> Matches
     found: dict[str, _Found] = {}
     ambiguous: dict[str, int] = {}
     for name, value in stored.items():
-        candidates = _candidates(_array(value), stacks)
+        array = _array(value)
+        candidates = _candidates(array, stacks)
         best, rivals = _choose(name, candidates, limit)
         if best is None:
             ambiguous |= {r.parameter: len(rivals) - 1 for r in rivals}
-        elif _error(_oriented(_array(value), best.transposed), _whole(weights, best.parameter)) <= limit:
+        elif _error(_oriented(array, best.transposed), _whole(weights, best.parameter)) <= limit:
             found[name] = best
     _drop_chance_matches(found)
     bindings = [_binding(stored[n], (f.parameter,), f.transposed) for n, f in found.items()]

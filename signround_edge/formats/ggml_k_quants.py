@@ -6,6 +6,8 @@ in f32 (11 significant bits of fp16, at most 8 of the sub-scale, at most 6 of th
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -39,9 +41,9 @@ class SuperBlockGrid(Grid):
         """[R, super-blocks] repeated for every sub-block: f32 [R, B]."""
         return supers.float().repeat_interleave(self.blocks_per_super, dim=-1)
 
+    @abstractmethod
     def scales_of(self, fields: Fields) -> BlockScales:
         """The scales that `store` turns into these very fields."""
-        raise NotImplementedError
 
     def _sub_codes(self, values: Tensor, super_scale: Tensor, low: int, high: int) -> Tensor:
         """Real scales or minimums [R, B] as integer multiples of their fp16 super-scale [R, super-blocks]."""

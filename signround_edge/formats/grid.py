@@ -148,16 +148,17 @@ class Grid(ABC):
         ratio = blocks * safe_reciprocal(scale).unsqueeze(-1)
         return ratio.add_(zero.unsqueeze(-1)) if self.affine else self.offsets_of_levels(ratio)
 
-    def clip_offsets(self, offsets: Tensor) -> Tensor:
-        """Offsets in the range of the codes, in a new tensor."""
-        return offsets.clamp(self.code_min - self.anchor, self.code_max - self.anchor)
+    @property
+    def offset_range(self) -> tuple[int, int]:
+        """The inclusive range of codes less the anchor."""
+        return self.code_min - self.anchor, self.code_max - self.anchor
 
     def round_offsets(self, blocks: Tensor, fields: Fields, shift: Tensor | None = None) -> Tensor:
         """clip(round(offset + V)) of `blocks`, f32 [R, B, S]; `shift` is V [R, B, S] or None."""
         offsets = self.offsets(blocks, fields)
         if shift is not None:
             offsets += shift
-        return offsets.round_().clamp_(self.code_min - self.anchor, self.code_max - self.anchor)
+        return offsets.round_().clamp_(*self.offset_range)
 
     def dequantize_blocks(self, codes: Tensor, fields: Fields) -> Tensor:
         """Weights f32 [R, B, S] of codes (float or integer, [R, B, S]), bit for bit what runtimes compute."""

@@ -41,6 +41,7 @@ class MatMulNBitsAsymmetric(Grid):
         self.block_size = block_size
         self.row_multiple = math.lcm(block_size, ONNX_BLOCKS[0])
         self.code_max = (1 << bits) - 1
+        self.field_ranges = {"zero_point": (0, self.code_max)}
         container = container_bits(self.code_max + 1)
         self.bits_per_weight = container + (16 + container) / block_size
 
@@ -86,9 +87,8 @@ class NBitsView:
         bits: bits of the container (2, 4 or 8).
         block_size: g, input features a block.
         codes: uint8 [N, K].
-        scales: f32 [N, K/g]; fp16-valued unless `f32_scales`.
+        scales: f32 [N, K/g]; fp16-valued but for Q3_K and Q6_K (sub-scale times fp16 super-scale).
         zero_points: uint8 [N, K/g].
-        f32_scales: the scales need more than fp16 (Q3_K, Q6_K: sub-scale times fp16 super-scale).
     """
 
     bits: int
@@ -96,7 +96,6 @@ class NBitsView:
     codes: Tensor
     scales: Tensor
     zero_points: Tensor
-    f32_scales: bool = False
 
 
 def matmul_nbits_bytes(grid: Grid, rows: int, cols: int) -> int | None:
@@ -153,4 +152,4 @@ def as_matmul_nbits(tensor: QuantizedTensor) -> NBitsView | None:
         return None
     block = _stored_block(grid)
     scales, zeros = (t.repeat_interleave(grid.block_size // block, dim=1) for t in (scales, zeros))
-    return NBitsView(_container(grid), block, codes, scales, zeros, isinstance(grid, SuperSymmetric))
+    return NBitsView(_container(grid), block, codes, scales, zeros)

@@ -55,8 +55,7 @@ def _range(grid: Grid, blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _end_levels(grid: Grid) -> tuple[float, float]:
     """Levels of the first and the last code."""
-    ends = torch.tensor([grid.code_min, grid.code_max], dtype=torch.float32) - grid.anchor
-    low, high = grid.levels(ends).tolist()
+    low, high = grid.levels(torch.tensor(grid.offset_range, dtype=torch.float32)).tolist()
     return low, high
 
 

@@ -348,8 +348,9 @@ class _Job:
         for name, parameter in quantized.items():
             set_parameter(decoder.model, name, parameter)
         inputs = self._embed_all(shell)
-        for index, block in enumerate(decoder.blocks):
-            load_parameters(block, decoder.block_prefix(index), self.source, device, decoder.base_prefix)
+        for entry in self.plan.tensors:  # what stays as it is within the blocks; `install` puts the rest there
+            if entry.part != OUTSIDE and entry.name not in tunables:
+                set_parameter(decoder.model, entry.name, _frozen(self.run.dequantized(entry.name).to(device)))
         for module in decoder.model.modules():
             module._buffers.update({k: None if b is None else b.to(device) for k, b in module._buffers.items()})
         grids = [self._grid(t.name) for t in self.plan.tensors if t.format is not None and t.part != OUTSIDE]

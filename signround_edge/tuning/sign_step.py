@@ -147,7 +147,7 @@ def _update(
     scale, _ = grid.affine_view(fields)
     offset = grid.offsets(state.blocks, fields)  # u less the anchor, and so are the codes here
     code = (offset + state.v).round_()
-    clipped = grid.clip_offsets(code)
+    clipped = code.clamp(*grid.offset_range)
     inside = torch.eq(code, clipped, out=torch.empty_like(code))  # 1.0 or 0.0; nine times as fast as a bool cast to f32
     if settings.tune_scales:
         change = torch.addcmul(grid.levels(clipped), inside, grid.levels(offset), value=-1)

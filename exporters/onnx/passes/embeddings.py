@@ -8,19 +8,11 @@ ONNX Runtime into a second copy in memory.
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from exporters.onnx.bindings import Binding
 from exporters.onnx.families import EMBEDDING, EMBEDDING_NODE, HEAD, HEAD_BASE
-from exporters.onnx.graph_edit import (
-    SHARES_BYTES,
-    replace_node,
-    set_float_initializer,
-    set_initializer,
-    set_operand_initializers,
-)
+from exporters.onnx.graph_edit import gather_attributes, replace_node, set_float_initializer, set_gather_operands
 from exporters.onnx.run_weights import RunWeights
 
 _BASE = "model.embed_tokens.MatMulNBits"
@@ -34,19 +26,10 @@ def set_embedding(graph: ir.Graph, weights: RunWeights) -> None:
             graph, Binding(EMBEDDING_NODE, "Gather", (EMBEDDING,), {"weight": EMBEDDING}), "float32", weights
         )
         return
-    packed = weights.operands((EMBEDDING,))
-    shape = (packed.shape[0], packed.shape[1] * packed.bits // 8)
-
-    def codes() -> NDArray[np.uint8]:
-        return weights.operands((EMBEDDING,)).weight.reshape(shape)
-
+    shared = []
     if weights.run.manifest.tied.get(HEAD) == EMBEDDING:
-        scales, zeros = (graph.initializers[f"{HEAD_BASE}.{operand}"] for operand in ("scales", "qzeros"))
-        value = set_initializer(graph, f"{_BASE}.qweight", "uint8", shape, codes)
-        value.meta[SHARES_BYTES] = f"{HEAD_BASE}.qweight"
-    else:
-        _, scales, zeros = set_operand_initializers(graph, _BASE, (EMBEDDING,), weights)
-        value = set_initializer(graph, f"{_BASE}.qweight", "uint8", shape, codes)
-    attributes = {"bits": packed.bits, "block_size": packed.block_size, "gather_axis": 0, "quantize_axis": 1}
-    inputs = [value, gather.inputs[1], scales, zeros]
+        shared = [graph.initializers[f"{HEAD_BASE}.{operand}"] for operand in ("qweight", "scales", "qzeros")]
+    codes, scales, zeros = set_gather_operands(graph, _BASE, (EMBEDDING,), weights, shared)
+    inputs = [codes, gather.inputs[1], scales, zeros]
+    attributes = gather_attributes(weights.operands((EMBEDDING,)))
     replace_node(graph, gather, "GatherBlockQuantized", "com.microsoft", inputs, attributes)

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from exporters.onnx.bindings import Binding, quantized_initializers
 from exporters.onnx.graph_edit import (
-    SHARES_BYTES,
+    gather_attributes,
     set_float_initializer,
-    set_initializer,
+    set_gather_operands,
     set_operand_initializers,
 )
 from exporters.onnx.packing import Operands
@@ -85,7 +83,11 @@ def _quantize(graph: ir.Graph, copies: list[Binding], weights: RunWeights) -> li
     for count, (use, binding) in enumerate(uses):
         name = f"/{base.replace('.', '/')}/{_OPERATORS[use.node.op_type == 'Gather']}" + (f"_{count}" if count else "")
         if use.node.op_type == "Gather":
-            node = _to_gather(graph, use, name, _gather_operands(graph, base, binding, operands, weights), packed)
+            # Beside a MatMulNBits of the same matrix the codes are a second initializer: another shape of its bytes.
+            rows = f"{base}.rows" if operands else base
+            node = _to_gather(
+                graph, use, name, set_gather_operands(graph, rows, binding.parameters, weights, operands), packed
+            )
         else:
             operands = operands or set_operand_initializers(graph, base, binding.parameters, weights)
             node = _to_matmul(graph, use, name, operands, packed)
@@ -151,30 +153,12 @@ def _to_gather(graph: ir.Graph, use: WeightUse, name: str, operands: list[ir.Val
     """GatherBlockQuantized in the place of a Gather."""
     old = use.node
     weight, scales, zeros = operands
-    attributes = {"bits": packed.bits, "block_size": packed.block_size, "gather_axis": 0, "quantize_axis": 1}
+    attributes = gather_attributes(packed)
     inputs = [weight, old.inputs[1], scales, zeros]
     node = ir.node("GatherBlockQuantized", inputs, attributes, domain=_DOMAIN, name=name, num_outputs=1)
     half = use.dtype != ir.DataType.FLOAT
     _put(graph, old, [node, _cast(node.outputs[0], use.dtype, f"{name}/Cast")] if half else [node])
     return node
-
-
-def _gather_operands(
-    graph: ir.Graph, base: str, binding: Binding, shared: list[ir.Value], weights: RunWeights
-) -> list[ir.Value]:
-    """Codes [N, K·bits/8], scales and zero points; with a MatMulNBits of the same matrix they are `shared`."""
-    packed = weights.operands(binding.parameters)
-    shape = (packed.shape[0], packed.shape[1] * packed.bits // 8)
-
-    def codes() -> NDArray[np.uint8]:
-        return weights.operands(binding.parameters).weight.reshape(shape)
-
-    if shared:  # two views of the same bytes, as in `embeddings`
-        view = set_initializer(graph, f"{base}.rows.qweight", "uint8", shape, codes)
-        view.meta[SHARES_BYTES] = shared[0].name
-        return [view, *shared[1:]]
-    _, scales, zeros = set_operand_initializers(graph, base, binding.parameters, weights)
-    return [set_initializer(graph, f"{base}.qweight", "uint8", shape, codes), scales, zeros]
 
 
 def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:

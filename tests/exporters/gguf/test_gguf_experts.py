@@ -37,20 +37,12 @@ from tests.exporters.gguf.conftest import export
 from tests.exporters.gguf.family_table import FAMILIES
 from tests.exporters.gguf.test_gguf_families import kld, torch_logits
 from tests.support import save_random_model
+from tests.test_experts import SIZES
 
 RunOf = Callable[..., RunDirectory]
 NAMES = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 EXPERTS = 8
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 3072,
-    "initializer_range": 0.1,
-    "max_position_embeddings": 512,
-}
+SMALL = {**SIZES, "max_position_embeddings": 512}
 MIXTRAL = MixtralConfig(**SMALL, num_local_experts=EXPERTS, bos_token_id=0, eos_token_id=1)
 FEW = TuningSettings(steps=0, samples=4, seqlen=32, batch_size=2, compute_dtype="float32")
 needs_llama_quantize = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))

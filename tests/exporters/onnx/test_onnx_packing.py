@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from exporters.onnx.packing import container_of, pack_bits, pack_operands, stack_rows, unpack_bits
 from runtime_tests.runtimes.onnx_dequantize import dequantize_operands
-from signround_edge.formats import GRIDS, QuantizedTensor, get_grid
-from tests.adversarial import ADVERSARIAL, adversarial_matrix
+from signround_edge.formats import GRIDS, get_grid
+from tests.adversarial import ADVERSARIAL, adversarial_matrix, random_fields
 
 PACKABLE = [name for name, grid in GRIDS.items() if container_of(grid) is not None]
 
@@ -40,30 +40,13 @@ def test_only_grids_with_a_real_valued_minimum_or_a_table_have_no_container() ->
     assert container_of(get_grid("Q6_K")) == (8, 16)
 
 
-def random_fields(name: str, rows: int, cols: int, seed: int) -> QuantizedTensor:
-    """Every code of the range and every finite value of every scale field, also those that no search would choose."""
-    grid, generator = get_grid(name), torch.Generator().manual_seed(seed)
-    codes = torch.randint(grid.code_min, grid.code_max + 1, (rows, cols), generator=generator)
-    fields = {}
-    for field, (shape, dtype) in grid.field_shapes(rows, cols).items():
-        if dtype == torch.float16:
-            halves = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator, dtype=torch.int16)
-            values = halves.view(torch.float16)
-            fields[field] = torch.where(values.isfinite(), values, torch.zeros_like(values))
-        elif dtype == torch.uint8:
-            fields[field] = torch.randint(0, grid.code_max + 1, shape, generator=generator).to(dtype)
-        else:
-            fields[field] = torch.randint(-128, 128, shape, generator=generator).to(dtype)
-    return QuantizedTensor(grid, codes.to(grid.code_dtype), fields)
-
-
 @pytest.mark.parametrize("name", PACKABLE)
 def test_onnx_runtime_dequantizes_to_the_same_bits(name: str) -> None:
     grid = get_grid(name)
     rows, cols = 7, 3 * grid.row_multiple  # an odd number of blocks pads the zero points of every row
     matrices = [adversarial_matrix(kind, rows, cols) for kind in ADVERSARIAL]
     tensors = [grid.quantize(w, grid.search(grid.blocked(w), torch.ones(1))) for w in matrices]
-    tensors += [random_fields(name, rows, cols, seed) for seed in range(3)]
+    tensors += [random_fields(name, rows, cols, torch.Generator().manual_seed(seed)) for seed in range(3)]
     # One matrix of all of them: a session each would take its time.
     packed = [pack_operands(tensor) for tensor in tensors]
     operands = stack_rows([p for p in packed if p is not None])

@@ -220,13 +220,25 @@ def inspect(path: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("path")
-@_text
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to score.")
+@click.option("--tasks", help="Zero-shot tasks of lm-evaluation-harness instead: hellaswag,piqa,…")
+@click.option("--task-dir", type=click.Path(path_type=Path), help="Folder with task files of your own.")
+@click.option("--limit", type=click.IntRange(1), help="Documents of each task at most.")
 @_reference
 @_windows
 @_n_ctx
 @_json
-def evaluate(path: str, text: Path, reference: str | None, windows: int | None, n_ctx: int, as_json: bool) -> None:
-    """Perplexity of a model folder, a run directory or an artifact; with --reference also KL divergence."""
+def evaluate(
+    path: str, text: Path | None, tasks: str | None, task_dir: Path | None, limit: int | None, reference: str | None,
+    windows: int | None, n_ctx: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Perplexity (with --reference also KL divergence) or zero-shot tasks of a model folder, run or artifact."""
+    if (text is None) == (tasks is None):
+        raise UserError("give either --text FILE for perplexity, or --tasks NAMES for zero-shot tasks")
+    if tasks is not None:
+        _evaluate_tasks(path, tasks, reference, task_dir, limit, as_json)
+        return
+    assert text is not None
     from signround_edge.scoring import score
 
     scores = score(path, text, reference, n_ctx, windows)
@@ -236,6 +248,19 @@ def evaluate(path: str, text: Path, reference: str | None, windows: int | None, 
     for key, value in vars(scores).items():
         if value is not None:
             click.echo(f"{key:>16}  {value:.6g}")
+
+
+def _evaluate_tasks(
+    path: str, tasks: str, reference: str | None, task_dir: Path | None, limit: int | None, as_json: bool
+) -> None:
+    from signround_edge.zero_shot import render, score_tasks
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    found, original = score_tasks(path, names, reference, task_dir, limit)
+    if as_json:
+        _print_json({"tasks": found} if original is None else {"tasks": found, "reference_tasks": original})
+    else:
+        _render(render(found, original))
 
 
 @main.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,22 @@ def score(path: str, text: Path, reference: str | None, n_ctx: int, max_windows:
         UserError: neither model, run nor artifact; or an artifact without a --reference to take the tokenizer from.
     """
     reference_dir = None if reference is None else resolve_model(reference)
-    session, tokenizer_dir = _open(path, reference_dir)
-    try:
+    with opened(path, reference_dir) as (session, tokenizer_dir):
         windows = text_windows(tokenizer_dir, text, n_ctx, max_windows)
         base = None if reference_dir is None else TorchSession(load_source_model(reference_dir))
         return evaluate(session, windows, base)
+
+
+@contextmanager
+def opened(path: str, reference_dir: Path | None) -> Iterator[tuple[Any, Path]]:
+    """(session, folder of its tokenizer) of a model folder, a run directory or an artifact; closed at the end.
+
+    Raises:
+        UserError: as `score` says.
+    """
+    session, tokenizer_dir = _open(path, reference_dir)
+    try:
+        yield session, tokenizer_dir
     finally:
         close = getattr(session, "close", None)
         if close is not None:
@@ -32,7 +45,6 @@ def score(path: str, text: Path, reference: str | None, n_ctx: int, max_windows:
 
 
 def _open(path: str, reference_dir: Path | None) -> tuple[Any, Path]:
-    """(session, folder of the tokenizer)."""
     local = Path(path)
     if (local / "manifest.json").is_file():
         run = RunDirectory.open(local)

@@ -26,7 +26,7 @@ from signround_edge.errors import UserError
 from signround_edge.formats import Grid, QuantizedTensor, get_grid
 from signround_edge.formats.schemes import Scheme
 from signround_edge.progress import SILENT, Progress
-from signround_edge.run_directory import OUTSIDE, Manifest, RunDirectory
+from signround_edge.run_directory import OUTSIDE, Manifest, RunDirectory, TensorEntry
 from signround_edge.source_model import SourceModel
 from signround_edge.tuning.activations import (
     SecondMoments,
@@ -43,7 +43,8 @@ from signround_edge.tuning.plan import Plan, listing, make_plan, part_of_block
 from signround_edge.tuning.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.settings import TuningSettings
 from signround_edge.tuning.signround import Matrix, Unit, UnitReport, compute_context, initial_scales, tune_unit
-from signround_edge.tuning.whole_model import FloatShift, ScaleFactors, Tunable, WholeModel, tune_whole_model
+from signround_edge.tuning.tunables import FloatShift, Tunable, TunedMatrix
+from signround_edge.tuning.whole_model import WholeModel, tune_whole_model
 
 
 def quantize(
@@ -326,12 +327,12 @@ class _Job:
         self.run.write_part(OUTSIDE, tensors, {})
 
     def _whole_model(self, shell: Shell, exact: Tensor) -> None:
-        """Tune all stored floats together, and write every part anew; `exact` is what leaves the exact last block."""
+        """Tune all parts together, and write each anew; `exact` is what leaves the exact last block."""
         model = self._load_whole_model(shell, exact)
         train, held_out = self._split()
         batches = self._batches(len(self.decoder.blocks), train, self.settings.whole_model_batch_size)
-        report = tune_whole_model(model, self.settings, batches, held_out, self.progress)
-        parts = ((part, self._revised(part, model.tunables)) for part in self.plan.parts)
+        tuned, report = tune_whole_model(model, self.settings, batches, held_out, self.progress)
+        parts = ((part, self._revised(part, tuned)) for part in self.plan.parts)
         self.run.write_whole_model(parts, asdict(report))
         self.progress.line(f"whole model: {report}")
 
@@ -340,7 +341,8 @@ class _Job:
         tunables: dict[str, Tunable] = {}
         for entry in self.plan.tensors:
             if entry.format is not None and entry.part != OUTSIDE:
-                tunables[entry.name] = ScaleFactors(self.run.quantized(entry.name).to(device), entry.transposed)
+                tensor = self.run.quantized(entry.name).to(device)
+                tunables[entry.name] = TunedMatrix(tensor, entry.transposed, self._original(entry))
             elif len(entry.shape) == 1:
                 tunables[entry.name] = FloatShift(self.run.float_tensor(entry.name).to(device))
         outside = [entry.name for entry in self.plan.of_part(OUTSIDE)]
@@ -369,12 +371,19 @@ class _Job:
             recompute=device.type == "cuda" or sum(math.prod(t.shape) for t in self.plan.tensors) > 600_000_000,
         )
 
-    def _revised(self, part: str, tunables: dict[str, Tunable]) -> dict[str, Tensor | QuantizedTensor]:
+    def _original(self, entry: TensorEntry) -> Tensor | None:
+        """The source's weight f32 [out, in] of a matrix whose codes the whole-model stage moves."""
+        if self.settings.whole_model_code_lr == 0:
+            return None
+        weight = self._source_tensor(entry.name).float().to(self.device)
+        return weight.T.contiguous() if entry.transposed else weight
+
+    def _revised(self, part: str, tuned: dict[str, Tensor | QuantizedTensor]) -> dict[str, Tensor | QuantizedTensor]:
         """A part with what the whole-model stage has tuned."""
         tensors: dict[str, Tensor | QuantizedTensor] = {}
         for entry in self.plan.of_part(part):
-            if entry.name in tunables:
-                tensors[entry.name] = tunables[entry.name].stored()
+            if entry.name in tuned:
+                tensors[entry.name] = tuned[entry.name]
             elif entry.format is not None:
                 tensors[entry.name] = self.run.quantized(entry.name)
             else:

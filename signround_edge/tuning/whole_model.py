@@ -1,12 +1,13 @@
 """Tuning the whole model on the KL divergence of its next-token probabilities from the full-precision model's.
 
-Block-wise tuning has fixed the codes; what every format stores in floats anyway is tuned here: the fp16 scales (and
-minimums, super-scales) of the matrices, norm weights and biases. Nothing new is stored, so files stay valid.
+Block-wise tuning cannot judge what an error of a block does to the model's answer; here that is the loss:
 
     L = mean over tokens of Σ_v p(v)·(log p(v) − log p̂(v)),  p full precision, p̂ quantized
 
-Each fp16 field f is f₀·(1 + a), rounded to fp16 in the forward pass with the gradient passed straight through; ŵ is
-linear in it, so ∂L/∂a = f₀·∂ŵ/∂f·G with G = ∂L/∂ŵ. a and the float tensors descend by Adam (Kingma and Ba 2015).
+Tuned are the codes, by SignRound's sign step, and what every format stores in floats anyway: the fp16 scales (and
+minimums, super-scales) of the matrices, norm weights and biases. Nothing new is stored, so files stay valid. Each fp16
+field f is f₀·(1 + a), rounded to fp16 in the forward pass with the gradient passed straight through; ŵ is linear in it,
+so ∂L/∂a = f₀·∂ŵ/∂f·G with G = ∂L/∂ŵ. a and the float tensors descend by Adam (Kingma and Ba 2015).
 """
 
 from __future__ import annotations
@@ -20,82 +21,16 @@ from torch import Tensor, nn
 
 from signround_edge.decoder import Decoder, set_parameter
 from signround_edge.formats import QuantizedTensor
-from signround_edge.formats.grid import Fields, to_fp16
 from signround_edge.progress import Progress
 from signround_edge.tuning.activations import Shell
 from signround_edge.tuning.settings import TuningSettings, check_steps
+from signround_edge.tuning.tunables import Tunable
 
 # Tokens whose logits are in memory at once: f32 [256, vocabulary] of either model.
 _TOKENS_AT_ONCE = 256
 
-
-class ScaleFactors:
-    """The fp16 fields of one quantized matrix, each times 1 + a, with codes and integer fields frozen.
-
-    Attributes:
-        tensor: the matrix before this stage.
-        shifts: a of each fp16 field, f32, shaped as the field.
-    """
-
-    def __init__(self, tensor: QuantizedTensor, transposed: bool) -> None:
-        self.tensor = tensor
-        self.transposed = transposed
-        self.shifts = {
-            name: nn.Parameter(torch.zeros(field.shape, device=field.device))
-            for name, field in tensor.fields.items()
-            if field.dtype == torch.float16
-        }
-
-    def stored(self) -> QuantizedTensor:
-        """The matrix with its fields as stored now."""
-        moved = {name: to_fp16(self.tensor.fields[name].float() * (1 + a.detach())) for name, a in self.shifts.items()}
-        return QuantizedTensor(self.tensor.grid, self.tensor.codes, {**self.tensor.fields, **moved})
-
-    def value(self) -> Tensor:
-        """The weight now, f32, in the module's own orientation."""
-        weight = self.stored().dequantize()
-        return weight.T.contiguous() if self.transposed else weight
-
-    def receive(self, gradient: Tensor) -> None:
-        """Set the gradients of the shifts from G, in the module's own orientation."""
-        if self.transposed:
-            gradient = gradient.T.contiguous()
-        grid, now = self.tensor.grid, self.stored()
-        leaves: Fields = {name: now.fields[name].float().requires_grad_() for name in self.shifts}
-        with torch.enable_grad():
-            weight = grid.dequantize_blocks(grid.blocked(now.codes), {**now.fields, **leaves})
-        slopes = torch.autograd.grad(weight, list(leaves.values()), grid.blocked(gradient))
-        for (name, shift), slope in zip(self.shifts.items(), slopes, strict=True):
-            shift.grad = slope * self.tensor.fields[name].float()
-
-
-class FloatShift:
-    """A float tensor moved by unit·a, where the unit is its root mean square.
-
-    Attributes:
-        initial: the tensor before this stage, as stored.
-        shifts: {"value": a}, f32, shaped as the tensor.
-    """
-
-    def __init__(self, initial: Tensor) -> None:
-        self.initial = initial
-        self._unit = initial.float().square().mean().sqrt()
-        self.shifts = {"value": nn.Parameter(torch.zeros(initial.shape, device=initial.device))}
-
-    def stored(self) -> Tensor:
-        """The tensor as stored now: f32, because 16 bits would round away what is tuned."""
-        return self.initial.float() + self._unit * self.shifts["value"].detach()
-
-    def value(self) -> Tensor:
-        """The tensor now, f32."""
-        return self.stored()
-
-    def receive(self, gradient: Tensor) -> None:
-        """Set the gradient of a from that of the tensor."""
-        self.shifts["value"].grad = gradient * self._unit
-
-
-Tunable = ScaleFactors | FloatShift
+# A step moves every position, also those that its few samples tell nothing about; more a step is noise.
+_MOST_CODE_LR = 5e-3
 
 
 @dataclass(frozen=True)
@@ -163,8 +98,12 @@ class WholeModel:
             if name in self.outside:
                 self.outside[name] = parameter
 
-    def train_step(self, samples: Tensor) -> float:
-        """Set the gradients of all tunables on samples [n]; returns their mean KL divergence."""
+    def stored(self) -> dict[str, Tensor | QuantizedTensor]:
+        """What is tuned, by parameter name, as the run directory stores it."""
+        return {name: tunable.stored() for name, tunable in self.tunables.items()}
+
+    def train_step(self, samples: Tensor, code_rate: float) -> float:
+        """Set the gradients of all tunables on samples [n], and move the codes; returns the mean KL divergence."""
         count = samples.numel() * self.tokens.shape[1]
         block_inputs: list[Tensor] = []
         outputs: list[Tensor] = []
@@ -179,7 +118,7 @@ class WholeModel:
         for divergences in self._divergences(samples, last):
             (divergences.sum() / count).backward()
             total += float(divergences.detach().double().sum())
-        self._receive(self.outside)
+        self._receive(self.outside, code_rate)
         slope = last.grad
         for index in reversed(range(len(self.decoder.blocks))):
             output, block_input = outputs.pop(), block_inputs.pop()
@@ -187,7 +126,7 @@ class WholeModel:
                 output = self._block(index, samples, block_input)
             output.backward(slope)
             slope = block_input.grad
-            self._receive(self.tunables_of_block[index])
+            self._receive(self.tunables_of_block[index], code_rate)
         return total / count
 
     def divergence(self, samples: Tensor, batch_size: int) -> float:
@@ -230,19 +169,19 @@ class WholeModel:
             if owner in outside:
                 set_parameter(self.decoder.model, alias, outside[owner])
 
-    def _receive(self, names: Iterable[str]) -> None:
+    def _receive(self, names: Iterable[str], code_rate: float) -> None:
         """Pass the gradients of parameters on to their tunables, and let go of them."""
         for name in names:
             parameter = self.decoder.model.get_parameter(name)
             if name in self.tunables and parameter.grad is not None:
-                self.tunables[name].receive(parameter.grad)
+                self.tunables[name].receive(parameter.grad, code_rate)
             parameter.grad = None
 
 
 def tune_whole_model(
     model: WholeModel, settings: TuningSettings, batches: Iterator[Tensor], held_out: Tensor, progress: Progress
-) -> WholeModelReport:
-    """Tune the model's tunables; on return they and the model hold what is kept.
+) -> tuple[dict[str, Tensor | QuantizedTensor], WholeModelReport]:
+    """Tune the model's tunables; returns what is kept of each, by parameter name, as the run directory stores it.
 
     Args:
         batches: endless iterator of sample indices to train on.
@@ -252,13 +191,16 @@ def tune_whole_model(
     optimizer = torch.optim.Adam(shifts, lr=settings.whole_model_lr, betas=(0.9, 0.99))
     steps = settings.whole_model_steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    code_lr = settings.whole_model_code_lr
+    if code_lr is None:
+        code_lr = min(1 / steps, _MOST_CODE_LR)
     model.install()
     before = best = model.divergence(held_out, settings.batch_size)
-    best_step, kept = 0, [shift.detach().clone() for shift in shifts]
+    best_step, kept = 0, model.stored()
     check_at = check_steps(steps, settings.checks)
     for step in range(steps):
         optimizer.zero_grad()  # experts that no token of a batch reaches get no gradient, and must not keep their last
-        model.train_step(next(batches))
+        model.train_step(next(batches), code_lr * (1 - step / steps))
         optimizer.step()
         schedule.step()
         model.install()
@@ -266,9 +208,5 @@ def tune_whole_model(
             found = model.divergence(held_out, settings.batch_size)
             progress.line(f"whole model: step {step + 1} of {steps}, held-out KL divergence {found:.3e}")
             if found < best:
-                best, best_step, kept = found, step + 1, [shift.detach().clone() for shift in shifts]
-    with torch.no_grad():
-        for shift, value in zip(shifts, kept, strict=True):
-            shift.copy_(value)
-    model.install()
-    return WholeModelReport(before, best, best_step)
+                best, best_step, kept = found, step + 1, model.stored()
+    return kept, WholeModelReport(before, best, best_step)

@@ -1,0 +1,120 @@
+"""What the whole-model stage tunes: fp16 fields and codes of quantized matrices, and float tensors.
+
+Each has a `value` that goes into the model, receives that value's gradient, and has a `stored` form for the run
+directory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from signround_edge.formats import QuantizedTensor
+from signround_edge.formats.grid import Fields, to_fp16
+
+# How near to a rounding boundary a position may be: one half, less what f32 cannot tell from it at 255 codes.
+_HALF = 0.4999
+
+
+class TunedMatrix:
+    """A quantized matrix: each fp16 field times 1 + a, and codes that move by the sign of the gradient.
+
+    A code q has a real-valued position p with q = clip(round(p)), the tuner's u + V. With the scale s,
+
+        ∂L/∂p = s·G straight through the rounding,    p ← p − rate·sign(s·G)
+
+    which is SignRound's step, driven by the loss of the whole model.
+
+    Attributes:
+        tensor: codes as they are now, with the fields before this stage.
+        transposed: whether the module's weight is [in, out].
+        shifts: a of each fp16 field, f32, shaped as the field.
+        positions: p less the grid's anchor, f32 [R, B, S]; None when the codes are frozen.
+    """
+
+    def __init__(self, tensor: QuantizedTensor, transposed: bool, original: Tensor | None = None) -> None:
+        """`original`: the full-precision weight f32 [out, in], which tells the codes that nearly became others; None
+        freezes the codes."""
+        self.tensor = tensor
+        self.transposed = transposed
+        self.shifts = {
+            name: nn.Parameter(torch.zeros(field.shape, device=field.device))
+            for name, field in tensor.fields.items()
+            if field.dtype == torch.float16
+        }
+        self.positions = None if original is None else starting_positions(tensor, original)
+
+    def stored(self) -> QuantizedTensor:
+        """The matrix with its fields as stored now."""
+        moved = {name: to_fp16(self.tensor.fields[name].float() * (1 + a.detach())) for name, a in self.shifts.items()}
+        return QuantizedTensor(self.tensor.grid, self.tensor.codes, {**self.tensor.fields, **moved})
+
+    def value(self) -> Tensor:
+        """The weight now, f32, in the module's own orientation."""
+        weight = self.stored().dequantize()
+        return weight.T.contiguous() if self.transposed else weight
+
+    def receive(self, gradient: Tensor, code_rate: float) -> None:
+        """Set the gradients of the shifts from G = ∂L/∂ŵ, in the module's own orientation, and move the codes."""
+        if self.transposed:
+            gradient = gradient.T.contiguous()
+        grid, now = self.tensor.grid, self.stored()
+        leaves: Fields = {name: now.fields[name].float().requires_grad_() for name in self.shifts}
+        with torch.enable_grad():
+            weight = grid.dequantize_blocks(grid.blocked(now.codes), {**now.fields, **leaves})
+        slopes = torch.autograd.grad(weight, list(leaves.values()), grid.blocked(gradient))
+        for (name, shift), slope in zip(self.shifts.items(), slopes, strict=True):
+            shift.grad = slope * self.tensor.fields[name].float()
+        if self.positions is not None and code_rate:
+            self._move_codes(self.positions, grid.blocked(gradient), now.fields, code_rate)
+
+    def _move_codes(self, positions: Tensor, gradient: Tensor, fields: Fields, rate: float) -> None:
+        grid = self.tensor.grid
+        scale, _ = grid.affine_view(fields)
+        low, high = grid.offset_range
+        positions.sub_((gradient * scale.unsqueeze(-1)).sign_(), alpha=rate).clamp_(low - _HALF, high + _HALF)
+        self.tensor = grid.pack_tensor(positions.round() + grid.anchor, self.tensor.fields)
+
+
+class FloatShift:
+    """A float tensor moved by unit·a, where the unit is its root mean square.
+
+    Attributes:
+        initial: the tensor before this stage, as stored.
+        shifts: {"value": a}, f32, shaped as the tensor.
+    """
+
+    def __init__(self, initial: Tensor) -> None:
+        self.initial = initial
+        self._unit = initial.float().square().mean().sqrt()
+        self.shifts = {"value": nn.Parameter(torch.zeros(initial.shape, device=initial.device))}
+
+    def stored(self) -> Tensor:
+        """The tensor as stored now: f32, because 16 bits would round away what is tuned."""
+        return self.initial.float() + self._unit * self.shifts["value"].detach()
+
+    def value(self) -> Tensor:
+        """The tensor now, f32."""
+        return self.stored()
+
+    def receive(self, gradient: Tensor, _code_rate: float) -> None:
+        """Set the gradient of a from that of the tensor."""
+        self.shifts["value"].grad = gradient * self._unit
+
+
+Tunable = TunedMatrix | FloatShift
+
+
+def starting_positions(tensor: QuantizedTensor, original: Tensor) -> Tensor:
+    """Positions f32 [R, B, S], less the grid's anchor, that round to the tensor's codes.
+
+    Where the code is the nearest one it is the weight's own position. Where block-wise tuning chose another, the
+    position is mirrored at the boundary that V made it cross: a weight that crossed by a little is as near to crossing
+    back. V itself is not stored.
+    """
+    grid = tensor.grid
+    codes = grid.blocked(tensor.codes).float() - grid.anchor
+    away = grid.offsets(grid.blocked(original), tensor.fields) - codes
+    distance = away.abs()
+    inside = torch.where(distance <= 0.5, distance, (1 - distance).clamp_min(0)).clamp_max(_HALF)
+    return codes + inside * away.sign()

@@ -38,13 +38,14 @@ from signround_edge.tuning.activations import (
 )
 from signround_edge.tuning.attention import use_blocked_attention
 from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer, tokens_hash
+from signround_edge.tuning.divergence import TopProbabilities
 from signround_edge.tuning.importance import Importance, ImportanceSink, ImportanceSource, given_importance
 from signround_edge.tuning.plan import Plan, listing, make_plan, part_of_block
 from signround_edge.tuning.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.settings import TuningSettings
 from signround_edge.tuning.signround import Matrix, Unit, UnitReport, compute_context, initial_scales, tune_unit
 from signround_edge.tuning.tunables import FloatShift, Tunable, TunedMatrix
-from signround_edge.tuning.whole_model import WholeModel, tune_whole_model
+from signround_edge.tuning.whole_model import TOKENS_AT_ONCE, WholeModel, tune_whole_model
 
 
 def quantize(
@@ -345,31 +346,36 @@ class _Job:
                 tunables[entry.name] = TunedMatrix(tensor, entry.transposed, self._original(entry))
             elif len(entry.shape) == 1:
                 tunables[entry.name] = FloatShift(self.run.float_tensor(entry.name).to(device))
-        outside = [entry.name for entry in self.plan.of_part(OUTSIDE)]
-        quantized = {name: _frozen(self.run.dequantized(name)) for name in outside}
-        for name, parameter in quantized.items():
-            set_parameter(decoder.model, name, parameter)
-        inputs = self._embed_all(shell)
+        for module in decoder.model.modules():
+            module._buffers.update({k: None if b is None else b.to(device) for k, b in module._buffers.items()})
+        self._load_outside(lambda name: self._source_tensor(name).float())
+        with torch.no_grad():
+            positions = exact.flatten(0, 1).split(TOKENS_AT_ONCE)
+            exact_probabilities = TopProbabilities.of((shell.logits(part.to(device)) for part in positions), _CPU)
+        self._load_outside(self.run.dequantized)
+        inputs = self._embed_all(shell).cpu()
         for entry in self.plan.tensors:  # what stays as it is within the blocks; `install` puts the rest there
             if entry.part != OUTSIDE and entry.name not in tunables:
                 set_parameter(decoder.model, entry.name, _frozen(self.run.dequantized(entry.name).to(device)))
-        for module in decoder.model.modules():
-            module._buffers.update({k: None if b is None else b.to(device) for k, b in module._buffers.items()})
         grids = [self._grid(t.name) for t in self.plan.tensors if t.format is not None and t.part != OUTSIDE]
         return WholeModel(
             decoder,
             shell,
             self.tokens,
             inputs,
-            exact,
-            {name: _frozen(self._source_tensor(name).float().to(device)) for name in outside},
-            {name: _frozen(parameter.to(device)) for name, parameter in quantized.items()},
+            exact_probabilities,
             tunables,
-            self.plan.tied,
             compute_context(self.settings, grids, device),
             device,
             recompute=device.type == "cuda" or sum(math.prod(t.shape) for t in self.plan.tensors) > 600_000_000,
         )
+
+    def _load_outside(self, value: Callable[[str], Tensor]) -> None:
+        """Put all that is outside the blocks into the model; `value` gives it in f32."""
+        loaded = {t.name: _frozen(value(t.name).to(self.device)) for t in self.plan.of_part(OUTSIDE)}
+        loaded |= {alias: loaded[owner] for alias, owner in self.plan.tied.items() if owner in loaded}
+        for name, parameter in loaded.items():
+            set_parameter(self.decoder.model, name, parameter)
 
     def _original(self, entry: TensorEntry) -> Tensor | None:
         """The source's weight f32 [out, in] of a matrix whose codes the whole-model stage moves."""

@@ -23,11 +23,12 @@ from signround_edge.decoder import Decoder, set_parameter
 from signround_edge.formats import QuantizedTensor
 from signround_edge.progress import Progress
 from signround_edge.tuning.activations import Shell
+from signround_edge.tuning.divergence import TopProbabilities, kl_divergence
 from signround_edge.tuning.settings import TuningSettings, check_steps
 from signround_edge.tuning.tunables import Tunable
 
-# Tokens whose logits are in memory at once: f32 [256, vocabulary] of either model.
-_TOKENS_AT_ONCE = 256
+# Tokens whose logits are in memory at once: f32 [256, vocabulary].
+TOKENS_AT_ONCE = 256
 
 # A step moves every position, also those that its few samples tell nothing about; more a step is noise.
 _MOST_CODE_LR = 5e-3
@@ -52,12 +53,6 @@ class WholeModelReport:
         return f"held-out KL divergence {self.before:.3e} → {self.after:.3e} ({less:.0%} less) at step {self.best_step}"
 
 
-def kl_divergence(exact: Tensor, found: Tensor) -> Tensor:
-    """Σ_v p(v)·(log p(v) − log p̂(v)) of each token, f32 [tokens], from logits f32 [tokens, vocabulary]."""
-    log_p = exact.log_softmax(-1)
-    return (log_p.exp() * (log_p - found.log_softmax(-1))).sum(-1)
-
-
 @dataclass
 class WholeModel:
     """The quantized model, loaded as a whole, beside what the exact one has after its blocks.
@@ -67,11 +62,8 @@ class WholeModel:
         shell: of the same decoder.
         tokens: int64 [samples, seqlen].
         inputs: what enters the quantized model's block 0, f32 [samples, seqlen, hidden].
-        exact: output of the exact model's last block, same shape.
-        exact_outside: parameter name → f32 of all that the exact model has outside its blocks.
-        outside: the same of the quantized model.
+        exact: the exact model's next-token probabilities at each position of `tokens`, one sample after another.
         tunables: parameter name → what is tuned.
-        tied: alias → owner of shared parameters.
         autocast: context of the matrix products in the blocks.
         recompute: run each block again in the backward pass instead of keeping its graph: one block's activations in
             memory instead of all, for a third more time.
@@ -81,11 +73,8 @@ class WholeModel:
     shell: Shell
     tokens: Tensor
     inputs: Tensor
-    exact: Tensor
-    exact_outside: dict[str, nn.Parameter]
-    outside: dict[str, nn.Parameter]
+    exact: TopProbabilities
     tunables: dict[str, Tunable]
-    tied: dict[str, str]
     autocast: torch.autocast
     device: torch.device
     recompute: bool
@@ -93,10 +82,7 @@ class WholeModel:
     def install(self) -> None:
         """Put the tuned parameters, as they are now, into the model."""
         for name, tunable in self.tunables.items():
-            parameter = nn.Parameter(tunable.value())
-            set_parameter(self.decoder.model, name, parameter)
-            if name in self.outside:
-                self.outside[name] = parameter
+            set_parameter(self.decoder.model, name, nn.Parameter(tunable.value()))
 
     def stored(self) -> dict[str, Tensor | QuantizedTensor]:
         """What is tuned, by parameter name, as the run directory stores it."""
@@ -118,7 +104,7 @@ class WholeModel:
         for divergences in self._divergences(samples, last):
             (divergences.sum() / count).backward()
             total += float(divergences.detach().double().sum())
-        self._receive(self.outside, code_rate)
+        self._receive(self._tunables_outside, code_rate)
         slope = last.grad
         for index in reversed(range(len(self.decoder.blocks))):
             output, block_input = outputs.pop(), block_inputs.pop()
@@ -126,7 +112,7 @@ class WholeModel:
                 output = self._block(index, samples, block_input)
             output.backward(slope)
             slope = block_input.grad
-            self._receive(self.tunables_of_block[index], code_rate)
+            self._receive(self._tunables_of_block[index], code_rate)
         return total / count
 
     def divergence(self, samples: Tensor, batch_size: int) -> float:
@@ -141,10 +127,14 @@ class WholeModel:
         return total / (samples.numel() * self.tokens.shape[1])
 
     @functools.cached_property
-    def tunables_of_block(self) -> list[list[str]]:
-        """Names of the tunables of each block."""
+    def _tunables_of_block(self) -> list[list[str]]:
         prefixes = [self.decoder.block_prefix(index) for index in range(len(self.decoder.blocks))]
         return [[name for name in self.tunables if name.startswith(prefix)] for prefix in prefixes]
+
+    @functools.cached_property
+    def _tunables_outside(self) -> list[str]:
+        inside = {name for names in self._tunables_of_block for name in names}
+        return [name for name in self.tunables if name not in inside]
 
     def _block(self, index: int, samples: Tensor, hidden: Tensor) -> Tensor:
         call = self.shell.block_call(index, self.tokens[samples], self.device)
@@ -153,27 +143,16 @@ class WholeModel:
 
     def _divergences(self, samples: Tensor, hidden: Tensor) -> Iterator[Tensor]:
         """KL divergence f32 [tokens] of some tokens after the others, for the last block's output of `samples`."""
-        exact = self.exact[samples].flatten(0, 1)
-        for start in range(0, len(exact), _TOKENS_AT_ONCE):
-            part = slice(start, start + _TOKENS_AT_ONCE)
-            with torch.no_grad():
-                self._use(self.exact_outside)
-                target = self.shell.logits(exact[part].to(self.device))
-            self._use(self.outside)
-            yield kl_divergence(target, self.shell.logits(hidden.flatten(0, 1)[part]))
-
-    def _use(self, outside: dict[str, nn.Parameter]) -> None:
-        for name, parameter in outside.items():
-            set_parameter(self.decoder.model, name, parameter)
-        for alias, owner in self.tied.items():
-            if owner in outside:
-                set_parameter(self.decoder.model, alias, outside[owner])
+        seqlen = self.tokens.shape[1]
+        positions = (samples.unsqueeze(-1) * seqlen + torch.arange(seqlen)).flatten().split(TOKENS_AT_ONCE)
+        for part, rows in zip(positions, hidden.flatten(0, 1).split(TOKENS_AT_ONCE), strict=True):
+            yield kl_divergence(self.exact.at(part, self.device), self.shell.logits(rows))
 
     def _receive(self, names: Iterable[str], code_rate: float) -> None:
         """Pass the gradients of parameters on to their tunables, and let go of them."""
         for name in names:
             parameter = self.decoder.model.get_parameter(name)
-            if name in self.tunables and parameter.grad is not None:
+            if parameter.grad is not None:
                 self.tunables[name].receive(parameter.grad, code_rate)
             parameter.grad = None
 

@@ -18,12 +18,14 @@ from signround_edge.evaluation import TorchSession, evaluate, load_run_model, lo
 from signround_edge.formats import get_grid
 from signround_edge.formats.schemes import parse_scheme
 from signround_edge.run_directory import RunDirectory
+from signround_edge.tuning import divergence
 from signround_edge.tuning import quantize as quantize_module
 from signround_edge.tuning.activations import Shell, block_returns_tuple
+from signround_edge.tuning.divergence import TopProbabilities
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.sign_step import RoundingState
 from signround_edge.tuning.tunables import FloatShift, TunedMatrix, starting_positions
-from signround_edge.tuning.whole_model import WholeModel, kl_divergence
+from signround_edge.tuning.whole_model import WholeModel
 
 SETTINGS = replace(SMALL, steps=10, samples=24, seqlen=64, whole_model_steps=20, whole_model_batch_size=4)
 CPU = torch.device("cpu")
@@ -211,7 +213,10 @@ def test_logits_of_the_shell_are_the_models(name: str, tmp_path: Path, tiny_llam
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_gradients_are_those_of_the_model_as_a_whole(recompute: bool, tmp_path: Path, tiny_llama: Path) -> None:
+def test_gradients_are_those_of_the_model_as_a_whole(
+    recompute: bool, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(divergence, "KEPT_TOKENS", 3072)  # all, so that the divergence is the plain one
     config = transformers.LlamaConfig(**CONFIGS["llama"].to_dict() | {"tie_word_embeddings": True})
     path = save_random_model(config, tmp_path / "model", tokenizer_from=tiny_llama)
     exact_model, model = load_source_model(path), load_source_model(path)
@@ -226,18 +231,14 @@ def test_gradients_are_those_of_the_model_as_a_whole(recompute: bool, tmp_path: 
     with torch.no_grad():
         for name in names:
             model.get_parameter(name).mul_(1.1).requires_grad_()
-    outside = {n: p for n, p in decoder.model.named_parameters() if ".layers." not in n}
-    moved = {n: torch.nn.Parameter(model.get_parameter(n).detach(), requires_grad=False) for n in outside}
+    exact = TopProbabilities.of([exact_model(input_ids=tokens).logits.detach().flatten(0, 1)], CPU)
     whole = WholeModel(
         decoder=decoder,
         shell=shell,
         tokens=tokens,
         inputs=hidden[0],
-        exact=hidden[-1],
-        exact_outside={n: torch.nn.Parameter(p.detach(), requires_grad=False) for n, p in outside.items()},
-        outside=moved,
+        exact=exact,
         tunables={n: FloatShift(model.get_parameter(n).detach()) for n in names},
-        tied=decoder.tied_parameters(),
         autocast=torch.autocast("cpu", enabled=False),
         device=CPU,
         recompute=recompute,
@@ -245,11 +246,12 @@ def test_gradients_are_those_of_the_model_as_a_whole(recompute: bool, tmp_path: 
     whole.install()
     found = whole.train_step(torch.tensor([0, 2]), 0.0)
     part = tokens[[0, 2]]
-    target = exact_model(input_ids=part).logits.detach().flatten(0, 1)
-    loss = kl_divergence(target, model(input_ids=part).logits.flatten(0, 1)).mean()
+    target = exact_model(input_ids=part).logits.detach().log_softmax(-1)
+    log_p = model(input_ids=part).logits.log_softmax(-1)
+    loss = (target.exp() * (target - log_p)).sum(-1).mean()
     loss.backward()
     loss = loss.detach()
-    assert math.isclose(found, float(loss), rel_tol=1e-4)
+    assert math.isclose(found, float(loss), rel_tol=1e-3)
     for name in names:
         gradient = model.get_parameter(name).grad
         shift = whole.tunables[name].shifts["value"].grad
@@ -257,4 +259,4 @@ def test_gradients_are_those_of_the_model_as_a_whole(recompute: bool, tmp_path: 
         assert shift is not None
         unit = model.get_parameter(name).detach().square().mean().sqrt()
         torch.testing.assert_close(shift, gradient * unit, rtol=1e-3, atol=1e-7)
-    assert math.isclose(whole.divergence(torch.tensor([0, 2]), 1), float(loss), rel_tol=1e-4)
+    assert math.isclose(whole.divergence(torch.tensor([0, 2]), 1), float(loss), rel_tol=1e-3)

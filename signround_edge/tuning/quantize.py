@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -43,7 +42,15 @@ from signround_edge.tuning.importance import Importance, ImportanceSink, Importa
 from signround_edge.tuning.plan import Plan, listing, make_plan, part_of_block
 from signround_edge.tuning.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.settings import TuningSettings
-from signround_edge.tuning.signround import Matrix, Unit, UnitReport, compute_context, initial_scales, tune_unit
+from signround_edge.tuning.signround import (
+    Matrix,
+    Unit,
+    UnitReport,
+    compute_context,
+    compute_dtype,
+    initial_scales,
+    tune_unit,
+)
 from signround_edge.tuning.tunables import FloatShift, Tunable, TunedMatrix
 from signround_edge.tuning.whole_model import TOKENS_AT_ONCE, WholeModel, tune_whole_model
 
@@ -340,10 +347,12 @@ class _Job:
     def _load_whole_model(self, shell: Shell, exact: Tensor) -> WholeModel:
         decoder, device = self.decoder, self.device
         tunables: dict[str, Tunable] = {}
+        grids = [self._grid(t.name) for t in self.plan.tensors if t.format is not None and t.part != OUTSIDE]
+        dtype = compute_dtype(self.settings, grids, device)
         for entry in self.plan.tensors:
             if entry.format is not None and entry.part != OUTSIDE:
                 tensor = self.run.quantized(entry.name).to(device)
-                tunables[entry.name] = TunedMatrix(tensor, entry.transposed, self._original(entry))
+                tunables[entry.name] = TunedMatrix(tensor, entry.transposed, self._original(entry), dtype)
             elif len(entry.shape) == 1:
                 tunables[entry.name] = FloatShift(self.run.float_tensor(entry.name).to(device))
         for module in decoder.model.modules():
@@ -357,7 +366,6 @@ class _Job:
         for entry in self.plan.tensors:  # what stays as it is within the blocks; `install` puts the rest there
             if entry.part != OUTSIDE and entry.name not in tunables:
                 set_parameter(decoder.model, entry.name, _frozen(self.run.dequantized(entry.name).to(device)))
-        grids = [self._grid(t.name) for t in self.plan.tensors if t.format is not None and t.part != OUTSIDE]
         return WholeModel(
             decoder,
             shell,
@@ -367,7 +375,6 @@ class _Job:
             tunables,
             compute_context(self.settings, grids, device),
             device,
-            recompute=device.type == "cuda" or sum(math.prod(t.shape) for t in self.plan.tensors) > 600_000_000,
         )
 
     def _load_outside(self, value: Callable[[str], Tensor]) -> None:

@@ -32,11 +32,18 @@ class TunedMatrix:
         positions: p less the grid's anchor, f32 [R, B, S]; None when the codes are frozen.
     """
 
-    def __init__(self, tensor: QuantizedTensor, transposed: bool, original: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        tensor: QuantizedTensor,
+        transposed: bool,
+        original: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """`original`: the full-precision weight f32 [out, in], which tells the codes that nearly became others; None
-        freezes the codes."""
+        freezes the codes. `dtype`: of the products, so that neither weight nor gradient is converted at every step."""
         self.tensor = tensor
         self.transposed = transposed
+        self._dtype = dtype
         self.shifts = {
             name: nn.Parameter(torch.zeros(field.shape, device=field.device))
             for name, field in tensor.fields.items()
@@ -50,12 +57,13 @@ class TunedMatrix:
         return QuantizedTensor(self.tensor.grid, self.tensor.codes, {**self.tensor.fields, **moved})
 
     def value(self) -> Tensor:
-        """The weight now, f32, in the module's own orientation."""
-        weight = self.stored().dequantize()
+        """The weight now, in the dtype of the products and the module's own orientation."""
+        weight = self.stored().dequantize().to(self._dtype)
         return weight.T.contiguous() if self.transposed else weight
 
     def receive(self, gradient: Tensor, code_rate: float) -> None:
         """Set the gradients of the shifts from G = ∂L/∂ŵ, in the module's own orientation, and move the codes."""
+        gradient = gradient.float()
         if self.transposed:
             gradient = gradient.T.contiguous()
         grid, now = self.tensor.grid, self.stored()

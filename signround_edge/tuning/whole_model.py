@@ -65,8 +65,6 @@ class WholeModel:
         exact: the exact model's next-token probabilities at each position of `tokens`, one sample after another.
         tunables: parameter name → what is tuned.
         autocast: context of the matrix products in the blocks.
-        recompute: run each block again in the backward pass instead of keeping its graph: one block's activations in
-            memory instead of all, for a third more time.
     """
 
     decoder: Decoder
@@ -77,7 +75,6 @@ class WholeModel:
     tunables: dict[str, Tunable]
     autocast: torch.autocast
     device: torch.device
-    recompute: bool
 
     def install(self) -> None:
         """Put the tuned parameters, as they are now, into the model."""
@@ -92,25 +89,22 @@ class WholeModel:
         """Set the gradients of all tunables on samples [n], and move the codes; returns the mean KL divergence."""
         count = samples.numel() * self.tokens.shape[1]
         block_inputs: list[Tensor] = []
-        outputs: list[Tensor] = []
         hidden = self.inputs[samples].to(self.device)
         for index in range(len(self.decoder.blocks)):
-            block_inputs.append(hidden.detach().requires_grad_())
-            with torch.set_grad_enabled(not self.recompute):
-                hidden = self._block(index, samples, block_inputs[-1])
-            outputs.append(hidden)
-        last = hidden.detach().requires_grad_()
+            block_inputs.append(hidden)
+            with torch.no_grad():
+                hidden = self._block(index, samples, hidden)
+        last = hidden.requires_grad_()
         total = 0.0
         for divergences in self._divergences(samples, last):
             (divergences.sum() / count).backward()
             total += float(divergences.detach().double().sum())
         self._receive(self._tunables_outside, code_rate)
         slope = last.grad
+        # Each block runs again: its activations are in memory alone, for a fifth more time in all.
         for index in reversed(range(len(self.decoder.blocks))):
-            output, block_input = outputs.pop(), block_inputs.pop()
-            if self.recompute:
-                output = self._block(index, samples, block_input)
-            output.backward(slope)
+            block_input = block_inputs.pop().detach().requires_grad_()
+            self._block(index, samples, block_input).backward(slope)
             slope = block_input.grad
             self._receive(self._tunables_of_block[index], code_rate)
         return total / count

@@ -134,6 +134,7 @@ def _find_runtimes(job: _Job, artifact: ArtifactReport) -> tuple[list[_Trial], l
             runtime = known.get(name)
             if runtime is not None and runtime.artifact_format != artifact.format:
                 continue
+            runtime = None if runtime is None else runtime.on(profile)
             trial = _Trial(RuntimeReport(name, profile.name, artifact.path), profile.tolerances)
             trials.append(trial)
             missing = "no such runtime is installed" if runtime is None else runtime.unavailable()

@@ -1,6 +1,6 @@
 """The worker process: `python -m runtime_tests.worker` loads one artifact and answers requests on stdin and stdout.
 
-It exists because a runtime may abort, hang or be killed on a corrupt file; then only this process dies. It ends when
+It imports nothing that a device would lack: numpy, and the runtime that is asked for. It exists because a runtime may abort, hang or be killed on a corrupt file; then only this process dies. It ends when
 its stdin ends, also in the middle of a computation, so that nothing is left running when the client is gone.
 
 Requests, by their "op":
@@ -9,9 +9,11 @@ Requests, by their "op":
     generate    {max_new} + tokens         → tokens i32
     tokenize    {text, add_special, parse_special} → tokens i32
     detokenize  {} + tokens                → {text}
+    run         {first, full, top} + tokens → the predictions at positions first … n−2: logits f32, or with full false
+                                             their digest (see `runtime_tests.digest`)
     dequantize  {type, count} + data u8    → weights f32 [count]   (libggml)
-    onnx_weights {artifact}                → {}                    (ONNX Runtime)
-    next_weight {}                         → {name} + weights f32, or {name: null} after the last
+    dequantize_node {node_op, rows, cols, dtype} + model u8 → weights f32 [rows, cols]   (ONNX Runtime)
+Replies of logits and run also say the seconds that they took and the peak_memory_bytes of the process so far.
 A reply with "error" holds one sentence about the input; a crash holds none.
 """
 
@@ -22,8 +24,9 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,16 +39,15 @@ class Worker:
 
     def __init__(self) -> None:
         self._engine: Any = None
-        self._weights: Iterator[tuple[str, Any]] = iter(())
         self._operations: dict[str, Callable[[Message], Message]] = {
             "open": self._open,
-            "logits": lambda m: Message({}, {"logits": self._opened().logits(m.arrays["tokens"])}),
+            "logits": self._logits,
+            "run": self._run,
             "generate": self._generate,
             "tokenize": self._tokenize,
             "detokenize": lambda m: Message({"text": self._opened().detokenize(m.arrays["tokens"])}),
             "dequantize": self._dequantize,
-            "onnx_weights": self._onnx_weights,
-            "next_weight": self._next_weight,
+            "dequantize_node": self._dequantize_node,
         }
 
     def answer(self, request: Message) -> Message:
@@ -64,6 +66,22 @@ class Worker:
         h = request.header
         self._engine = _ENGINES[h["runtime"]](Path(h["artifact"]), h["options"])
         return Message({"facts": self._engine.facts()})
+
+    def _logits(self, request: Message) -> Message:
+        started = time.monotonic()
+        logits = self._opened().logits(request.arrays["tokens"])
+        return Message(_usage(started), {"logits": logits})
+
+    def _run(self, request: Message) -> Message:
+        started = time.monotonic()
+        tokens, first = request.arrays["tokens"], int(request.header["first"])
+        logits = self._opened().logits(tokens)[first:-1]
+        if request.header["full"]:
+            return Message(_usage(started), {"logits": logits})
+        from runtime_tests.digest import digest_of
+
+        digest = digest_of(logits, tokens[first + 1 :], int(request.header["top"]))
+        return Message(_usage(started), vars(digest))
 
     def _generate(self, request: Message) -> Message:
         import numpy as np
@@ -84,16 +102,26 @@ class Worker:
         h = request.header
         return Message({}, {"weights": ggml_to_float(h["type"], request.arrays["data"], h["count"])})
 
-    def _onnx_weights(self, request: Message) -> Message:
-        from runtime_tests.runtimes.onnx_dequantize import dequantize_through_runtime
+    def _dequantize_node(self, request: Message) -> Message:
+        from runtime_tests.runtimes.onnx_dequantize import NodeModel, run_node_model
 
-        self._weights = dequantize_through_runtime(Path(request.header["artifact"]))
-        return Message({})
+        h = request.header
+        node = NodeModel(request.arrays["model"].tobytes(), h["node_op"], h["rows"], h["cols"], h["dtype"])
+        try:
+            return Message({}, {"weights": run_node_model(node)})
+        except Exception as error:  # onnxruntime's error classes share no base but Exception
+            raise UserError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
 
-    def _next_weight(self, _request: Message) -> Message:
-        for name, weights in self._weights:
-            return Message({"name": name}, {"weights": weights})
-        return Message({"name": None})
+
+def _usage(started: float) -> dict[str, Any]:
+    """Seconds since `started`, and the most memory that this process has held."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {"seconds": time.monotonic() - started}
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"seconds": time.monotonic() - started, "peak_memory_bytes": peak}
 
 
 def _llama_cpp(artifact: Path, options: dict[str, Any]) -> Any:

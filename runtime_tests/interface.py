@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from devices import DeviceProfile
+from runtime_tests.transports.interface import Transport
 from signround_edge.metrics import FloatArray, TokenArray
 
 
@@ -44,8 +45,8 @@ class Runtime(Protocol):
     name: str
     artifact_format: str  # "gguf" or "onnx"
 
-    def on(self, profile: DeviceProfile) -> Runtime:
-        """The same runtime on a device: its sessions run there."""
+    def on(self, profile: DeviceProfile, transport: Transport) -> Runtime:
+        """The same runtime on a device: its sessions run where the transport leads, as the profile says."""
         ...
 
     def unavailable(self) -> str | None:

@@ -30,6 +30,15 @@ class GivesScored(Protocol):
         ...
 
 
+@runtime_checkable
+class ComputesAhead(Protocol):
+    """A session that may want to be done before the next one is opened: a phone holds one model at a time."""
+
+    def compute_ahead(self, windows: Windows) -> None:
+        """Compute what will be scored, if it wants to."""
+        ...
+
+
 @dataclass
 class Contender:
     """One artifact, or its control, on one runtime.

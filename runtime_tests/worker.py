@@ -12,6 +12,7 @@ Requests, by their "op":
     run         {first, full, top} + tokens → the predictions at positions first … n−2: logits f32, or with full false
                                              their digest (see `runtime_tests.digest`)
     dequantize  {type, count} + data u8    → weights f32 [count]   (libggml)
+    have, put, arrange                     as in `runtime_tests.transports.remote_store`, data u8
     dequantize_node {node_op, rows, cols, dtype} + model u8 → weights f32 [rows, cols]   (ONNX Runtime)
 Replies of logits and run also say the seconds that they took and the peak_memory_bytes of the process so far.
 A reply with "error" holds one sentence about the input; a crash holds none.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import os
 import queue
+import select
 import signal
 import sys
 import threading
@@ -32,6 +34,8 @@ from typing import Any, BinaryIO
 
 from runtime_tests.transports.protocol import Message, ProtocolError, receive, send
 from signround_edge.errors import UserError
+
+_PATIENCE = "SIGNROUND_EDGE_IDLE_SECONDS"
 
 
 class Worker:
@@ -48,6 +52,9 @@ class Worker:
             "detokenize": lambda m: Message({"text": self._opened().detokenize(m.arrays["tokens"])}),
             "dequantize": self._dequantize,
             "dequantize_node": self._dequantize_node,
+            "have": self._have,
+            "put": self._put,
+            "arrange": self._arrange,
         }
 
     def answer(self, request: Message) -> Message:
@@ -112,6 +119,26 @@ class Worker:
         except Exception as error:  # onnxruntime's error classes share no base but Exception
             raise UserError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
 
+    def _have(self, request: Message) -> Message:
+        from runtime_tests.transports import remote_store
+
+        return Message({"there": remote_store.have(request.header["sha256"], request.header["bytes"])})
+
+    def _put(self, request: Message) -> Message:
+        from runtime_tests.transports import remote_store
+
+        h = request.header
+        try:
+            there = remote_store.put(h["sha256"], h["bytes"], h["offset"], request.arrays["data"].tobytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"the pushed file could not be kept ({error})") from error
+        return Message({"there": there})
+
+    def _arrange(self, request: Message) -> Message:
+        from runtime_tests.transports import remote_store
+
+        return Message({"path": remote_store.arrange(request.header["files"])})
+
 
 def _usage(started: float) -> dict[str, Any]:
     """Seconds since `started`, and the most memory that this process has held."""
@@ -146,20 +173,32 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a C library prints goes to stderr, not between our frames
     requests: queue.Queue[Message] = queue.Queue()
-    threading.Thread(target=_read_requests, args=(sys.stdin.buffer, requests), daemon=True).start()
+    idle = threading.Event()
+    threading.Thread(target=_read_requests, args=(sys.stdin.buffer, requests, idle), daemon=True).start()
     worker = Worker()
     try:
         while True:
-            send(replies, worker.answer(requests.get()))
+            idle.set()
+            request = requests.get()
+            idle.clear()
+            send(replies, worker.answer(request))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # an ordinary exit would wait for the thread that reads stdin
 
 
-def _read_requests(stream: BinaryIO, requests: queue.Queue[Message]) -> None:
-    """Queue requests; leave at once when the client is gone, whatever the main thread is doing."""
+def _read_requests(stream: BinaryIO, requests: queue.Queue[Message], idle: threading.Event) -> None:
+    """Queue requests; leave at once when the client is gone, whatever the main thread is doing.
+
+    A client whose network vanished closes nothing; so leave too when nobody asks for long (on other machines only).
+    """
+    patience = float(os.environ.get(_PATIENCE, "0")) or None
     while True:
+        if patience and not select.select([stream], [], [], patience)[0]:
+            if idle.is_set():
+                os._exit(4)
+            continue
         try:
             request = receive(stream)
         except ProtocolError as error:

@@ -54,6 +54,11 @@ export class Worker {
     },
   };
 
+  close() {
+    this.engine?.close?.();
+    this.engine = null;
+  }
+
   opened() {
     if (!this.engine) throw new Refusal('no artifact is open');
     return this.engine;

@@ -20,7 +20,6 @@ from runtime_tests.runtimes import llama_cpp_bindings
 from runtime_tests.runtimes.worker_session import WorkerSession
 from runtime_tests.transports.interface import DEFAULT_TIMEOUT, Transport, Worker, WorkerFailure
 from runtime_tests.transports.local import LocalTransport
-from runtime_tests.transports.lookup import transport_to
 from signround_edge.errors import UserError
 from signround_edge.metrics import FloatArray
 
@@ -73,10 +72,10 @@ class LlamaCppRuntime:
     name = "llama.cpp"
     artifact_format = "gguf"
 
-    def on(self, profile: DeviceProfile) -> LlamaCppRuntime:
+    def on(self, profile: DeviceProfile, transport: Transport) -> LlamaCppRuntime:
         """The same runtime on a device."""
         digest = profile.logits == "digest"
-        return replace(self, timeout=profile.timeout_s, transport=transport_to(profile), digest=digest)
+        return replace(self, timeout=profile.timeout_s, transport=transport, digest=digest)
 
     def unavailable(self) -> str | None:
         """Why it cannot run here, with the way out; None when it can."""

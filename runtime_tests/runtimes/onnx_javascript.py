@@ -16,7 +16,7 @@ from runtime_tests.runtimes.onnx_engine import decoder_config, model_file
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from runtime_tests.runtimes.worker_session import WorkerSession
 from runtime_tests.setup.npm import ONNXRUNTIME_NODE, ONNXRUNTIME_WEB
-from runtime_tests.transports.lookup import transport_to
+from runtime_tests.transports.interface import Transport
 from signround_edge.errors import UserError
 
 
@@ -26,9 +26,9 @@ class OnnxRuntimeWeb(OnnxRuntime):
 
     name = "onnxruntime-web"
 
-    def on(self, profile: DeviceProfile) -> OnnxRuntimeWeb:
+    def on(self, profile: DeviceProfile, transport: Transport) -> OnnxRuntimeWeb:
         """The same runtime on a device."""
-        return type(self)(profile.timeout_s, transport_to(profile), profile.logits == "digest")
+        return type(self)(profile.timeout_s, transport, profile.logits == "digest")
 
     def unavailable(self) -> str | None:
         """Why it cannot run there, with the way out; None when it can."""

@@ -15,7 +15,6 @@ from runtime_tests.runtimes.onnx_dequantize import NodeModel, dequantize_through
 from runtime_tests.runtimes.worker_session import WorkerSession
 from runtime_tests.transports.interface import DEFAULT_TIMEOUT, Transport, Worker
 from runtime_tests.transports.local import LocalTransport
-from runtime_tests.transports.lookup import transport_to
 from signround_edge.metrics import FloatArray
 
 
@@ -35,10 +34,10 @@ class OnnxRuntime:
     name = "onnxruntime"
     artifact_format = "onnx"
 
-    def on(self, profile: DeviceProfile) -> OnnxRuntime:
+    def on(self, profile: DeviceProfile, transport: Transport) -> OnnxRuntime:
         """The same runtime on a device."""
         digest = profile.logits == "digest"
-        return replace(self, timeout=profile.timeout_s, transport=transport_to(profile), digest=digest)
+        return replace(self, timeout=profile.timeout_s, transport=transport, digest=digest)
 
     def unavailable(self) -> str | None:
         """Why it cannot run here, with the way out; None when it can."""

@@ -14,7 +14,7 @@ from runtime_tests.digest import DEFAULT_TOP, Digest
 from runtime_tests.transports.interface import ConnectionLost, Transport, Worker
 from runtime_tests.transports.protocol import Message
 from signround_edge.errors import UserError
-from signround_edge.metrics import FloatArray, TokenArray
+from signround_edge.metrics import FloatArray, TokenArray, Windows
 
 _TRIES = 5  # connections that may break in the middle of one request
 _FIRST_WAIT = 0.5  # seconds before the second try; doubled each time
@@ -55,6 +55,8 @@ class WorkerSession:
         self._options = options or {}
         self._digest = digest
         self._open_worker: Worker | None = None
+        self._computed: dict[bytes, FloatArray | Digest] = {}
+        self._progress: tuple[float | None, str] = (None, "")  # for a person who watches a page
         self.facts: dict[str, Any] = {}
         self.vocab_size: int | None = None
         self.seconds = 0.0
@@ -81,11 +83,25 @@ class WorkerSession:
 
         Either f32 [n−1−first, vocab] logits or their digest; errors as in `logits`.
         """
-        reply = self._call("run", {"tokens": tokens.astype(np.int32)}, first=first, full=not self._digest, top=DEFAULT_TOP)
+        if tokens.tobytes() in self._computed:
+            return self._computed[tokens.tobytes()]
+        progress, label = self._progress
+        header = {"first": first, "full": not self._digest, "top": DEFAULT_TOP, "progress": progress, "label": label}
+        reply = self._call("run", {"tokens": tokens.astype(np.int32)}, **header)
         if not self._digest:
             return reply.arrays["logits"]
         names = ("top_ids", "top_logp", "rest_logp", "loss")
         return Digest(*(reply.arrays[name] for name in names))
+
+    def compute_ahead(self, windows: Windows) -> None:
+        """With digests: compute all windows and end the worker, so that the device holds one model at a time."""
+        if not self._digest:
+            return
+        count = len(windows.tokens)
+        for index, window in enumerate(windows.tokens):
+            self._progress = (index / count, f"{self._runtime}, {self._artifact.name}: window {index + 1} of {count}")
+            self._computed[window.tobytes()] = self.scored(window, windows.first_scored)
+        self.close()
 
     def close(self) -> None:
         """End the worker. May be repeated."""

@@ -5,7 +5,9 @@ pip on this machine chooses and unpacks them, so that the other machine needs ne
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from runtime_tests.setup.requirement import Log, run_tool
 
 # The packages that `runtime_tests.worker` imports, and the versions that the tolerances were measured with.
 PINNED = ("numpy==2.4.6", f"{PACKAGE}=={VERSION}", "onnxruntime==1.31.1", "flatbuffers==25.12.19", "protobuf==7.36.2")
+PINNED += ("onnx==1.23.2", "ml_dtypes==0.6.0", "typing_extensions==4.16.0")  # accuracy levels other than the file's
 _GLIBC = tuple(f"manylinux_2_{minor}" for minor in (28, 27, 26, 24, 17)) + ("manylinux2014",)
+_NEVER_IMPORTED = ("numpy/**/tests", "numpy/_core/include", "onnx/backend/test", "onnxruntime/transformers")
 _EDITION = "1"  # of what a folder holds; raise it when PINNED or the way of installing changes
 
 
@@ -49,8 +53,22 @@ class WorkerPackages:
         log(f"pip install {' '.join(PINNED)} for {self.machine}, Python {self.python}")
         fill(self.folder, self._install)
 
+    def archive(self) -> Path:
+        """The folder as a .tar.gz, for a machine that does not see this one's files; made, and got, when needed."""
+        self.install(lambda _line: None)
+        folder = self.folder.with_name(f"{self.folder.name}-archive")
+        return fill(folder, lambda temporary: _pack(self.folder, temporary / "packages.tar.gz")) / "packages.tar.gz"
+
     def _install(self, folder: Path) -> None:
         platforms = [option for tag in _GLIBC for option in ("--platform", f"{tag}_{self.machine}")]
         target = ["--python-version", self.python, "--implementation", "cp", "--only-binary=:all:", "--no-deps"]
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]
         run_tool([*pip, "--target", str(folder), *platforms, *target, *PINNED], "pip")
+        for pattern in _NEVER_IMPORTED:
+            for found in folder.glob(pattern):
+                shutil.rmtree(found)
+
+
+def _pack(folder: Path, archive: Path) -> None:
+    with tarfile.open(archive, "w:gz", compresslevel=3) as tar:
+        tar.add(folder, arcname=".", filter=lambda info: None if info.name.endswith("__pycache__") else info)

@@ -54,6 +54,10 @@ class Transport(Protocol):
         """Why no worker can be had, in one clause with the way out; None when one can."""
         ...
 
+    def close(self) -> None:
+        """Free what workers share. May be repeated."""
+        ...
+
     def start(self, subject: str, timeout: float) -> Worker:
         """A new worker.
 

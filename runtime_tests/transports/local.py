@@ -41,6 +41,9 @@ class LocalTransport:
         """See `Transport`."""
         return LocalWorker(subject, timeout)
 
+    def close(self) -> None:
+        """Nothing is shared between workers."""
+
 
 def _environment() -> dict[str, str]:
     """Our packages are found wherever the client found them."""

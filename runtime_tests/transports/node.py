@@ -65,3 +65,6 @@ class NodeTransport:
         packages = [f"{package.name}={package.path}" for package in _PACKAGES if package.missing() is None]
         return LeashedWorker(subject, [NODE.path() or "node", str(script), *packages], timeout)
 
+    def close(self) -> None:
+        """Nothing is shared between workers."""
+

@@ -171,24 +171,29 @@ def _open(job: _Job, runtime: Runtime, trial: _Trial, path: Path, expectation: E
     report.notes += expectation.notes
     report.reason = expectation.problem
     try:
-        session = _opened(runtime.open(path), job)
+        session = _opened(runtime.open(path), job.stack)
         trial.artifact = Contender(session)
         note = expectation.tokenizer_note(session, job.windows, job.text)
         report.notes += [note] if note else []
+        _compute_ahead(session, job.windows)
         if expectation.open_control is not None:
-            trial.control = Contender(_opened(expectation.open_control(runtime), job))
+            trial.control = Contender(_opened(expectation.open_control(runtime), job.stack))
+            _compute_ahead(trial.control.session, job.windows)
     except UserError as error:
         report.reason = str(error)
         trial.artifact = trial.control = None
     report.status = "fail"  # until `_judge` says otherwise
 
 
-def _opened(session: Session, job: _Job) -> Session:
-    """The session, closed at the end. One that cannot stay open beside others computes everything now."""
-    job.stack.callback(session.close)
-    if isinstance(session, ComputesAhead):
-        session.compute_ahead(job.windows)
+def _opened(session: Session, stack: ExitStack) -> Session:
+    stack.callback(session.close)
     return session
+
+
+def _compute_ahead(session: GivesLogits, windows: Windows) -> None:
+    """Let a session that cannot stay open beside others compute everything now."""
+    if isinstance(session, ComputesAhead):
+        session.compute_ahead(windows)
 
 
 def _judge(trial: _Trial) -> None:

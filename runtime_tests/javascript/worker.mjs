@@ -23,7 +23,9 @@ export class Worker {
   /** [header, arrays] of the reply. */
   async answer(header, arrays) {
     try {
-      return await this.operations[header.op].call(this, header, arrays);
+      const operation = this.operations[header.op];
+      if (!operation) throw new Refusal(`a runtime in JavaScript cannot do ${header.op}`);
+      return await operation.call(this, header, arrays);
     } catch (error) {
       if (error instanceof Refusal) return [{ error: error.message }, {}];
       throw error;

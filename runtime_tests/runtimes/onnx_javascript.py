@@ -6,12 +6,14 @@ level 4 is its own control.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
 from devices import DeviceProfile
+from runtime_tests.interface import StoredTensor
 from runtime_tests.runtimes.onnx_engine import decoder_config, model_file
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from runtime_tests.runtimes.worker_session import WorkerSession
@@ -39,6 +41,12 @@ class OnnxRuntimeWeb(OnnxRuntime):
         model = model_file(artifact)
         options = {"model": model.name, "external": external_files(model), "decoder": decoder_config(model.parent)}
         return WorkerSession(self.name, self.transport, model.parent, self.timeout, options, self.digest)
+
+    def stored_tensors(self, artifact: Path) -> Iterator[StoredTensor]:
+        """Every weight through the device's kernels; where only digests come back, through this machine's."""
+        if self.digest:
+            return OnnxRuntime().stored_tensors(artifact)
+        return super().stored_tensors(artifact)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The worker process: `python -m runtime_tests.worker` loads one artifact and answers requests on stdin and stdout.
 
-It imports nothing that a device would lack: numpy, and the runtime that is asked for. It exists because a runtime may abort, hang or be killed on a corrupt file; then only this process dies. It ends when
-its stdin ends, also in the middle of a computation, so that nothing is left running when the client is gone.
+It exists because a runtime may abort, hang or be killed on a corrupt file; then only this process dies. It ends when
+its stdin ends, also in the middle of a computation, so that nothing is left running when the client is gone. It runs on
+devices too, and imports nothing that they would lack: numpy, and the runtime that is asked for.
 
 Requests, by their "op":
     open        {runtime, artifact, options} → the engine's facts

@@ -65,7 +65,9 @@ class OnnxRuntime:
 
         types = {name: kind for name, kind, _, _ in read_tensors(artifact)}
         with self.transport.start(str(artifact), self.timeout) as worker:
-            for name, weights in dequantize_through_runtime(artifact, lambda node: _dequantize(worker, self.name, node)):
+            for name, weights in dequantize_through_runtime(
+                artifact, lambda node: _dequantize(worker, self.name, node)
+            ):
                 yield StoredTensor(name, weights, types.get(name, "unknown"))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from runtime_tests.transports.protocol import Message
 from signround_edge.errors import UserError
 from signround_edge.metrics import FloatArray, TokenArray, Windows
 
+_T = TypeVar("_T")
 _TRIES = 5  # connections that may break in the middle of one request
 _FIRST_WAIT = 0.5  # seconds before the second try; doubled each time
 
@@ -139,7 +141,7 @@ class WorkerSession:
         self.vocab_size = self.facts["vocab_size"]
         return worker
 
-    def _patiently(self, act: Any) -> Any:
+    def _patiently(self, act: Callable[[], _T]) -> _T:
         """`act()`, tried again after a pause when the connection breaks."""
         for attempt in range(_TRIES):
             try:

@@ -111,7 +111,10 @@ def _unpack_emulator(folder: Path) -> None:
     output = run_tool(["apt-get", "download", "--print-uris", "qemu-user-static"], "apt-get")
     if not output.strip():
         raise UserError("apt-get knows no package qemu-user-static; run `apt-get update` first")
-    run_tool(["sh", "-c", 'cd "$1" && apt-get -o APT::Sandbox::User= download qemu-user-static', "sh", str(archives)], "apt-get")
+    run_tool(
+        ["sh", "-c", 'cd "$1" && apt-get -o APT::Sandbox::User= download qemu-user-static', "sh", str(archives)],
+        "apt-get",
+    )
     _unpack(archives, folder)
     shutil.rmtree(archives)
 

@@ -81,7 +81,9 @@ class PageWorker:
             raise kind(f"{self._subject}: {error}{f'; its last lines: {lines}' if lines else ''}") from error
         if "failure" in reply.header:
             self.close()
-            raise WorkerFailure(f"{self._subject}: the runtime failed in {op!r}; its last lines: {reply.header['failure']}")
+            raise WorkerFailure(
+                f"{self._subject}: the runtime failed in {op!r}; its last lines: {reply.header['failure']}"
+            )
         if "error" in reply.header:
             raise UserError(f"{self._subject}: {reply.header['error']}")
         return reply
@@ -145,7 +147,9 @@ class Chromium:
         flags: more flags of Chromium.
     """
 
-    def __init__(self, url: str, on_exit: Callable[[str], None] = lambda _why: None, flags: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, url: str, on_exit: Callable[[str], None] = lambda _why: None, flags: tuple[str, ...] = ()
+    ) -> None:
         profile = tempfile.mkdtemp(prefix="signround-chromium-")
         root = ("--no-sandbox",) if hasattr(os, "geteuid") and os.geteuid() == 0 else ()
         browser = [CHROMIUM.path() or "chromium", *_FLAGS, *root, *flags, f"--user-data-dir={profile}", url]

@@ -67,4 +67,3 @@ class NodeTransport:
 
     def close(self) -> None:
         """Nothing is shared between workers."""
-

@@ -1,4 +1,4 @@
-"""How a person gets a phone to open the page: address and QR code in the terminal, or adb where a phone is plugged in."""
+"""How a person gets a phone to open the page: its address and a QR code in the terminal."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def have(sha256: str, size: int) -> int:
 
 
 def put(sha256: str, size: int, offset: int, data: bytes) -> int:
-    """Append `data` if exactly `offset` bytes are there; bytes there now. ValueError when the whole has another hash."""
+    """Append `data` if exactly `offset` bytes are there; the bytes there now. ValueError: the whole has another hash."""
     whole, part = _places(sha256)
     if whole.is_file():
         return size
@@ -140,7 +140,7 @@ def _reply(answer: dict[str, Any]) -> None:
 def _answer(request: dict[str, Any], data: bytes) -> dict[str, Any]:
     op = request["op"]
     if op == "hello":
-        return {"python": "%d.%d" % sys.version_info[:2], "machine": platform.machine()}
+        return {"python": f"{sys.version_info[0]}.{sys.version_info[1]}", "machine": platform.machine()}
     if op == "have":
         return {"there": have(request["sha256"], request["bytes"])}
     if op == "put":

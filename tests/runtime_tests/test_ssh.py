@@ -41,7 +41,9 @@ def profile(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> DeviceProfile:
 
 
 def workers(sshd: Sshd) -> list[int]:
-    return [pid for pid in sshd.children() if "runtime_tests.worker" in command_of(pid) and "sh -c" not in command_of(pid)]
+    return [
+        pid for pid in sshd.children() if "runtime_tests.worker" in command_of(pid) and "sh -c" not in command_of(pid)
+    ]
 
 
 def pushed(sshd: Sshd) -> dict[str, int]:
@@ -102,7 +104,9 @@ def test_an_interrupted_push_goes_on_where_it_stopped(
     assert (store / digest).read_bytes() == data.read_bytes()
 
 
-def test_a_lost_connection_is_made_anew_and_the_run_goes_on(sshd: Sshd, profile: DeviceProfile, gguf_file: Path) -> None:
+def test_a_lost_connection_is_made_anew_and_the_run_goes_on(
+    sshd: Sshd, profile: DeviceProfile, gguf_file: Path
+) -> None:
     with LlamaCppRuntime().on(profile, SshTransport(profile)).open(gguf_file) as session:
         first = session.logits(TOKENS)
         sessions = [pid for pid in sshd.children() if command_of(pid).startswith("sshd")]
@@ -144,7 +148,9 @@ def test_what_is_not_reachable_is_said(profile: DeviceProfile, monkeypatch: pyte
     nobody = replace(profile, address=f"root@127.0.0.1:{free_port()}")
     assert "nobody answers at root@127.0.0.1" in str(SshTransport(nobody).unavailable())
     assert "has no address" in str(SshTransport(replace(profile, address=None)).unavailable())
-    monkeypatch.setenv(OPTIONS_VARIABLE, f"-F /dev/null -o StrictHostKeyChecking=no -o UserKnownHostsFile={tmp_path / 'k'}")
+    monkeypatch.setenv(
+        OPTIONS_VARIABLE, f"-F /dev/null -o StrictHostKeyChecking=no -o UserKnownHostsFile={tmp_path / 'k'}"
+    )
     assert "cannot log in" in str(SshTransport(profile).unavailable())
 
 

@@ -48,7 +48,7 @@ def have(sha256: str, size: int) -> int:
 
 
 def put(sha256: str, size: int, offset: int, data: bytes) -> int:
-    """Append `data` if exactly `offset` bytes are there; the bytes there now. ValueError: the whole has another hash."""
+    """Append `data` if exactly `offset` bytes are there; bytes there now. ValueError: the whole has another hash."""
     whole, part = _places(sha256)
     if whole.is_file():
         return size

@@ -2,7 +2,8 @@
 
 Programs that do not watch their stdin while they compute (node) or have none (a browser) would outlive a client that
 is killed. This process stands between: when FD ends, or the command does, the command's whole process group is killed
-and FOLDER (unless it is "-") removed. Its exit code is the command's.
+and FOLDER (unless it is "-") removed. Its exit code is the command's,
+or 128 + the number of the signal that ended it, as a shell says it.
 """
 
 from __future__ import annotations
@@ -38,10 +39,6 @@ def main() -> None:
                 break
             threading.Event().wait(0.1)
     sys.stderr.flush()
-    if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
-        with contextlib.suppress(OSError):
-            os.kill(os.getpid(), -code)
     os._exit(code if code >= 0 else 128 - code)
 
 

@@ -164,8 +164,14 @@ def _onnxruntime(artifact: Path, options: dict[str, Any]) -> Any:
     return OnnxEngine(artifact, **options)
 
 
+def _genai(artifact: Path, options: dict[str, Any]) -> Any:
+    from runtime_tests.runtimes.genai_engine import GenaiEngine
+
+    return GenaiEngine(artifact, **options)
+
+
 # Imported on demand: a worker loads one runtime, and starts as fast as that allows.
-_ENGINES: dict[str, Callable[[Path, dict[str, Any]], Any]] = {"llama.cpp": _llama_cpp, "onnxruntime": _onnxruntime}
+_ENGINES: dict[str, Callable[[Path, dict[str, Any]], Any]] = {"llama.cpp": _llama_cpp, "onnxruntime": _onnxruntime, "onnxruntime-genai": _genai}
 
 
 def main() -> None:

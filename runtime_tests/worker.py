@@ -171,7 +171,11 @@ def _genai(artifact: Path, options: dict[str, Any]) -> Any:
 
 
 # Imported on demand: a worker loads one runtime, and starts as fast as that allows.
-_ENGINES: dict[str, Callable[[Path, dict[str, Any]], Any]] = {"llama.cpp": _llama_cpp, "onnxruntime": _onnxruntime, "onnxruntime-genai": _genai}
+_ENGINES: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
+    "llama.cpp": _llama_cpp,
+    "onnxruntime": _onnxruntime,
+    "onnxruntime-genai": _genai,
+}
 
 
 def main() -> None:

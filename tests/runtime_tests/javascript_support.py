@@ -16,7 +16,9 @@ def ready_device(name: str, install: bool = True) -> DeviceProfile:
         if requirement.missing() is None:
             continue
         if requirement.command() is not None or not install:
-            pytest.skip(f"{requirement.missing()} ({requirement.command() or f'signround-edge devices --setup {name}'})")
+            pytest.skip(
+                f"{requirement.missing()} ({requirement.command() or f'signround-edge devices --setup {name}'})"
+            )
         try:
             requirement.install(str)
         except UserError as error:

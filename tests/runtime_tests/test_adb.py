@@ -58,7 +58,7 @@ def test_a_page_that_cannot_be_opened_is_said_and_taken_back(
         monkeypatch.setenv(PORT, str(server.port))
         server.phones[0].shell = lambda command: "Starting"
         transport = AdbTransport(profile, said.append)
-        with pytest.raises(UserError, match="nobody opened the page within 0.5 s"):
+        with pytest.raises(UserError, match=r"nobody opened the page within 0\.5 s"):
             transport.start("model", timeout=0.5)
         (forwarded,) = server.phones[0].reversed
         assert listens(int(forwarded.removeprefix("tcp:")))

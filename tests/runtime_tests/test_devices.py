@@ -100,9 +100,7 @@ def test_what_a_person_must_install_first_stands_before_the_setup(monkeypatch: p
     monkeypatch.setattr("runtime_tests.setup.requirement._may_apt", lambda: False)
     monkeypatch.setitem(module._TRANSPORTS, "chromium", (absent,))
     profile = replace(get_device("browser-wasm"), runtimes=())
-    assert way_out(profile) == (
-        "sudo apt-get install -y chromium && signround-edge devices --setup browser-wasm"
-    )
+    assert way_out(profile) == ("sudo apt-get install -y chromium && signround-edge devices --setup browser-wasm")
     with pytest.raises(UserError, match=r"no-such-browser is not installed; run `sudo apt-get install -y chromium`"):
         set_up(profile, str)
 

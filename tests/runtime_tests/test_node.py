@@ -74,7 +74,9 @@ def test_onnxruntime_node_verifies(run: RunDirectory, onnx_folder: Path, text: P
         OnnxRuntimeNode().open(onnx_folder, accuracy_level=0)
 
 
-def test_a_file_that_onnx_runtime_refuses_is_one_sentence(web: OnnxRuntimeWeb, onnx_folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_onnx_runtime_refuses_is_one_sentence(
+    web: OnnxRuntimeWeb, onnx_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "model.onnx").write_bytes((onnx_folder / "model.onnx").read_bytes())
     (tmp_path / "model.onnx.data").write_bytes(b"\0" * (onnx_folder / "model.onnx.data").stat().st_size)
     content = (onnx_folder / "model.onnx").read_bytes()

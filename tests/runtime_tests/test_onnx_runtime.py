@@ -81,9 +81,7 @@ def test_missing_external_data_is_one_sentence(onnx_folder: Path, tmp_path: Path
 def test_onnxruntime_genai_verifies_and_computes_the_same(
     run: RunDirectory, onnx_folder: Path, onnx_int8_folder: Path, text: Path
 ) -> None:
-    report = verify(
-        run, [onnx_folder, onnx_int8_folder], text, devices=["cpu-genai"], n_ctx=64, max_windows=2, log=str
-    )
+    report = verify(run, [onnx_folder, onnx_int8_folder], text, devices=["cpu-genai"], n_ctx=64, max_windows=2, log=str)
     found = [(r.name, r.status, r.gate, r.reason) for r in report.runtimes]
     assert found == [("onnxruntime-genai", "pass", "exact", None), ("onnxruntime-genai", "pass", "quantized", None)]
     with OnnxRuntime().open(onnx_folder) as plain, OnnxRuntimeGenai().open(onnx_folder) as genai:

@@ -194,7 +194,7 @@ def test_a_device_that_is_another_machine_is_skipped(
 
 
 def test_an_unknown_device_lists_the_known_ones(run: RunDirectory, gguf_file: Path, text: Path) -> None:
-    with pytest.raises(UserError, match="known devices are .*cpu-x86"):
+    with pytest.raises(UserError, match=r"known devices are .*cpu-x86"):
         verify(run, [gguf_file], text, devices=["toaster"], log=str)
 
 

@@ -57,11 +57,13 @@ class DeviceStatus:
 def status_of(profile: DeviceProfile) -> DeviceStatus:
     """One profile, seen from this machine."""
     known, transport = runtimes_by_name(), transport_to(profile)
+    away = profile.unavailable() or transport.unavailable()  # asked once: it may knock at another machine's door
     reasons: dict[str, str | None] = {}
     for name in profile.runtimes:
-        reasons[name] = (
-            known[name].on(profile, transport).unavailable() if name in known else "no such runtime is installed"
-        )
+        if name not in known:
+            reasons[name] = "no such runtime is installed"
+        else:
+            reasons[name] = away or known[name].on(profile, transport).unavailable()
     absent = missing(profile)
     reason = profile.unavailable() or (absent[0] if absent and None not in reasons.values() else None)
     return DeviceStatus(profile, reason, reasons, way_out(profile))

@@ -34,7 +34,7 @@ class OnnxRuntimeWeb(OnnxRuntime):
 
     def unavailable(self) -> str | None:
         """Why it cannot run there, with the way out; None when it can."""
-        return self.transport.unavailable() or ONNXRUNTIME_WEB.missing()
+        return self.transport.unavailable() or ONNXRUNTIME_WEB.missing_with_way_out()
 
     def open(self, artifact: Path, accuracy_level: int | None = None) -> WorkerSession:
         """Load a folder or .onnx file; the level makes no difference."""
@@ -57,7 +57,7 @@ class OnnxRuntimeNode(OnnxRuntimeWeb):
 
     def unavailable(self) -> str | None:
         """Why it cannot run there, with the way out; None when it can."""
-        return self.transport.unavailable() or ONNXRUNTIME_NODE.missing()
+        return self.transport.unavailable() or ONNXRUNTIME_NODE.missing_with_way_out()
 
     def open(self, artifact: Path, accuracy_level: int | None = None) -> WorkerSession:
         """Load a folder or .onnx file. UserError when another accuracy level than the file's own is asked for."""

@@ -49,7 +49,7 @@ class WllamaRuntime:
         """Why it cannot run there, with the way out; None when it can."""
         if isinstance(self.transport, LocalTransport):
             return "it runs in browsers only (--device browser-wasm)"
-        return self.transport.unavailable() or WLLAMA.missing()
+        return self.transport.unavailable() or WLLAMA.missing_with_way_out()
 
     def open(self, artifact: Path) -> WorkerSession:
         """Load a GGUF file. Raises UserError when llama.cpp refuses it or the page dies of it."""

@@ -35,6 +35,11 @@ class NpmPackage:
         """See `Requirement`."""
         return None if self.path.is_dir() else f"the npm package {self.name} {self.version} is not in the cache"
 
+    def missing_with_way_out(self) -> str | None:
+        """The same for somebody who knows no device's name."""
+        missing = self.missing()
+        return f"{missing} (`signround-edge devices` says how to get it)" if missing else None
+
     def command(self) -> str | None:
         """See `Requirement`."""
         return None if not self.missing() else NPM.command()

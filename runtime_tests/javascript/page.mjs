@@ -95,6 +95,7 @@ async function serve() {
       reply = encode({ failure: `${error?.name ?? 'Error'}: ${error?.message ?? error}`.slice(0, 600) });
     }
     after = frame.header.n;
+    if (!bar.hasAttribute('value')) bar.value = 0; // an indeterminate bar is drawn sixty times a second while nothing runs
     await patiently(`reply?page=${page}&n=${after}`, { method: 'POST', body: reply });
     if (frame.header.op === 'done') return;
   }

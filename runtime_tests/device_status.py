@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from devices import DeviceProfile, load_devices
+from runtime_tests.setup.devices import missing, way_out
+from runtime_tests.transports.lookup import transport_to
 from signround_edge.plugins import runtimes as runtimes_by_name
 
 
@@ -17,16 +19,25 @@ class DeviceStatus:
         profile: the profile.
         reason: why nothing can run on it here, or None.
         runtimes: its runtimes by name, each with why it cannot run, or None.
+        command: the shell command that makes it ready, where one does.
     """
 
     profile: DeviceProfile
     reason: str | None
     runtimes: dict[str, str | None]
+    command: str | None = None
 
     @property
     def ready(self) -> bool:
         """Whether at least one runtime can run."""
         return self.reason is None and None in self.runtimes.values()
+
+    @property
+    def why_not(self) -> str | None:
+        """The first reason why it is not ready, or None."""
+        if self.ready:
+            return None
+        return self.reason or next((r for r in self.runtimes.values() if r), "it names no runtime")
 
     def to_json(self) -> dict[str, Any]:
         """The entry of `devices --json`."""
@@ -37,18 +48,44 @@ class DeviceStatus:
             "transport": self.profile.transport,
             "ready": self.ready,
             "reason": self.reason,
+            "command": self.command,
+            "memory_budget_mb": self.profile.memory_budget_mb,
             "runtimes": runtimes,
         }
 
 
+def status_of(profile: DeviceProfile) -> DeviceStatus:
+    """One profile, seen from this machine."""
+    known, transport = runtimes_by_name(), transport_to(profile)
+    away = profile.unavailable() or transport.unavailable()  # asked once: it may knock at another machine's door
+    reasons: dict[str, str | None] = {}
+    for name in profile.runtimes:
+        if name not in known:
+            reasons[name] = "no such runtime is installed"
+        else:
+            reasons[name] = away or known[name].on(profile, transport).unavailable()
+    absent = missing(profile)
+    reason = profile.unavailable() or (absent[0] if absent and None not in reasons.values() else None)
+    return DeviceStatus(profile, reason, reasons, way_out(profile))
+
+
 def list_devices() -> list[DeviceStatus]:
     """Every shipped profile, in alphabetical order."""
-    runtimes = runtimes_by_name()
-    listed = []
-    for profile in load_devices().values():
-        reasons = {
-            name: runtimes[name].unavailable() if name in runtimes else "no such runtime is installed"
-            for name in profile.runtimes
-        }
-        listed.append(DeviceStatus(profile, profile.unavailable(), reasons))
-    return listed
+    return [status_of(profile) for profile in load_devices().values()]
+
+
+def render(statuses: list[DeviceStatus]) -> list[str]:
+    """The list for a terminal: what is ready, and below each other device the command that makes it so."""
+    width = max((len(status.profile.name) for status in statuses), default=0)
+    indent = " " * (width + 2)
+    lines = []
+    for status in statuses:
+        profile = status.profile
+        lines.append(f"{profile.name:<{width}}  {'ready' if status.ready else 'not ready'}: {profile.description}")
+        budget = f", {profile.memory_budget_mb:,} MB" if profile.memory_budget_mb else ""
+        lines.append(f"{indent}{', '.join(profile.runtimes)} by {profile.transport}{budget}")
+        if status.why_not:
+            lines.append(f"{indent}{status.why_not}")
+        if status.command:
+            lines.append(f"{indent}make it ready: {status.command}")
+    return lines

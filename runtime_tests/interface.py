@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from devices import DeviceProfile
+from runtime_tests.transports.interface import Transport
 from signround_edge.metrics import FloatArray, TokenArray
 
 
@@ -43,8 +45,12 @@ class Runtime(Protocol):
     name: str
     artifact_format: str  # "gguf" or "onnx"
 
+    def on(self, profile: DeviceProfile, transport: Transport) -> Runtime:
+        """The same runtime on a device: its sessions run where the transport leads, as the profile says."""
+        ...
+
     def unavailable(self) -> str | None:
-        """Why it cannot run here, in one clause with the way out; None when it can."""
+        """Why it cannot run there, in one clause with the way out; None when it can."""
         ...
 
     def open(self, artifact: Path) -> Session:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from devices import Tolerances
+from runtime_tests.digest import Digest, divergence
 from signround_edge.errors import UserError
-from signround_edge.metrics import FloatArray, ScoreKeeper, Scores, TokenArray, Windows
+from signround_edge.metrics import FloatArray, ScoreKeeper, Scores, TokenArray, Windows, log_softmax
 
 
 class GivesLogits(Protocol):
@@ -17,6 +18,24 @@ class GivesLogits(Protocol):
 
     def logits(self, tokens: TokenArray) -> FloatArray:
         """f32 [n, vocab] next-token logits at every position of int32 [n]."""
+        ...
+
+
+@runtime_checkable
+class GivesScored(Protocol):
+    """A session that computes, or brings back, only what is scored."""
+
+    def scored(self, tokens: TokenArray, first: int) -> FloatArray | Digest:
+        """The predictions at positions first … n−2 of int32 [n]: f32 [n−1−first, vocab], or their digest."""
+        ...
+
+
+@runtime_checkable
+class ComputesAhead(Protocol):
+    """A session that may want to be done before the next one is opened: a phone holds one model at a time."""
+
+    def compute_ahead(self, windows: Windows) -> None:
+        """Compute what will be scored, if it wants to."""
         ...
 
 
@@ -59,9 +78,12 @@ def score(
         original = None if reference is None else reference.logits(window)[scored]
         for contender in running:
             try:
-                logits = contender.session.logits(window)[scored]
+                logits = _scored(contender.session, window, scored)
             except UserError as error:
                 contender.failure = str(error)
+                continue
+            if isinstance(logits, Digest):
+                _add_digest(contender, logits, targets, base, original)
                 continue
             if logits.shape != base.shape:
                 contender.failure = f"its logits have the shape {list(logits.shape)}, torch's {list(base.shape)}"
@@ -69,6 +91,27 @@ def score(
             contender.parity.add(logits, targets, base)
             if original is not None:
                 contender.fidelity.add(logits, targets, original)
+
+
+def _scored(session: GivesLogits, window: TokenArray, scored: slice) -> FloatArray | Digest:
+    return session.scored(window, scored.start) if isinstance(session, GivesScored) else session.logits(window)[scored]
+
+
+def _add_digest(
+    contender: Contender, digest: Digest, targets: TokenArray, base: FloatArray, original: FloatArray | None
+) -> None:
+    """The same figures as from logits; the divergence is that of `runtime_tests.digest`."""
+    if digest.loss.shape != targets.shape:
+        contender.failure = f"its digest is of {len(digest.loss)} tokens, not {len(targets)}"
+        return
+    for keeper, reference in ((contender.parity, base), (contender.fidelity, original)):
+        if reference is not None:
+            keeper.add_figures(
+                nll=digest.loss,
+                nll_reference=-log_softmax(reference)[range(len(targets)), targets],
+                kld=divergence(reference, digest),
+                same_top=digest.top_ids[:, 0] == reference.argmax(axis=-1),
+            )
 
 
 def miss_exact_gate(scores: Scores, tolerances: Tolerances) -> str | None:

@@ -19,8 +19,10 @@ from runtime_tests.artifacts import artifact_format, expect
 from runtime_tests.exactness import check_exactness
 from runtime_tests.expectation import Expectation
 from runtime_tests.interface import Runtime, Session
-from runtime_tests.parity import Contender, GivesLogits, miss_exact_gate, miss_quantized_gate, score
+from runtime_tests.parity import ComputesAhead, Contender, GivesLogits, miss_exact_gate, miss_quantized_gate, score
 from runtime_tests.report import ArtifactReport, RuntimeReport, VerifyReport
+from runtime_tests.transports.interface import Transport
+from runtime_tests.transports.lookup import transport_to
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.metrics import Windows
 from signround_edge.plugins import runtimes as runtimes_by_name
@@ -38,6 +40,7 @@ class _Job:
     text: Path
     windows: Windows
     profiles: Sequence[DeviceProfile]
+    transports: dict[str, Transport]
     stack: ExitStack
 
 
@@ -83,7 +86,10 @@ def verify(
     report = VerifyReport(str(run.path), str(text), None if reference is None else str(reference))
     trials: list[_Trial] = []
     with ExitStack() as stack:
-        job = _Job(run, text, windows, profiles, stack)
+        transports = {profile.name: transport_to(profile) for profile in profiles}
+        for transport in transports.values():
+            stack.callback(transport.close)
+        job = _Job(run, text, windows, profiles, transports, stack)
         for path, format_ in zip(paths, formats, strict=True):
             log(f"{path}: comparing stored weights with {run.path}")
             report.artifacts.append(ArtifactReport(str(path), format_))
@@ -134,6 +140,7 @@ def _find_runtimes(job: _Job, artifact: ArtifactReport) -> tuple[list[_Trial], l
             runtime = known.get(name)
             if runtime is not None and runtime.artifact_format != artifact.format:
                 continue
+            runtime = None if runtime is None else runtime.on(profile, job.transports[profile.name])
             trial = _Trial(RuntimeReport(name, profile.name, artifact.path), profile.tolerances)
             trials.append(trial)
             missing = "no such runtime is installed" if runtime is None else runtime.unavailable()
@@ -168,8 +175,10 @@ def _open(job: _Job, runtime: Runtime, trial: _Trial, path: Path, expectation: E
         trial.artifact = Contender(session)
         note = expectation.tokenizer_note(session, job.windows, job.text)
         report.notes += [note] if note else []
+        _compute_ahead(session, job.windows)
         if expectation.open_control is not None:
             trial.control = Contender(_opened(expectation.open_control(runtime), job.stack))
+            _compute_ahead(trial.control.session, job.windows)
     except UserError as error:
         report.reason = str(error)
         trial.artifact = trial.control = None
@@ -179,6 +188,12 @@ def _open(job: _Job, runtime: Runtime, trial: _Trial, path: Path, expectation: E
 def _opened(session: Session, stack: ExitStack) -> Session:
     stack.callback(session.close)
     return session
+
+
+def _compute_ahead(session: GivesLogits, windows: Windows) -> None:
+    """Let a session that cannot stay open beside others compute everything now."""
+    if isinstance(session, ComputesAhead):
+        session.compute_ahead(windows)
 
 
 def _judge(trial: _Trial) -> None:

@@ -265,19 +265,22 @@ def _evaluate_tasks(
 
 
 @main.command()
+@click.option("--setup", multiple=True, metavar="NAME", help="Get what a device needs from package registries.")
 @_json
-def devices(as_json: bool) -> None:
-    """List the device profiles and whether each can run here."""
-    from runtime_tests.device_status import list_devices
+def devices(setup: tuple[str, ...], as_json: bool) -> None:
+    """List the device profiles: which are ready here, and the command that makes the others so."""
+    from devices import get_device
+    from runtime_tests.device_status import list_devices, render, status_of
+    from runtime_tests.setup.devices import set_up
 
-    rows = list_devices()
+    profiles = [get_device(name) for name in setup]
+    for profile in profiles:
+        set_up(profile, _say)
+    rows = [status_of(profile) for profile in profiles] if profiles else list_devices()
     if as_json:
         _print_json([row.to_json() for row in rows])
-        return
-    for row in rows:
-        reasons = [row.reason, *row.runtimes.values()]
-        state = "ready" if row.ready else f"not ready: {next(r for r in reasons if r)}"
-        click.echo(f"{row.profile.name:<16} {state}  {row.profile.description}")
+    else:
+        click.echo("\n".join(render(rows)))
 
 
 @main.command()

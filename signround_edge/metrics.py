@@ -127,6 +127,15 @@ class ScoreKeeper:
         self.kld.append((np.exp(log_r) * (log_r - log_p)).sum(axis=-1, dtype=np.float64).astype(np.float32))
         self.same_top.append(log_p.argmax(axis=-1) == log_r.argmax(axis=-1))
 
+    def add_figures(
+        self, nll: FloatArray, nll_reference: FloatArray, kld: FloatArray, same_top: NDArray[np.bool_]
+    ) -> None:
+        """Add figures of one window that were computed elsewhere; all [n_scored]."""
+        self.nll.append(nll)
+        self.nll_reference.append(nll_reference)
+        self.kld.append(kld)
+        self.same_top.append(same_top)
+
     @_QUIET
     def scores(self) -> Scores:
         """The figures so far; at least one window must have been added."""

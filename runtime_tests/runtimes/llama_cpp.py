@@ -1,4 +1,4 @@
-"""llama.cpp through the prebuilt shared object of PyPI's `xllamacpp`, in a worker process.
+"""llama.cpp through the prebuilt shared object of PyPI's `xllamacpp`, in a worker process here or on a device.
 
 (`llama-cpp-python` builds llama.cpp at another commit with every release, so its structs would need declarations of
 their own; it is not offered.)
@@ -7,17 +7,19 @@ their own; it is not offered.)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from devices import DeviceProfile
 from exporters.gguf.container_reader import GgufFile
 from runtime_tests.interface import StoredTensor
 from runtime_tests.runtimes import llama_cpp_bindings
 from runtime_tests.runtimes.worker_session import WorkerSession
-from runtime_tests.transports.local import DEFAULT_TIMEOUT, LocalWorker, WorkerFailure
+from runtime_tests.transports.interface import DEFAULT_TIMEOUT, Transport, Worker, WorkerFailure
+from runtime_tests.transports.local import LocalTransport
 from signround_edge.errors import UserError
 from signround_edge.metrics import FloatArray
 
@@ -39,46 +41,56 @@ class LlamaCppSession(WorkerSession):
             add_special: put BOS and EOS where the file asks for them.
             parse_special: read the text of a control token as that token.
         """
-        reply = self._worker.call("tokenize", text=text, add_special=add_special, parse_special=parse_special)
+        reply = self._call("tokenize", text=text, add_special=add_special, parse_special=parse_special)
         ids: list[int] = reply.arrays["tokens"].tolist()
         return ids
 
     def detokenize(self, tokens: list[int]) -> str:
         """Text of tokens, control tokens left out."""
-        return str(self._worker.call("detokenize", {"tokens": np.array(tokens, dtype=np.int32)}).header["text"])
+        return str(self._call("detokenize", {"tokens": np.array(tokens, dtype=np.int32)}).header["text"])
 
     def generate(self, tokens: list[int], max_new: int) -> list[int]:
         """Greedy continuation: up to `max_new` tokens, without the end-of-generation token."""
         prompt = {"tokens": np.array(tokens, dtype=np.int32)}
-        ids: list[int] = self._worker.call("generate", prompt, max_new=max_new).arrays["tokens"].tolist()
+        ids: list[int] = self._call("generate", prompt, max_new=max_new).arrays["tokens"].tolist()
         return ids
 
 
 @dataclass(frozen=True)
 class LlamaCppRuntime:
-    """llama.cpp on this machine's CPU.
+    """llama.cpp on a CPU.
 
     Attributes:
         timeout: seconds a request may take before the worker counts as hung.
+        transport: the way to the machine; this one by default.
+        digest: whether sessions bring digests back, not all logits.
     """
 
     timeout: float = DEFAULT_TIMEOUT
+    transport: Transport = field(default_factory=LocalTransport)
+    digest: bool = False
     name = "llama.cpp"
     artifact_format = "gguf"
 
+    def on(self, profile: DeviceProfile, transport: Transport) -> LlamaCppRuntime:
+        """The same runtime on a device."""
+        digest = profile.logits == "digest"
+        return replace(self, timeout=profile.timeout_s, transport=transport, digest=digest)
+
     def unavailable(self) -> str | None:
         """Why it cannot run here, with the way out; None when it can."""
-        return llama_cpp_bindings.why_unavailable()
+        here = isinstance(self.transport, LocalTransport)
+        return llama_cpp_bindings.why_unavailable() if here else self.transport.unavailable()
 
     def open(self, artifact: Path) -> LlamaCppSession:
         """Load a GGUF file. Raises UserError when llama.cpp refuses it or dies of it."""
         if not artifact.is_file():
             raise UserError(f"{artifact} is not a file; give the .gguf file that `export` wrote")
-        return LlamaCppSession(self.name, artifact, self.timeout)
+        return LlamaCppSession(self.name, self.transport, artifact, self.timeout, digest=self.digest)
 
     def stored_tensors(self, artifact: Path) -> Iterator[StoredTensor]:
         """Every tensor through libggml's `to_float`: f32 [rows, values a row] (a vector is one row)."""
-        with LocalWorker(str(artifact), self.timeout) as worker:
+        with self.transport.start(str(artifact), self.timeout) as worker:
             file = GgufFile.open(artifact)
             for name, info in file.tensors.items():
                 data = file.raw(name)
@@ -93,11 +105,11 @@ class LlamaCppRuntime:
 
 def dequantize(type_number: int, data: bytes, rows: int, cols: int) -> FloatArray:
     """f32 [rows, cols] of packed ggml blocks, through libggml in a worker of its own."""
-    with LocalWorker(f"tensor type {type_number}") as worker:
+    with LocalTransport().start(f"tensor type {type_number}") as worker:
         return _dequantize(worker, type_number, rows, cols, np.frombuffer(data, dtype=np.uint8))
 
 
-def _dequantize(worker: LocalWorker, type_number: int, rows: int, cols: int, data: NDArray[np.uint8]) -> FloatArray:
+def _dequantize(worker: Worker, type_number: int, rows: int, cols: int, data: NDArray[np.uint8]) -> FloatArray:
     """In chunks of whole rows, so that neither side holds a large tensor twice."""
     row_bytes = data.size // max(1, rows)
     if row_bytes * rows != data.size:

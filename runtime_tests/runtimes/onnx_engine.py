@@ -34,7 +34,7 @@ class OnnxEngine:
 
         self._artifact = artifact
         model = model_file(artifact)
-        self._decoder = _decoder_config(model.parent)
+        self._decoder = decoder_config(model.parent)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 4
@@ -110,14 +110,14 @@ def model_file(artifact: Path) -> Path:
     """
     if artifact.is_file() and artifact.suffix == ".onnx":
         return artifact
-    decoder = _decoder_config(artifact)
+    decoder = decoder_config(artifact)
     file = artifact / Path(str(decoder.get("filename", _MODEL))).name  # a name, never a path out of the folder
     if not file.is_file():
         raise UserError(f"{artifact} is neither an .onnx file nor a folder with {file.name}; export it again")
     return file
 
 
-def _decoder_config(folder: Path) -> dict[str, Any]:
+def decoder_config(folder: Path) -> dict[str, Any]:
     """`model.decoder` of genai_config.json; empty when there is no such file. UserError when it is not readable."""
     config = folder / "genai_config.json"
     if not config.is_file():

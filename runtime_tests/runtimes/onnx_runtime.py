@@ -1,31 +1,48 @@
-"""ONNX Runtime on the CPU, in a worker process."""
+"""ONNX Runtime on a CPU, in a worker process here or on a device."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
+from devices import DeviceProfile
 from runtime_tests.interface import StoredTensor
+from runtime_tests.runtimes.onnx_dequantize import NodeModel, dequantize_through_runtime
 from runtime_tests.runtimes.worker_session import WorkerSession
-from runtime_tests.transports.local import DEFAULT_TIMEOUT, LocalWorker
+from runtime_tests.transports.interface import DEFAULT_TIMEOUT, Transport, Worker
+from runtime_tests.transports.local import LocalTransport
+from signround_edge.metrics import FloatArray
 
 
 @dataclass(frozen=True)
 class OnnxRuntime:
-    """ONNX Runtime on this machine's CPU, one thread.
+    """ONNX Runtime on a CPU, one thread.
 
     Attributes:
         timeout: seconds a request may take before the worker counts as hung.
+        transport: the way to the machine; this one by default.
+        digest: whether sessions bring digests back, not all logits.
     """
 
     timeout: float = DEFAULT_TIMEOUT
+    transport: Transport = field(default_factory=LocalTransport)
+    digest: bool = False
     name = "onnxruntime"
     artifact_format = "onnx"
 
+    def on(self, profile: DeviceProfile, transport: Transport) -> OnnxRuntime:
+        """The same runtime on a device."""
+        digest = profile.logits == "digest"
+        return replace(self, timeout=profile.timeout_s, transport=transport, digest=digest)
+
     def unavailable(self) -> str | None:
         """Why it cannot run here, with the way out; None when it can."""
+        if not isinstance(self.transport, LocalTransport):
+            return self.transport.unavailable()
         if importlib.util.find_spec("onnxruntime") is None:
             return "the package onnxruntime is not installed (pip install onnxruntime)"
         return None
@@ -40,15 +57,21 @@ class OnnxRuntime:
             UserError: ONNX Runtime refuses the file or dies of it.
         """
         options = {} if accuracy_level is None else {"accuracy_level": accuracy_level}
-        return WorkerSession(self.name, artifact, self.timeout, options)
+        return WorkerSession(self.name, self.transport, artifact, self.timeout, options, self.digest)
 
     def stored_tensors(self, artifact: Path) -> Iterator[StoredTensor]:
         """Every weight of the run: quantized ones [N, K] through ONNX Runtime's kernels, floats as they are stored."""
         from exporters.onnx.reader import read_tensors
 
         types = {name: kind for name, kind, _, _ in read_tensors(artifact)}
-        with LocalWorker(str(artifact), self.timeout) as worker:
-            worker.call("onnx_weights", artifact=str(artifact.absolute()))
-            while (reply := worker.call("next_weight")).header["name"] is not None:
-                name = reply.header["name"]
-                yield StoredTensor(name, reply.arrays["weights"], types.get(name, "unknown"))
+        with self.transport.start(str(artifact), self.timeout) as worker:
+            for name, weights in dequantize_through_runtime(
+                artifact, lambda node: _dequantize(worker, self.name, node)
+            ):
+                yield StoredTensor(name, weights, types.get(name, "unknown"))
+
+
+def _dequantize(worker: Worker, runtime: str, node: NodeModel) -> FloatArray:
+    model = {"model": np.frombuffer(node.model, dtype=np.uint8)}
+    header = {"node_op": node.op, "rows": node.rows, "cols": node.cols, "dtype": node.dtype}
+    return worker.call("dequantize_node", model, runtime=runtime, **header).arrays["weights"]

@@ -1,33 +1,76 @@
-"""A loaded artifact that lives in a worker process: what the sessions of all worker-run runtimes share."""
+"""A loaded artifact that lives in a worker: what the sessions of all worker-run runtimes share."""
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from runtime_tests.transports.local import LocalWorker
-from signround_edge.metrics import FloatArray, TokenArray
+from runtime_tests.digest import DEFAULT_TOP, Digest
+from runtime_tests.transports.interface import ConnectionLost, Transport, Worker
+from runtime_tests.transports.protocol import Message
+from signround_edge.errors import UserError
+from signround_edge.metrics import FloatArray, TokenArray, Windows
+
+_T = TypeVar("_T")
+_TRIES = 5  # connections that may break in the middle of one request
+_FIRST_WAIT = 0.5  # seconds before the second try; doubled each time
 
 
 class WorkerSession:
     """Use as a context manager, or call `close`; nothing is left running after either.
 
+    A connection that breaks is made anew, the artifact opened again (its bytes are there already), and the request
+    repeated; what was answered before is kept.
+
+    Args:
+        runtime: its name in the worker's table.
+        transport: the way to the device.
+        artifact: the file or folder.
+        timeout: seconds a request may take.
+        options: of the engine.
+        digest: whether `scored` brings digests back, not all logits.
+
     Attributes:
         vocab_size: width of the logits, where the file says it.
         facts: what the engine tells about the file.
+        seconds: time that the device has computed for us.
+        peak_memory_bytes: of the process that computes, where it can say it.
+        reconnections: how often the connection was made anew.
     """
 
-    def __init__(self, runtime: str, artifact: Path, timeout: float, options: dict[str, Any] | None = None) -> None:
-        self._worker = LocalWorker(str(artifact), timeout)
-        try:
-            reply = self._worker.call("open", runtime=runtime, artifact=str(artifact.absolute()), options=options or {})
-        except BaseException:
-            self._worker.close()
-            raise
-        self.facts: dict[str, Any] = reply.header["facts"]
-        self.vocab_size: int | None = self.facts["vocab_size"]
+    def __init__(
+        self,
+        runtime: str,
+        transport: Transport,
+        artifact: Path,
+        timeout: float,
+        options: dict[str, Any] | None = None,
+        digest: bool = False,
+    ) -> None:
+        self._runtime, self._transport, self._artifact, self._timeout = runtime, transport, artifact, timeout
+        self._options = options or {}
+        self._digest = digest
+        self._open_worker: Worker | None = None
+        self._computed: dict[bytes, FloatArray | Digest] = {}
+        self._progress: tuple[float | None, str] = (None, "")  # for a person who watches a page
+        self.facts: dict[str, Any] = {}
+        self.vocab_size: int | None = None
+        self.seconds = 0.0
+        self.peak_memory_bytes: int | None = None
+        self.reconnections = 0
+        self._patiently(self._connect)
+
+    @property
+    def _worker(self) -> Worker:
+        if self._open_worker is None:
+            raise UserError(f"{self._artifact}: the session is closed")
+        return self._open_worker
 
     def logits(self, tokens: TokenArray) -> FloatArray:
         """f32 [n, vocab] next-token logits at every position of int32 [n], from an empty cache.
@@ -35,14 +78,79 @@ class WorkerSession:
         Raises:
             UserError: the runtime cannot run the file; WorkerFailure when it died or hung.
         """
-        return self._worker.call("logits", {"tokens": tokens.astype(np.int32)}).arrays["logits"]
+        return self._call("logits", {"tokens": tokens.astype(np.int32)}).arrays["logits"]
+
+    def scored(self, tokens: TokenArray, first: int) -> FloatArray | Digest:
+        """The predictions at positions first … n−2 of a window int32 [n], from an empty cache.
+
+        Either f32 [n−1−first, vocab] logits or their digest; errors as in `logits`.
+        """
+        if tokens.tobytes() in self._computed:
+            return self._computed[tokens.tobytes()]
+        progress, label = self._progress
+        header = {"first": first, "full": not self._digest, "top": DEFAULT_TOP, "progress": progress, "label": label}
+        reply = self._call("run", {"tokens": tokens.astype(np.int32)}, **header)
+        if not self._digest:
+            return reply.arrays["logits"]
+        names = ("top_ids", "top_logp", "rest_logp", "loss")
+        return Digest(*(reply.arrays[name] for name in names))
+
+    def compute_ahead(self, windows: Windows) -> None:
+        """With digests: compute all windows and end the worker, so that the device holds one model at a time."""
+        if not self._digest:
+            return
+        count = len(windows.tokens)
+        for index, window in enumerate(windows.tokens):
+            self._progress = (index / count, f"{self._runtime}, {self._artifact.name}: window {index + 1} of {count}")
+            self._computed[window.tobytes()] = self.scored(window, windows.first_scored)
+        self.close()
 
     def close(self) -> None:
         """End the worker. May be repeated."""
-        self._worker.close()
+        worker, self._open_worker = self._open_worker, None
+        if worker is not None:
+            worker.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _call(self, op: str, arrays: dict[str, NDArray[Any]] | None = None, **header: Any) -> Message:
+        reply = self._patiently(lambda: self._connected().call(op, arrays, **header))
+        self.seconds += float(reply.header.get("seconds") or 0.0)
+        peak = reply.header.get("peak_memory_bytes")
+        if peak:
+            self.peak_memory_bytes = max(int(peak), self.peak_memory_bytes or 0)
+        return reply
+
+    def _connected(self) -> Worker:
+        return self._connect() if self._open_worker is None and self.reconnections else self._worker
+
+    def _connect(self) -> Worker:
+        worker = self._transport.start(str(self._artifact), self._timeout)
+        try:
+            name = worker.push(self._artifact)
+            reply = worker.call("open", runtime=self._runtime, artifact=name, options=self._options)
+        except BaseException:
+            worker.close()
+            raise
+        self._open_worker = worker
+        self.facts = reply.header["facts"]
+        self.vocab_size = self.facts["vocab_size"]
+        return worker
+
+    def _patiently(self, act: Callable[[], _T]) -> _T:
+        """`act()`, tried again after a pause when the connection breaks."""
+        for attempt in range(_TRIES):
+            try:
+                return act()
+            except ConnectionLost:
+                with contextlib.suppress(UserError):
+                    self.close()
+                if attempt == _TRIES - 1:
+                    raise
+                self.reconnections += 1
+                time.sleep(_FIRST_WAIT * 2**attempt)
+        raise AssertionError("unreachable")

@@ -1,1 +1,1 @@
-"""Ways to reach a worker process: on this machine for now."""
+"""Ways to reach a worker: a process here, an emulated or a distant one, a browser."""

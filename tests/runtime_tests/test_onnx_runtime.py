@@ -9,7 +9,9 @@ import numpy as np
 import onnx
 import pytest
 
+from runtime_tests.runtimes.onnx_genai import OnnxRuntimeGenai
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
+from runtime_tests.verify import verify
 from signround_edge.errors import UserError
 from signround_edge.evaluation import TorchSession, load_run_model
 from signround_edge.run_directory import RunDirectory
@@ -74,3 +76,20 @@ def test_missing_external_data_is_one_sentence(onnx_folder: Path, tmp_path: Path
     shutil.copy(onnx_folder / "model.onnx", tmp_path)
     with pytest.raises(UserError, match="ONNX Runtime refuses"):
         OnnxRuntime().open(tmp_path / "model.onnx")
+
+
+def test_onnxruntime_genai_verifies_and_computes_the_same(
+    run: RunDirectory, onnx_folder: Path, onnx_int8_folder: Path, text: Path
+) -> None:
+    report = verify(run, [onnx_folder, onnx_int8_folder], text, devices=["cpu-genai"], n_ctx=64, max_windows=2, log=str)
+    found = [(r.name, r.status, r.gate, r.reason) for r in report.runtimes]
+    assert found == [("onnxruntime-genai", "pass", "exact", None), ("onnxruntime-genai", "pass", "quantized", None)]
+    with OnnxRuntime().open(onnx_folder) as plain, OnnxRuntimeGenai().open(onnx_folder) as genai:
+        np.testing.assert_array_equal(plain.logits(TOKENS), genai.logits(TOKENS))
+
+
+def test_a_graph_without_cache_is_not_for_onnxruntime_genai(onnx_folder: Path, tmp_path: Path) -> None:
+    for name in ("model.onnx", "model.onnx.data"):
+        shutil.copy(onnx_folder / name, tmp_path)
+    with pytest.raises(UserError, match="runs in plain ONNX Runtime only"):
+        OnnxRuntimeGenai().open(tmp_path)

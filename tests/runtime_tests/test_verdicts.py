@@ -190,11 +190,11 @@ def test_a_device_that_is_another_machine_is_skipped(
     found = verify(run, [gguf_file], text, n_ctx=64, max_windows=1, log=str)
     assert found.runtimes[0].status == "skipped"
     assert "this machine is riscv64" in str(found.runtimes[0].reason)
-    assert not list_devices()[0].ready
+    assert not next(s for s in list_devices() if s.profile.name == "cpu-x86").ready
 
 
 def test_an_unknown_device_lists_the_known_ones(run: RunDirectory, gguf_file: Path, text: Path) -> None:
-    with pytest.raises(UserError, match="known devices are cpu-x86"):
+    with pytest.raises(UserError, match=r"known devices are .*cpu-x86"):
         verify(run, [gguf_file], text, devices=["toaster"], log=str)
 
 

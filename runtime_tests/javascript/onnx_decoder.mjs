@@ -1,0 +1,125 @@
+// A decoder in ONNX Runtime's JavaScript API (onnxruntime-web or onnxruntime-node), one thread.
+
+import { Refusal } from './worker.mjs';
+
+const NAMED = ['input_ids', 'attention_mask', 'position_ids'];
+const IDENTITY_ROWS = 512;
+
+export class OnnxDecoder {
+  /**
+   * @param ort the module
+   * @param options {model: name of the .onnx file, external: names of its data files, decoder: of genai_config.json}
+   * @param read async name → Uint8Array
+   */
+  static async open(ort, { model, external, decoder }, read) {
+    const externalData = [];
+    for (const name of external) externalData.push({ path: name, data: await read(name) });
+    return OnnxDecoder.create(ort, await read(model), { executionProviders: ['wasm'], externalData }, decoder);
+  }
+
+  /** The same for a runtime that reads files itself. */
+  static async openFile(ort, { decoder }, path) {
+    return OnnxDecoder.create(ort, path, { executionProviders: ['cpu'], intraOpNumThreads: 1, interOpNumThreads: 1 }, decoder);
+  }
+
+  static async create(ort, model, options, decoder) {
+    let session;
+    try {
+      session = await ort.InferenceSession.create(model, { ...options, logSeverityLevel: 4 });
+    } catch (error) {
+      throw new Refusal(`ONNX Runtime refuses the model: ${firstLine(error)}`);
+    }
+    const unknown = session.inputNames.filter((name) => !NAMED.includes(name) && !name.startsWith('past'));
+    if (!session.inputNames.includes('input_ids') || !session.outputNames.includes('logits') || unknown.length)
+      throw new Refusal(`the model is not a decoder that verify can feed: inputs ${session.inputNames.slice(0, 4)}…; export it again`);
+    return new OnnxDecoder(ort, session, decoder);
+  }
+
+  constructor(ort, session, config) {
+    this.ort = ort;
+    this.session = session;
+    this.config = config;
+    this.inputs = new Map(session.inputMetadata.map((input) => [input.name, input]));
+  }
+
+  facts() {
+    const shape = this.session.outputMetadata.find((output) => output.name === 'logits')?.shape ?? [];
+    const width = shape[shape.length - 1];
+    return { vocab_size: typeof width === 'number' ? width : null };
+  }
+
+  /** Float32Array [last − first, vocab]: the predictions at positions first … last−1, from an empty cache. */
+  async logits(tokens, first, last) {
+    const n = tokens.length;
+    const feeds = {};
+    for (const name of this.session.inputNames) feeds[name] = this.feed(name, tokens);
+    let logits;
+    try {
+      ({ logits } = await this.session.run(feeds, ['logits']));
+    } catch (error) {
+      throw new Refusal(`ONNX Runtime could not run the model: ${firstLine(error)}`);
+    }
+    if (logits.dims.length !== 3 || logits.dims[1] !== n)
+      throw new Refusal(`the model gives logits of shape ${logits.dims} for ${n} tokens; verify needs them at every position`);
+    const vocab = logits.dims[2];
+    const data = logits.type === 'float32' ? logits.data : Float32Array.from(logits.data);
+    const part = data.slice(first * vocab, last * vocab);
+    logits.dispose();
+    return part;
+  }
+
+  feed(name, tokens) {
+    const input = this.inputs.get(name);
+    const { Tensor } = this.ort;
+    const n = tokens.length;
+    if (name === 'input_ids') return this.integers(input, [1, n], (i) => tokens[i]);
+    if (name === 'attention_mask') return this.integers(input, [1, n], () => 1);
+    if (name === 'position_ids') return this.integers(input, [1, n], (i) => i);
+    const known = (value, key) => (typeof value === 'number' && value > 0 ? value : this.config[key]);
+    const heads = known(input.shape[1], 'num_key_value_heads');
+    const size = known(input.shape[3], 'head_size');
+    if (input.shape.length !== 4 || !heads || !size)
+      throw new Refusal(`input ${name} has the shape ${input.shape}, which is no key-value cache`);
+    const empty = input.type === 'float16' ? new Uint16Array(0) : new Float32Array(0);
+    return new Tensor(input.type, empty, [1, heads, 0, size]);
+  }
+
+  integers(input, dims, value) {
+    const { Tensor } = this.ort;
+    const count = dims[0] * dims[1];
+    if (input.type === 'int64') return new Tensor('int64', BigInt64Array.from({ length: count }, (_, i) => BigInt(value(i))), dims);
+    if (input.type === 'int32') return new Tensor('int32', Int32Array.from({ length: count }, (_, i) => value(i)), dims);
+    throw new Refusal(`input ${input.name} has type ${input.type}, which verify cannot feed`);
+  }
+}
+
+/** Float32Array [rows, cols] of one node's weights: see `NodeModel` in runtime_tests/runtimes/onnx_dequantize.py. */
+export async function dequantizeNode(ort, model, { node_op, rows, cols, dtype }) {
+  if (dtype !== 'float32') throw new Refusal(`scales of ${dtype} cannot be compared in JavaScript`);
+  let session;
+  try {
+    session = await ort.InferenceSession.create(model, { logSeverityLevel: 4, intraOpNumThreads: 1 });
+    if (node_op !== 'MatMulNBits') {
+      const ids = BigInt64Array.from({ length: rows }, (_, i) => BigInt(i));
+      const { Y } = await session.run({ X: new ort.Tensor('int64', ids, [rows]) });
+      return Y.data.slice();
+    }
+    const weights = new Float32Array(rows * cols);
+    for (let start = 0; start < cols; start += IDENTITY_ROWS) {
+      const count = Math.min(IDENTITY_ROWS, cols - start);
+      const identity = new Float32Array(count * cols);
+      for (let i = 0; i < count; i++) identity[i * cols + start + i] = 1;
+      const { Y } = await session.run({ X: new ort.Tensor('float32', identity, [count, cols]) });
+      for (let i = 0; i < count; i++) for (let row = 0; row < rows; row++) weights[row * cols + start + i] = Y.data[i * rows + row];
+    }
+    return weights;
+  } catch (error) {
+    throw new Refusal(firstLine(error));
+  } finally {
+    await session?.release();
+  }
+}
+
+function firstLine(error) {
+  return String(error?.message ?? error).trim().split('\n')[0].slice(0, 300);
+}

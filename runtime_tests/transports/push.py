@@ -1,0 +1,47 @@
+"""Bringing files to a store by their hash: what is there already is not sent, an interrupted push goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+_CHUNK = 1 << 20
+_SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
+
+# (file's sha256, its size) → bytes there;  (sha256, size, offset, data) → bytes there
+Have = Callable[[str, int], int]
+Put = Callable[[str, int, int, bytes], int]
+
+
+def files_of(artifact: Path) -> list[Path]:
+    """The files that belong to an artifact: itself, the other parts of a split GGUF, or those in its folder."""
+    if artifact.is_dir():
+        return sorted(path for path in artifact.iterdir() if path.is_file())
+    split = _SPLIT.search(artifact.name)
+    if split:
+        stem = artifact.name[: split.start()]
+        return sorted(artifact.parent.glob(f"{stem}-?????-of-{split[1]}.gguf"))
+    if artifact.suffix == ".onnx":
+        return files_of(artifact.parent)
+    return [artifact]
+
+
+def push_file(file: Path, have: Have, put: Put) -> str:
+    """Push one file unless it is there; its sha256."""
+    sha256, size = hash_of(file), file.stat().st_size
+    there = have(sha256, size)
+    with open(file, "rb") as stream:
+        while there < size or (size == 0 and there == 0):
+            stream.seek(there)
+            there = put(sha256, size, there, stream.read(_CHUNK))
+            if size == 0:
+                break
+    return sha256
+
+
+def hash_of(file: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -81,6 +81,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @_model
 @click.option("--scheme", required=True, help="gguf:q4_k_m, onnx:w4g128-asym, …; a comma joins those of one grid.")
 @click.option("--tensor-type", multiple=True, help="PATTERN=TYPE for matrices by name: ffn_down=Q6_K. Repeatable.")
+@click.option("--token-embedding-type", help="Type of the token embedding: w4g32, Q6_K (default by the scheme).")
+@click.option("--output-tensor-type", help="Type of the output head (default by the scheme; onnx: w8g32).")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Run directory to write.")
 @click.option("--calibration", default=None, help="Text file, JSON lines or dataset name (default: shipped speeches).")
 @click.option("--recipe", default="default", show_default=True, help="default, fast, best, paper-v1 or paper-v2.")
@@ -105,13 +107,15 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--resume", is_flag=True, help="Continue after the last complete block.")
 @click.option("--float-fallback", is_flag=True, help="Keep matrices that no block size divides in 16-bit floats.")
 def quantize(
-    model: str, scheme: str, tensor_type: tuple[str, ...], out: Path, calibration: str | None, recipe: str, device: str,
+    model: str, scheme: str, tensor_type: tuple[str, ...], token_embedding_type: str | None,
+    output_tensor_type: str | None, out: Path, calibration: str | None, recipe: str, device: str,
     imatrix: Path | None, save_imatrix: Path | None, resume: bool, float_fallback: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Tune MODEL (a folder or a Hugging Face name) on the grids of a scheme."""
     from signround_edge.formats.schemes import parse_scheme
 
     parsed = parse_scheme(scheme).with_overrides(tensor_type)
+    parsed = parsed.with_outside_types(token_embedding_type, output_tensor_type)
     from signround_edge.progress import terminal_progress
     from signround_edge.source_model import resolve_model
     from signround_edge.tuning.settings import settings_from

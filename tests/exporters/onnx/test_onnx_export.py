@@ -16,6 +16,7 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Conf
 
 from exporters.onnx.reader import changed_files, iter_expected, open_artifact, read_tensors
 from runtime_tests.runtimes.onnx_dequantize import dequantize_through_runtime
+from signround_edge.formats.schemes import parse_scheme
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.onnx.conftest import BASE, VOCABULARY, Exported, export
 from tests.support import dequantized_model
@@ -30,11 +31,18 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+MIXED = parse_scheme("onnx:w2g32-asym").with_overrides((r"down_proj=w8g32", r"layers\.1\.self_attn\.v=w4g16-asym"))
 FAMILIES = {
     "llama-untied": (LlamaConfig(**BASE), "onnx:w4g32"),
     "llama-tied-k-quant-head": (LlamaConfig(**BASE, tie_word_embeddings=True), "gguf:q5_0"),
     "llama-3-rope": (LlamaConfig(**BASE, rope_parameters=LLAMA3_ROPE), "onnx:w8g16"),
-    "llama-rows-without-a-block": (LlamaConfig(**{**BASE, "hidden_size": 80, "head_dim": 16}), "onnx:w4g32"),
+    "llama-rows-without-a-block": (LlamaConfig(**{**BASE, "hidden_size": 72, "head_dim": 16}), "onnx:w4g32"),
+    "llama-rows-of-half-blocks": (LlamaConfig(**{**BASE, "hidden_size": 80, "head_dim": 16}), "onnx:w4g32"),
+    "llama-mixed-types": (LlamaConfig(**BASE), MIXED.with_outside_types("w2g16", "w3g64-asym")),
+    "qwen2-tied-4-bits": (
+        Qwen2Config(**BASE, tie_word_embeddings=True),
+        parse_scheme("onnx:w4g32").with_outside_types("w4g128-asym", None),
+    ),
     "llama-rows-with-smaller-blocks": (LlamaConfig(**{**BASE, "hidden_size": 96}), "onnx:w4g128-asym"),
     "mistral-window": (MistralConfig(**BASE, sliding_window=16), "onnx:w4g64-asym"),
     "qwen2-biases": (Qwen2Config(**BASE), "onnx:w4g128-asym"),

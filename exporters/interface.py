@@ -18,6 +18,7 @@ class ExportOptions:
         dtype: None packs the integers; "f32" or "f16" writes the dequantized weights as floats instead.
         template: a file of the target format whose metadata and naming (GGUF) or graph (ONNX) to keep.
         accuracy_level: MatMulNBits' accuracy_level (ONNX only).
+        scale_dtype: how scales are stored, "f32" or "f16" (ONNX only); the integers and weights are the same.
         split_max_bytes: split the model into files of at most so many bytes of tensor data (GGUF only).
         log: called with one line of progress.
     """
@@ -25,6 +26,7 @@ class ExportOptions:
     dtype: str | None = None
     template: Path | None = None
     accuracy_level: int = 0
+    scale_dtype: str = "f32"
     split_max_bytes: int | None = None
     log: Callable[[str], None] = print
 

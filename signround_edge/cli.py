@@ -148,11 +148,12 @@ def quantize(
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File or folder to write.")
 @click.option("--template", type=click.Path(path_type=Path), help="GGUF: metadata to copy; ONNX: your float graph.")
 @click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="0", help="Of MatMulNBits, ONNX only.")
+@click.option("--scale-dtype", type=click.Choice(["f32", "f16"]), default="f32", help="Stored scales, ONNX only.")
 @click.option("--dtype", type=click.Choice(["f32", "f16"]), help="Write the dequantized weights as floats instead.")
 @click.option("--split-max-size", help="Split into files of at most this size (500M, 4G); GGUF only.")
 def export(
-    run: Path, target: str, out: Path, template: Path | None, accuracy_level: str, dtype: str | None,
-    split_max_size: str | None,
+    run: Path, target: str, out: Path, template: Path | None, accuracy_level: str, scale_dtype: str,
+    dtype: str | None, split_max_size: str | None,
 ) -> None:  # fmt: skip
     """Write the integers and scales of RUN, unchanged, as GGUF or ONNX."""
     from signround_edge.plugins import exporters
@@ -164,7 +165,7 @@ def export(
     from exporters.interface import ExportOptions
 
     limit = None if split_max_size is None else _bytes_of(split_max_size)
-    options = ExportOptions(dtype, template, int(accuracy_level), limit, log=_say)
+    options = ExportOptions(dtype, template, int(accuracy_level), scale_dtype, limit, log=_say)
     path = known[target].export(RunDirectory.open(run), out, options)
     _say(f"wrote {path}")
 

@@ -68,7 +68,7 @@ def export_folder(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
     if options.split_max_bytes is not None:
         raise UserError("--split-max-size is for --format gguf; leave it out for ONNX")
     config = _checked_config(run, options)
-    weights = RunWeights(run)
+    weights = RunWeights(run, half_scales=options.scale_dtype == "f16")
     with whole_folder(out) as partial:
         scratch = partial / "scratch"
         companions = partial / "companions"
@@ -85,8 +85,16 @@ def export_folder(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
             shutil.move(file, partial / file.name)
         companions.rmdir()
         shutil.rmtree(scratch, ignore_errors=True)
-        level, files = options.accuracy_level, hash_files(partial)
-        Sidecar(facts, options.dtype, level, graph.bindings, zero_biases, files, graph.kv_cache).write(partial)
+        Sidecar(
+            facts,
+            options.dtype,
+            options.accuracy_level,
+            graph.bindings,
+            zero_biases,
+            hash_files(partial),
+            graph.kv_cache,
+            options.scale_dtype,
+        ).write(partial)
     options.log(f"onnx: {len(graph.bindings)} tensors equal the run directory; wrote {out}")
     return out
 
@@ -109,9 +117,10 @@ def _build(
     from onnxruntime_genai import __version__ as builder_version
 
     staging, built = scratch / "staging", scratch / "built"
+    staged = RunWeights(weights.run)  # the builder reads scales in f32 only
     options.log("onnx: building the graph with onnxruntime-genai's model builder")
     if options.dtype is None:
-        write_olive_checkpoint(weights, config, staging)
+        write_olive_checkpoint(staged, config, staging)
         build_graph(staging, built, "int4", pack_qkv=can_pack_qkv(weights.run))
     else:
         write_float_checkpoint(weights.run, config, staging)
@@ -122,7 +131,7 @@ def _build(
             shutil.move(file, companions / file.name)
     model = ir.load(built / MODEL_FILE)
     options.log("onnx: checking every tensor of the graph against the run directory")
-    _check_built(model.graph, weights, control=options.dtype is not None)
+    _check_built(model.graph, staged, control=options.dtype is not None)
     return FinishedGraph(model, _finish(model, weights, options), f"onnxruntime-genai {builder_version}", True)
 
 
@@ -209,6 +218,8 @@ def _checked_config(run: RunDirectory, options: ExportOptions) -> dict[str, Any]
         raise UserError(f"--dtype {options.dtype} is unknown; --format onnx writes f32 or f16")
     if options.accuracy_level not in ACCURACY_LEVELS:
         raise UserError(f"--accuracy-level {options.accuracy_level} is unknown; MatMulNBits on a CPU has 0, 1 and 4")
+    if options.scale_dtype not in ("f32", "f16"):
+        raise UserError(f"--scale-dtype {options.scale_dtype} is unknown; scales are stored in f32 or f16")
     file = run.config_dir / "config.json"
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

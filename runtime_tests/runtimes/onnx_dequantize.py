@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.onnx.bindings import quantized_initializers
+from exporters.onnx.bindings import quantized_initializers, scales_cast
 from exporters.onnx.reader import Artifact, open_artifact, stored_floats
 from exporters.onnx.sidecar import SIDECAR
 from signround_edge.errors import UserError
@@ -48,6 +48,8 @@ def dequantize_through_runtime(artifact: Path, threads: int = 1) -> Iterator[tup
 def dequantize_node(artifact: Artifact, node: Any, threads: int = 1) -> FloatArray:
     """f32 [N, K] of one MatMulNBits or GatherBlockQuantized node (an `onnx_ir.Node`)."""
     operands = {role: artifact.array(name) for role, name in quantized_initializers(node).items()}
+    if scales_cast(node) is not None:
+        operands["scales"] = operands["scales"].astype(np.float32)  # as the graph does before it computes
     attributes = {name: artifact.attribute(node, name) for name in ("bits", "block_size")}
     try:
         return dequantize_operands(node.op_type, operands, attributes, threads)

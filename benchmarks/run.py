@@ -13,6 +13,7 @@ two tools are timed under the same conditions. `python -m benchmarks.table` rend
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from signround_edge.decoder import set_parameter
 from signround_edge.demo import calibration_text_path, evaluation_text_path, tiny_llama_path
 from signround_edge.evaluation import TorchSession, evaluate, load_run_model, load_source_model, text_windows
 from signround_edge.inspection import inspect
+from signround_edge.metrics import FloatArray, TokenArray
 from signround_edge.run_directory import RunDirectory, write_atomically
 from signround_edge.tuning.plan import entry_bytes
 
@@ -226,7 +228,27 @@ def _auto_round(args: argparse.Namespace) -> dict[str, Any]:
 def _score(args: argparse.Namespace, session: TorchSession) -> dict[str, Any]:
     """Perplexity and KL divergence in torch, so that only the weights differ between rows."""
     windows = text_windows(args.model, args.text, args.n_ctx, args.windows)
-    return asdict(evaluate(session, windows, TorchSession(load_source_model(args.model))))
+    return asdict(evaluate(session, windows, _reference(args.model)))
+
+
+class _Remembering:
+    """A session that computes the logits of a window once: every row of a command is scored on the same ones."""
+
+    def __init__(self, session: TorchSession) -> None:
+        self._session = session
+        self._known: dict[bytes, FloatArray] = {}
+
+    def logits(self, tokens: TokenArray) -> FloatArray:
+        """See `TorchSession.logits`."""
+        key = tokens.tobytes()
+        if key not in self._known:
+            self._known[key] = self._session.logits(tokens)
+        return self._known[key]
+
+
+@functools.cache
+def _reference(model: Path) -> _Remembering:
+    return _Remembering(TorchSession(load_source_model(model)))
 
 
 if __name__ == "__main__":

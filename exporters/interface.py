@@ -19,7 +19,8 @@ class ExportOptions:
         template: a file of the target format whose metadata and naming (GGUF) or graph (ONNX) to keep.
         accuracy_level: MatMulNBits' accuracy_level (ONNX only).
         scale_dtype: how scales are stored, "f32" or "f16" (ONNX only); the integers and weights are the same.
-        split_max_bytes: split the model into files of at most so many bytes of tensor data (GGUF only).
+        split_max_bytes: split the model's data into files of at most so many bytes.
+        ort_format: also write ONNX Runtime's own file format (ONNX only).
         log: called with one line of progress.
     """
 
@@ -28,6 +29,7 @@ class ExportOptions:
     accuracy_level: int = 0
     scale_dtype: str = "f32"
     split_max_bytes: int | None = None
+    ort_format: bool = False
     log: Callable[[str], None] = print
 
 

@@ -53,7 +53,7 @@ def _bytes_of(size: str) -> int:
     """500M, 4G or a plain number of bytes, as llama.cpp's gguf-split counts: M is 10^6, G is 10^9."""
     match = re.fullmatch(r"(\d+)([MG]?)", size.strip().upper())
     if match is None or int(match[1]) == 0:
-        raise UserError(f"--split-max-size {size} is not a size; give for example 500M or 4G")
+        raise UserError(f"--split-max-size (--max-shard-size) {size} is not a size; give for example 500M or 4G")
     return int(match[1]) * {"": 1, "M": 10**6, "G": 10**9}[match[2]]
 
 
@@ -150,10 +150,11 @@ def quantize(
 @click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="0", help="Of MatMulNBits, ONNX only.")
 @click.option("--scale-dtype", type=click.Choice(["f32", "f16"]), default="f32", help="Stored scales, ONNX only.")
 @click.option("--dtype", type=click.Choice(["f32", "f16"]), help="Write the dequantized weights as floats instead.")
-@click.option("--split-max-size", help="Split into files of at most this size (500M, 4G); GGUF only.")
+@click.option("--split-max-size", "--max-shard-size", help="Split the data into files of at most this size (500M, 4G).")
+@click.option("--ort-format", is_flag=True, help="ONNX: also write model.ort and the list of operators that it needs.")
 def export(
     run: Path, target: str, out: Path, template: Path | None, accuracy_level: str, scale_dtype: str,
-    dtype: str | None, split_max_size: str | None,
+    dtype: str | None, split_max_size: str | None, ort_format: bool,
 ) -> None:  # fmt: skip
     """Write the integers and scales of RUN, unchanged, as GGUF or ONNX."""
     from signround_edge.plugins import exporters
@@ -165,7 +166,7 @@ def export(
     from exporters.interface import ExportOptions
 
     limit = None if split_max_size is None else _bytes_of(split_max_size)
-    options = ExportOptions(dtype, template, int(accuracy_level), scale_dtype, limit, log=_say)
+    options = ExportOptions(dtype, template, int(accuracy_level), scale_dtype, limit, ort_format, log=_say)
     path = known[target].export(RunDirectory.open(run), out, options)
     _say(f"wrote {path}")
 

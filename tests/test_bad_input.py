@@ -241,11 +241,16 @@ def test_tensor_types_that_cannot_be(model: Path, calibration_text: Path) -> Non
     assert_refused(mixed, "gguf:q4_k_m mixes several grids")
 
 
+def test_options_of_the_other_format(model: Path, calibration_text: Path, tmp_path: Path) -> None:
+    assert quantize(model, calibration_text).exit_code == 0
+    out = ("export", model.parent / "run", "--format", "gguf", "-o", tmp_path / "m.gguf")
+    for flags in (("--scale-dtype", "f16"), ("--ort-format",), ("--accuracy-level", "4")):
+        assert_refused(run_cli(*out, *flags), f"{flags[0]} is for --format onnx")
+
+
 def test_sizes_that_cannot_be(model: Path, calibration_text: Path, tmp_path: Path) -> None:
     assert quantize(model, calibration_text).exit_code == 0
     run = model.parent / "run"
     for size in ("0", "lots", "-5M"):
         result = run_cli("export", run, "--format", "gguf", "-o", tmp_path / "m.gguf", f"--split-max-size={size}")
         assert_refused(result, "--split-max-size", "give for example 500M")
-    result = run_cli("export", run, "--format", "onnx", "-o", tmp_path / "m", "--split-max-size", "5M")
-    assert_refused(result, "--split-max-size is for --format gguf")

@@ -23,6 +23,7 @@ from exporters.onnx.graph_builder import build_graph
 from exporters.onnx.graph_edit import drop_unused_initializers
 from exporters.onnx.matching import match_weights
 from exporters.onnx.model_file import write_model
+from exporters.onnx.ort_format import write_ort_format
 from exporters.onnx.output_folder import whole_folder
 from exporters.onnx.packing import container_of
 from exporters.onnx.passes.accuracy_level import set_accuracy_level
@@ -65,8 +66,6 @@ class FinishedGraph:
 
 def export_folder(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
     """Write the folder; see `OnnxExporter.export`."""
-    if options.split_max_bytes is not None:
-        raise UserError("--split-max-size is for --format gguf; leave it out for ONNX")
     config = _checked_config(run, options)
     weights = RunWeights(run, half_scales=options.scale_dtype == "f16")
     with whole_folder(out) as partial:
@@ -77,10 +76,13 @@ def export_folder(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
         facts = provenance(weights, graph.made_by)
         set_provenance(graph.model, facts)
         options.log("onnx: writing model.onnx and model.onnx.data")
-        write_model(graph.model, partial / MODEL_FILE)
+        write_model(graph.model, partial / MODEL_FILE, options.split_max_bytes)
         # Once more on what is really in the files: this is what a device will load.
         check_bindings(ir.load(partial / MODEL_FILE).graph, graph.bindings, weights)
         zero_biases = check_complete(graph.bindings, weights)
+        if options.ort_format:
+            options.log("onnx: writing model.ort")
+            write_ort_format(partial / MODEL_FILE)
         for file in sorted(companions.iterdir()):
             shutil.move(file, partial / file.name)
         companions.rmdir()

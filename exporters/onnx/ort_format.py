@@ -2,7 +2,7 @@
 
 Source of the format: onnxruntime/core/flatbuffers/schema/ort.fbs, whose Python classes the package onnxruntime brings.
 The file is what ONNX Runtime itself saves after its basic optimizations, which fold constants (scales in f16 become
-f32) and change no node of ours. Codes that embedding and head share are in it twice, since a tensor has one shape there.
+f32) and change no node of ours. Codes that embedding and head share are in it twice: a tensor has one shape there.
 """
 
 from __future__ import annotations

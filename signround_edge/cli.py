@@ -149,12 +149,13 @@ def quantize(
 @click.option("--template", type=click.Path(path_type=Path), help="GGUF: metadata to copy; ONNX: your float graph.")
 @click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="0", help="Of MatMulNBits, ONNX only.")
 @click.option("--scale-dtype", type=click.Choice(["f32", "f16"]), default="f32", help="Stored scales, ONNX only.")
+@click.option("--card-text", type=click.Path(path_type=Path), help="ONNX: text to measure level 4 on, for the card.")
 @click.option("--dtype", type=click.Choice(["f32", "f16"]), help="Write the dequantized weights as floats instead.")
 @click.option("--split-max-size", "--max-shard-size", help="Split the data into files of at most this size (500M, 4G).")
 @click.option("--ort-format", is_flag=True, help="ONNX: also write model.ort and the list of operators that it needs.")
 def export(
     run: Path, target: str, out: Path, template: Path | None, accuracy_level: str, scale_dtype: str,
-    dtype: str | None, split_max_size: str | None, ort_format: bool,
+    card_text: Path | None, dtype: str | None, split_max_size: str | None, ort_format: bool,
 ) -> None:  # fmt: skip
     """Write the integers and scales of RUN, unchanged, as GGUF or ONNX."""
     from signround_edge.plugins import exporters
@@ -164,10 +165,15 @@ def export(
     if target not in known:
         raise UserError(f"--format {target} is unknown; known are {', '.join(known)}")
     from exporters.interface import ExportOptions
+    from runtime_tests.accuracy_levels import level_4_measurement
 
     limit = None if split_max_size is None else _bytes_of(split_max_size)
-    options = ExportOptions(dtype, template, int(accuracy_level), scale_dtype, limit, ort_format, log=_say)
-    path = known[target].export(RunDirectory.open(run), out, options)
+    opened = RunDirectory.open(run)
+    measure = level_4_measurement(opened.config_dir, card_text) if target == "onnx" else None
+    options = ExportOptions(
+        dtype, template, int(accuracy_level), scale_dtype, limit, ort_format, measure_level_4=measure, log=_say
+    )
+    path = known[target].export(opened, out, options)
     _say(f"wrote {path}")
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from exporters.interface import ExportOptions
+from exporters.interface import ExportOptions, LevelCost
 from exporters.onnx.bindings import Binding, find_bindings
+from exporters.onnx.card import write_card
 from exporters.onnx.check import check_bindings, check_complete
 from exporters.onnx.families import EMBEDDING, builder_knows, check_rope, check_traceable
 from exporters.onnx.graph_builder import build_graph
@@ -87,6 +88,8 @@ def export_folder(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
             shutil.move(file, partial / file.name)
         companions.rmdir()
         shutil.rmtree(scratch, ignore_errors=True)
+        cost = _level_4_cost(partial, options)
+        write_card(partial, facts, options.accuracy_level, cost, graph.kv_cache)
         Sidecar(
             facts,
             options.dtype,
@@ -96,9 +99,20 @@ def export_folder(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
             hash_files(partial),
             graph.kv_cache,
             options.scale_dtype,
+            None if cost is None or isinstance(cost, str) else asdict(cost),
         ).write(partial)
     options.log(f"onnx: {len(graph.bindings)} tensors equal the run directory; wrote {out}")
     return out
+
+
+def _level_4_cost(folder: Path, options: ExportOptions) -> LevelCost | str | None:
+    """The figures, or why there are none; None for a graph of floats, which has no such level."""
+    if options.dtype is not None:
+        return None
+    if options.measure_level_4 is None:
+        return "nobody asked for it"
+    options.log("onnx: measuring what accuracy level 4 costs on this model")
+    return options.measure_level_4(folder)
 
 
 def _make_graph(

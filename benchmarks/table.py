@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.onnx_peers import block_scheme
 
 RESULTS = Path(__file__).parent / "results"
+DECODE = RESULTS / "decode"
 TARGET = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 HEAD = """# Measured results
 
@@ -32,7 +33,20 @@ def main() -> None:
         rows = json.loads(file.read_text())
         parts.append(_section(file.stem, [r for r in rows if not _is_onnx_peer(r)]))
         parts += _onnx_sections(file.stem, rows)
+    parts += [_decode_section(file.stem, json.loads(file.read_text())) for file in sorted(DECODE.glob("*.json"))]
     TARGET.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _decode_section(name: str, found: dict[str, Any]) -> str:
+    lines = [f"## {name}: decoding in onnxruntime-genai", ""]
+    lines += ["| folder | bytes | tokens a CPU second | beside genai-int4 | resident MB | loading, CPU s |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for r in found["rows"]:
+        speed = f"{r['tokens_per_cpu_s']:.1f} | {r['ratio']:.2f} ×"
+        lines.append(f"| {r['folder']} | {r['bytes']:,} | {speed} | {r['resident_mb']:.0f} | {r['load_cpu_s']:.2f} |")
+    return "\n".join(
+        [*lines, "", f"{found['what']}; the best round of each, rounds alternating between the folders.", ""]
+    )
 
 
 def _section(name: str, rows: list[dict[str, Any]]) -> str:

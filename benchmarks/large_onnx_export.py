@@ -4,9 +4,9 @@
     python -m benchmarks.large_onnx_export --layers 4      # quicker
 
 A synthetic run directory (random codes) is exported by the real command as a child process, in one data file and in
-shards, and so is one with a quarter of the layers: the peak must not depend on their number. The exporter itself compares
-every stored value with the run; here all tensors' places are read back, and ONNX Runtime loads the smaller model and
-must compute the same finite logits from both forms. Everything is deleted at the end.
+shards, and so is one with a quarter of the layers: the peak must not depend on their number. The exporter itself
+compares every stored value with the run; here all tensors' places are read back, and ONNX Runtime loads the smaller
+model and must compute the same finite logits from both forms. Everything is deleted at the end.
 """
 
 from __future__ import annotations

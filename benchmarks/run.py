@@ -42,6 +42,7 @@ from signround_edge.tuning.plan import entry_bytes
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent.parent / ".cache"
 TOOLS = ("signround-edge", "auto-round", "llama-quantize", "llama-quantize-imatrix", "onnx-peers")
+ONNX_PEERS = (*(f"ort-{name}" for name in onnx_peers.QUANTIZERS), *onnx_peers.BUILDER_METHODS)
 DEFAULT_SCHEMES = ("gguf:q4_0,onnx:w4g32", "gguf:q4_1", "onnx:w4g128-asym")
 
 
@@ -82,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--n-ctx", type=int, default=512)
-    parser.add_argument("--tool", action="append", choices=TOOLS, help="repeatable (default: signround-edge)")
+    parser.add_argument(
+        "--tool", action="append", choices=(*TOOLS, *ONNX_PEERS), help="repeatable (default: signround-edge)"
+    )
     parser.add_argument("--again", action="store_true", help="replace rows that were measured before")
     return parser
 
@@ -98,21 +101,21 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     for tool in (t for t in tools if t.startswith("llama-quantize")):
         presets = [s.split(",")[0] for s in args.scheme or DEFAULT_SCHEMES if s.startswith("gguf:")]
         rows += [{"tool": tool, "scheme": preset, "steps": 0} for preset in presets]
-    if "onnx-peers" in tools:
-        rows += _planned_onnx_peers(args.scheme or DEFAULT_SCHEMES)
+    peers = ONNX_PEERS if "onnx-peers" in tools else tuple(t for t in tools if t in ONNX_PEERS)
+    rows += _planned_onnx_peers(args.scheme or DEFAULT_SCHEMES, peers)
     if "auto-round" in tools:
         rows.append({"tool": "auto-round", "scheme": "gguf:q4_0", "steps": args.steps})
     return [{"key": f"{r['tool']} {r['scheme']} {r['steps']} steps, {common}", **r} for r in rows]
 
 
-def _planned_onnx_peers(schemes: list[str] | tuple[str, ...]) -> list[dict[str, Any]]:
+def _planned_onnx_peers(schemes: list[str] | tuple[str, ...], peers: tuple[str, ...]) -> list[dict[str, Any]]:
+    """A row for every peer that has the bits of a scheme; the builder has 4 bits only."""
     rows = []
     for scheme in schemes:
-        if (kind := onnx_peers.block_scheme(scheme)) is None:
-            continue
-        tools = [f"ort-{name}" for name, bits in onnx_peers.QUANTIZERS.items() if kind[0] in bits]
-        tools += list(onnx_peers.BUILDER_METHODS) if kind[0] == 4 else []
-        rows += [{"tool": tool, "scheme": scheme, "steps": 0} for tool in tools]
+        kind = onnx_peers.block_scheme(scheme)
+        for peer in peers if kind else ():
+            if kind and kind[0] in onnx_peers.QUANTIZERS.get(peer.removeprefix("ort-"), (4,)):
+                rows.append({"tool": peer, "scheme": scheme, "steps": 0})
     return rows
 
 

@@ -75,7 +75,7 @@ def check_stand_ins(graph: ir.Graph, bindings: list[Binding], weights: RunWeight
             if differing or found != container:
                 raise CheckFailed(
                     f"{_WORDS[role]} of tensor {_title(binding)} in node {binding.node} differ from what the graph "
-                    f"builder was given in {differing} of {len(stored)} values ({found[0]} bits in blocks of {found[1]})"
+                    f"builder was given in {differing} of {len(stored)} values ({found[0]} bits, blocks of {found[1]})"
                 )
 
 

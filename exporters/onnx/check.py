@@ -65,12 +65,13 @@ def check_stand_ins(graph: ir.Graph, bindings: list[Binding], weights: RunWeight
     """CheckFailed unless every stand-in is where its parameter's operands belong, as the builder was given it."""
     numbers, nodes = stand_in_numbers(weights.run), {node.name: node for node in graph}
     for binding in bindings:
+        rows = [weights.run.entry(weights.owner(p)).shape[0] for p in binding.parameters]
         node, container = nodes[binding.node], stand_in_container(weights, binding.parameters[0])
         found = tuple(node.attributes[name].as_int() for name in ("bits", "block_size"))
         for role in ("weight", "scales", "zero_points"):
             stored = _array(graph, binding.initializers[role]).reshape(-1)
-            expected = [float(numbers[p]) if role == "scales" else 0.0 for p in binding.parameters]
-            wanted = np.repeat(expected, len(stored) // len(expected))
+            wanted = np.repeat([float(numbers[p]) for p in binding.parameters], rows)
+            wanted = wanted if role == "scales" else np.zeros(len(stored) // len(wanted) * len(wanted))
             differing = int(np.count_nonzero(stored != wanted)) if len(stored) == len(wanted) else len(stored)
             if differing or found != container:
                 raise CheckFailed(

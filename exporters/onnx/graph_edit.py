@@ -135,13 +135,6 @@ def replace_node(
     ir.convenience.replace_nodes_and_values(graph, old, [old], [new], old.outputs, new.outputs)
 
 
-def set_output_width(node: ir.Node, width: int) -> None:
-    """Give the output of a matrix product its number of features, which the builder took from a stand-in."""
-    value = node.outputs[0]
-    if value.shape is not None:
-        value.shape = ir.Shape([*list(value.shape)[:-1], width])
-
-
 def drop_unused_initializers(graph: ir.Graph) -> None:
     """Remove initializers that no node reads any more."""
     for name, value in list(graph.initializers.items()):

@@ -6,10 +6,10 @@ config.json `quantization_config` with an override of bits and group size per la
 without them the builder crashes when it packs Q, K and V. The head is always written quantized, as the builder would
 otherwise round it by itself.
 
-The builder makes the graph and nothing else, so each matrix is a stand-in of one row of one block, and the passes put
-the run's operands in its place: the builder holds a whole model in memory, several times over, and the integers would
-only pass through it. The scale of a stand-in is its parameter's number, by which the exporter sees that every matrix is
-where it belongs.
+The builder makes the graph and nothing else, so each matrix is a stand-in whose rows are one block long, and the passes
+put the run's operands in its place: the builder holds a whole model in memory, several times over, and the integers
+would only pass through it. The number of rows is the real one, since widths in the graph come from it. All scales of a
+stand-in are its parameter's number, by which the exporter sees that every matrix is where it belongs.
 """
 
 from __future__ import annotations
@@ -99,9 +99,10 @@ def _stage_matrix(weights: RunWeights, name: str, number: int, tensors: dict[str
     """Add one matrix's stand-in and return its override of bits and group size."""
     base = name.removesuffix(".weight")
     bits, block_size = stand_in_container(weights, name)
-    tensors[f"{base}.qweight"] = torch.zeros(1, block_size * bits // 8, dtype=torch.uint8)
-    tensors[f"{base}.scales"] = torch.full((1, 1), float(number))
-    tensors[f"{base}.qzeros"] = torch.zeros(1, 1, dtype=torch.uint8)
+    rows = weights.run.entry(weights.owner(name)).shape[0]
+    tensors[f"{base}.qweight"] = torch.zeros(rows, block_size * bits // 8, dtype=torch.uint8)
+    tensors[f"{base}.scales"] = torch.full((rows, 1), float(number))
+    tensors[f"{base}.qzeros"] = torch.zeros(rows, 1, dtype=torch.uint8)
     return {"bits": bits, "group_size": block_size}
 
 

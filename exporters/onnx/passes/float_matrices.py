@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from exporters.onnx.bindings import Binding, find_bindings
-from exporters.onnx.graph_edit import replace_node, set_float_initializer, set_output_width
+from exporters.onnx.graph_edit import replace_node, set_float_initializer
 from exporters.onnx.run_weights import RunWeights
 
 
@@ -19,5 +19,4 @@ def set_float_matrices(graph: ir.Graph, weights: RunWeights) -> None:
         name = binding.initializers["weight"].replace("MatMulNBits.qweight", "MatMul.weight")
         target = Binding(binding.node, "MatMul", binding.parameters, {"weight": name}, transposed=True)
         value = set_float_initializer(graph, target, "float32", weights)
-        set_output_width(node, value.shape[1])
         replace_node(graph, node, "MatMul", "", [node.inputs[0], value], {})

@@ -276,11 +276,11 @@ def test_the_builder_gets_stand_ins_and_no_weights(
     monkeypatch.setattr(export_module, "build_graph", build_and_weigh)
     out = export(llama_run, tmp_path / "out")
     data = (out / "model.onnx.data").stat().st_size
-    assert max(sizes) < data / 4
+    assert max(sizes) < data / 3
     assert data == (llama_export.folder / "model.onnx.data").stat().st_size
     graph = open_artifact(out).graph
     for node in graph:
-        if node.op_type == "MatMulNBits":  # sizes of the product, which the builder took from the stand-ins
+        if node.op_type == "MatMulNBits":  # the length is that of the run, not the stand-in's
             rows, blocks, _ = graph.initializers[node.inputs[1].name].const_value.shape.numpy()
             assert node.attributes["N"].as_int() == rows == node.outputs[0].shape[-1]
             assert node.attributes["K"].as_int() == blocks * node.attributes["block_size"].as_int()

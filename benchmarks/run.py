@@ -3,6 +3,7 @@
     python -m benchmarks.run                                        # the shipped tiny model, about 5 minutes
     python -m benchmarks.run --model HF_FOLDER --calibration C.jsonl --text T.txt --tool auto-round
     python -m benchmarks.run --scheme gguf:q4_k_s --tool signround-edge --tool llama-quantize-imatrix
+    python -m benchmarks.run --scheme onnx:w4g32 --tool onnx-peers  # what peers have of these bits and block size
 
 Results go to benchmarks/results/<model>.json, one entry per row; a row that is there already is not measured again
 unless --again is given. Two of these commands may run side by side, each pinned to a core (`taskset -c 0 …`), so that
@@ -12,7 +13,9 @@ two tools are timed under the same conditions. `python -m benchmarks.table` rend
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import os
 import platform
 import sys
@@ -21,19 +24,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import auto_round, llama_quantize
+from torch import nn
+
+from benchmarks import auto_round, llama_quantize, onnx_peers
 from benchmarks.float_gguf import write_float_gguf
 from benchmarks.gguf_in_torch import load_llama_gguf
 from benchmarks.measure import run_measured
 from exporters.gguf.imatrix import read_imatrix
+from signround_edge.decoder import set_parameter
 from signround_edge.demo import calibration_text_path, evaluation_text_path, tiny_llama_path
 from signround_edge.evaluation import TorchSession, evaluate, load_run_model, load_source_model, text_windows
 from signround_edge.inspection import inspect
+from signround_edge.metrics import FloatArray, TokenArray
 from signround_edge.run_directory import RunDirectory, write_atomically
+from signround_edge.tuning.plan import entry_bytes
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent.parent / ".cache"
-TOOLS = ("signround-edge", "auto-round", "llama-quantize", "llama-quantize-imatrix")
+TOOLS = ("signround-edge", "auto-round", "llama-quantize", "llama-quantize-imatrix", "onnx-peers")
+ONNX_PEERS = (*(f"ort-{name}" for name in onnx_peers.QUANTIZERS), *onnx_peers.BUILDER_METHODS)
 DEFAULT_SCHEMES = ("gguf:q4_0,onnx:w4g32", "gguf:q4_1", "onnx:w4g128-asym")
 
 
@@ -74,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--n-ctx", type=int, default=512)
-    parser.add_argument("--tool", action="append", choices=TOOLS, help="repeatable (default: signround-edge)")
+    parser.add_argument(
+        "--tool", action="append", choices=(*TOOLS, *ONNX_PEERS), help="repeatable (default: signround-edge)"
+    )
     parser.add_argument("--again", action="store_true", help="replace rows that were measured before")
     return parser
 
@@ -90,9 +101,22 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     for tool in (t for t in tools if t.startswith("llama-quantize")):
         presets = [s.split(",")[0] for s in args.scheme or DEFAULT_SCHEMES if s.startswith("gguf:")]
         rows += [{"tool": tool, "scheme": preset, "steps": 0} for preset in presets]
+    peers = ONNX_PEERS if "onnx-peers" in tools else tuple(t for t in tools if t in ONNX_PEERS)
+    rows += _planned_onnx_peers(args.scheme or DEFAULT_SCHEMES, peers)
     if "auto-round" in tools:
         rows.append({"tool": "auto-round", "scheme": "gguf:q4_0", "steps": args.steps})
     return [{"key": f"{r['tool']} {r['scheme']} {r['steps']} steps, {common}", **r} for r in rows]
+
+
+def _planned_onnx_peers(schemes: list[str] | tuple[str, ...], peers: tuple[str, ...]) -> list[dict[str, Any]]:
+    """A row for every peer that has the bits of a scheme; the builder has 4 bits only."""
+    rows = []
+    for scheme in schemes:
+        kind = onnx_peers.block_scheme(scheme)
+        for peer in peers if kind else ():
+            if kind and kind[0] in onnx_peers.QUANTIZERS.get(peer.removeprefix("ort-"), (4,)):
+                rows.append({"tool": peer, "scheme": scheme, "steps": 0})
+    return rows
 
 
 def _measure(args: argparse.Namespace, tool: str, scheme: str, steps: int) -> dict[str, Any]:
@@ -100,17 +124,65 @@ def _measure(args: argparse.Namespace, tool: str, scheme: str, steps: int) -> di
         return _ours(args, scheme, steps)
     if tool == "auto-round":
         return _auto_round(args)
+    if tool.startswith(("ort-", "genai-")):
+        return _onnx_peer(args, tool, scheme)
     return _llama_quantize(args, scheme, with_imatrix=tool.endswith("-imatrix"))
 
 
 def _ours(args: argparse.Namespace, scheme: str, steps: int) -> dict[str, Any]:
-    out = CACHE / "runs" / f"{args.name or args.model.name}-{scheme.replace(':', '-').replace(',', '+')}-{steps}"
+    out = _run_folder(args, scheme, steps)
     if (out / "manifest.json").is_file():
         raise SystemExit(f"{out} is there already; remove it to measure anew")
     cost = run_measured(_quantize_command(args, scheme, steps, out), Path(f"{out}.log"))
     run, found = RunDirectory.open(out), inspect(out)
     scores = _score(args, TorchSession(load_run_model(run)))
-    return {"bytes": found.total_bytes, "bits_per_weight": found.bits_per_weight, **scores, **asdict(cost)}
+    size = {"bytes": found.total_bytes, "bits_per_weight": found.bits_per_weight}
+    if "onnx" in run.manifest.targets[1:]:
+        size["onnx_bytes"] = sum(entry_bytes(t, "onnx") for t in run.manifest.tensors)
+    return {**size, **scores, **asdict(cost)}
+
+
+def _run_folder(args: argparse.Namespace, scheme: str, steps: int) -> Path:
+    return CACHE / "runs" / f"{args.name or args.model.name}-{scheme.replace(':', '-').replace(',', '+')}-{steps}"
+
+
+def _onnx_peer(args: argparse.Namespace, tool: str, scheme: str) -> dict[str, Any]:
+    """A quantizer's decoder matrices among our run's other tensors, or the builder's folder as it comes."""
+    bits, block_size = onnx_peers.block_scheme(scheme) or (0, 0)
+    folder = CACHE / "onnx-peers" / (args.name or args.model.name)
+    builder = onnx_peers.BUILDER_METHODS.get(tool)
+    with tempfile.TemporaryDirectory(dir=_made(folder)) as temporary:
+        out = Path(temporary) / "out"
+        if builder is None:
+            source = onnx_peers.write_float_graph(args.model, folder / "fp32")
+            file = out / "model.onnx"
+            cost = onnx_peers.quantize(source, file, tool.removeprefix("ort-"), bits, block_size)
+        else:
+            file = out
+            cost = onnx_peers.build_int4(args.model, out, builder, block_size)
+        peer = onnx_peers.read_weights(file, whole=builder is not None)
+    run = _rounded_run(args, scheme)
+    model: nn.Module = load_run_model(run)
+    for name, weight in peer.weights.items():
+        set_parameter(model, name, nn.Parameter(weight, requires_grad=False))
+    others = [t for t in run.manifest.tensors if t.name not in peer.weights]
+    size = peer.bytes + sum(entry_bytes(t, "onnx") for t in others)
+    parameters = sum(math.prod(t.shape) for t in run.manifest.tensors)
+    scores = _score(args, TorchSession(model))
+    return {"bytes": size, "bits_per_weight": 8 * size / parameters, **scores, **asdict(cost)}
+
+
+def _rounded_run(args: argparse.Namespace, scheme: str) -> RunDirectory:
+    """Our run of the scheme without tuning, for what a peer leaves alone."""
+    folder = _run_folder(args, scheme, 0)
+    if not (folder / "manifest.json").is_file():
+        run_measured(_quantize_command(args, scheme, 0, folder), Path(f"{folder}.log"))
+    return RunDirectory.open(folder)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _quantize_command(args: argparse.Namespace, scheme: str, steps: int, out: Path) -> list[str]:
@@ -159,7 +231,27 @@ def _auto_round(args: argparse.Namespace) -> dict[str, Any]:
 def _score(args: argparse.Namespace, session: TorchSession) -> dict[str, Any]:
     """Perplexity and KL divergence in torch, so that only the weights differ between rows."""
     windows = text_windows(args.model, args.text, args.n_ctx, args.windows)
-    return asdict(evaluate(session, windows, TorchSession(load_source_model(args.model))))
+    return asdict(evaluate(session, windows, _reference(args.model)))
+
+
+class _Remembering:
+    """A session that computes the logits of a window once: every row of a command is scored on the same ones."""
+
+    def __init__(self, session: TorchSession) -> None:
+        self._session = session
+        self._known: dict[bytes, FloatArray] = {}
+
+    def logits(self, tokens: TokenArray) -> FloatArray:
+        """See `TorchSession.logits`."""
+        key = tokens.tobytes()
+        if key not in self._known:
+            self._known[key] = self._session.logits(tokens)
+        return self._known[key]
+
+
+@functools.cache
+def _reference(model: Path) -> _Remembering:
+    return _Remembering(TorchSession(load_source_model(model)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.onnx_peers import block_scheme
+
 RESULTS = Path(__file__).parent / "results"
+DECODE = RESULTS / "decode"
 TARGET = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 HEAD = """# Measured results
 
@@ -14,6 +17,12 @@ Made by `python -m benchmarks.table` from benchmarks/results/; `python -m benchm
 measured. KL divergence, top-1 agreement and perplexity compare weights alone: the dequantized weights of every tool's
 file run in torch (f32) against the original model, windows scored as `llama-perplexity --kl-divergence` does. Wall time
 and peak memory are of the whole quantizing process.
+
+Tables "ONNX beside ONNX Runtime's quantizers" hold rows of one number of bits and block size, best first. Rows `ort-…`
+are onnxruntime's `matmul_nbits_quantizer` on the float graph that our export starts from, its decoder matrices among
+our run's embedding and head; bytes differ by what each stores as zero points (none, integers, floats). Rows `genai-…`
+are the folders of onnxruntime-genai's int4 builder as they come, embedding and head included. KL is compared with the
+best of the peers that takes no more bytes than the row plus 1 %.
 """
 
 
@@ -21,8 +30,23 @@ def main() -> None:
     """Command line."""
     parts = [HEAD]
     for file in sorted(RESULTS.glob("*.json")):
-        parts.append(_section(file.stem, json.loads(file.read_text())))
+        rows = json.loads(file.read_text())
+        parts.append(_section(file.stem, [r for r in rows if not _is_onnx_peer(r)]))
+        parts += _onnx_sections(file.stem, rows)
+    parts += [_decode_section(file.stem, json.loads(file.read_text())) for file in sorted(DECODE.glob("*.json"))]
     TARGET.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _decode_section(name: str, found: dict[str, Any]) -> str:
+    lines = [f"## {name}: decoding in onnxruntime-genai", ""]
+    lines += ["| folder | bytes | tokens a CPU second | beside genai-int4 | resident MB | loading, CPU s |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for r in found["rows"]:
+        speed = f"{r['tokens_per_cpu_s']:.1f} | {r['ratio']:.2f} ×"
+        lines.append(f"| {r['folder']} | {r['bytes']:,} | {speed} | {r['resident_mb']:.0f} | {r['load_cpu_s']:.2f} |")
+    return "\n".join(
+        [*lines, "", f"{found['what']}; the best round of each, rounds alternating between the folders.", ""]
+    )
 
 
 def _section(name: str, rows: list[dict[str, Any]]) -> str:
@@ -38,6 +62,41 @@ def _section(name: str, rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {r['tool']} | {r['scheme']} | {r['steps']} | {size} | {figures} | {cost} |")
     settings = sorted({r["key"].split(" steps, ", 1)[1] for r in rows})
     return "\n".join([*lines, "", f"Calibration → evaluation: {'; '.join(settings)}. {rows[0]['machine']}.", ""])
+
+
+def _is_onnx_peer(row: dict[str, Any]) -> bool:
+    return str(row["tool"]).startswith(("ort-", "genai-"))
+
+
+def _onnx_sections(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    """A table for every number of bits and block size that a peer was measured with."""
+    kinds = sorted({kind for r in rows if _is_onnx_peer(r) and (kind := block_scheme(r["scheme"]))}, reverse=True)
+    return [_onnx_section(name, kind, [r for r in rows if block_scheme(r["scheme"]) == kind]) for kind in kinds]
+
+
+def _onnx_section(name: str, kind: tuple[int, int], rows: list[dict[str, Any]]) -> str:
+    lines = [f"### {name}: ONNX beside ONNX Runtime's quantizers, {kind[0]} bits in blocks of {kind[1]}", ""]
+    lines += ["| tool | scheme | steps | bytes | PPL | mean KL | same top-1 | KL over the best peer's |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for r in sorted(rows, key=lambda r: float(r["kld_mean"])):
+        scheme = "" if _is_onnx_peer(r) else r["scheme"]
+        figures = f"{r['ppl']:.3f} | {r['kld_mean']:.4f} ± {r['kld_stderr']:.4f} | {100 * r['top1_agreement']:.1f} %"
+        ratio = "" if _is_onnx_peer(r) else _ratio(r, rows)
+        lines.append(f"| {r['tool']} | {scheme} | {r['steps']} | {_onnx_bytes(r):,} | {figures} | {ratio} |")
+    return "\n".join([*lines, ""])
+
+
+def _ratio(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    peers = [r for r in rows if _is_onnx_peer(r) and _onnx_bytes(r) <= 1.01 * _onnx_bytes(row)]
+    if not peers:
+        return "–"
+    best = min(peers, key=lambda r: float(r["kld_mean"]))
+    return f"{row['kld_mean'] / best['kld_mean']:.2f} × {best['tool']}"
+
+
+def _onnx_bytes(row: dict[str, Any]) -> int:
+    """Bytes of a row as ONNX; `bytes` is the first target's, which is GGUF where one run feeds both."""
+    return int(row.get("onnx_bytes", row["bytes"]))
 
 
 def _peak(megabytes: float | None) -> str:

@@ -11,6 +11,25 @@ from signround_edge.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
+class LevelCost:
+    """What accuracy level 4 of MatMulNBits costs on one model.
+
+    Attributes:
+        ppl_floats, ppl_level_4: perplexity at level 1 and at level 4.
+        kld_mean, top1_agreement: level 4 against level 1.
+        tokens: tokens scored.
+        text: name of the text.
+    """
+
+    ppl_floats: float
+    ppl_level_4: float
+    kld_mean: float
+    top1_agreement: float
+    tokens: int
+    text: str
+
+
+@dataclass(frozen=True)
 class ExportOptions:
     """Options of `signround-edge export`.
 
@@ -18,14 +37,21 @@ class ExportOptions:
         dtype: None packs the integers; "f32" or "f16" writes the dequantized weights as floats instead.
         template: a file of the target format whose metadata and naming (GGUF) or graph (ONNX) to keep.
         accuracy_level: MatMulNBits' accuracy_level (ONNX only).
-        split_max_bytes: split the model into files of at most so many bytes of tensor data (GGUF only).
+        scale_dtype: how scales are stored, "f32" or "f16" (ONNX only); the integers and weights are the same.
+        split_max_bytes: split the model's data into files of at most so many bytes.
+        ort_format: also write ONNX Runtime's own file format (ONNX only).
+        measure_level_4: given the written folder, what accuracy level 4 costs (ONNX only), or a string that says why
+            that is not known. None leaves it out.
         log: called with one line of progress.
     """
 
     dtype: str | None = None
     template: Path | None = None
     accuracy_level: int = 0
+    scale_dtype: str = "f32"
     split_max_bytes: int | None = None
+    ort_format: bool = False
+    measure_level_4: Callable[[Path], LevelCost | str] | None = None
     log: Callable[[str], None] = print
 
 

@@ -53,7 +53,7 @@ def _bytes_of(size: str) -> int:
     """500M, 4G or a plain number of bytes, as llama.cpp's gguf-split counts: M is 10^6, G is 10^9."""
     match = re.fullmatch(r"(\d+)([MG]?)", size.strip().upper())
     if match is None or int(match[1]) == 0:
-        raise UserError(f"--split-max-size {size} is not a size; give for example 500M or 4G")
+        raise UserError(f"--split-max-size (--max-shard-size) {size} is not a size; give for example 500M or 4G")
     return int(match[1]) * {"": 1, "M": 10**6, "G": 10**9}[match[2]]
 
 
@@ -81,6 +81,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @_model
 @click.option("--scheme", required=True, help="gguf:q4_k_m, onnx:w4g128-asym, …; a comma joins those of one grid.")
 @click.option("--tensor-type", multiple=True, help="PATTERN=TYPE for matrices by name: ffn_down=Q6_K. Repeatable.")
+@click.option("--token-embedding-type", help="Type of the token embedding: w4g32, Q6_K (default by the scheme).")
+@click.option("--output-tensor-type", help="Type of the output head (default by the scheme; onnx: w8g32).")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Run directory to write.")
 @click.option("--calibration", default=None, help="Text file, JSON lines or dataset name (default: shipped speeches).")
 @click.option("--recipe", default="default", show_default=True, help="default, fast, best, paper-v1 or paper-v2.")
@@ -106,13 +108,15 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--resume", is_flag=True, help="Continue after the last complete block.")
 @click.option("--float-fallback", is_flag=True, help="Keep matrices that no block size divides in 16-bit floats.")
 def quantize(
-    model: str, scheme: str, tensor_type: tuple[str, ...], out: Path, calibration: str | None, recipe: str, device: str,
+    model: str, scheme: str, tensor_type: tuple[str, ...], token_embedding_type: str | None,
+    output_tensor_type: str | None, out: Path, calibration: str | None, recipe: str, device: str,
     imatrix: Path | None, save_imatrix: Path | None, resume: bool, float_fallback: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Tune MODEL (a folder or a Hugging Face name) on the grids of a scheme."""
     from signround_edge.formats.schemes import parse_scheme
 
     parsed = parse_scheme(scheme).with_overrides(tensor_type)
+    parsed = parsed.with_outside_types(token_embedding_type, output_tensor_type)
     from signround_edge.progress import terminal_progress
     from signround_edge.source_model import resolve_model
     from signround_edge.tuning.settings import settings_from
@@ -145,11 +149,14 @@ def quantize(
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File or folder to write.")
 @click.option("--template", type=click.Path(path_type=Path), help="GGUF: metadata to copy; ONNX: your float graph.")
 @click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="0", help="Of MatMulNBits, ONNX only.")
+@click.option("--scale-dtype", type=click.Choice(["f32", "f16"]), default="f32", help="Stored scales, ONNX only.")
+@click.option("--card-text", type=click.Path(path_type=Path), help="ONNX: text to measure level 4 on, for the card.")
 @click.option("--dtype", type=click.Choice(["f32", "f16"]), help="Write the dequantized weights as floats instead.")
-@click.option("--split-max-size", help="Split into files of at most this size (500M, 4G); GGUF only.")
+@click.option("--split-max-size", "--max-shard-size", help="Split the data into files of at most this size (500M, 4G).")
+@click.option("--ort-format", is_flag=True, help="ONNX: also write model.ort and the list of operators that it needs.")
 def export(
-    run: Path, target: str, out: Path, template: Path | None, accuracy_level: str, dtype: str | None,
-    split_max_size: str | None,
+    run: Path, target: str, out: Path, template: Path | None, accuracy_level: str, scale_dtype: str,
+    card_text: Path | None, dtype: str | None, split_max_size: str | None, ort_format: bool,
 ) -> None:  # fmt: skip
     """Write the integers and scales of RUN, unchanged, as GGUF or ONNX."""
     from signround_edge.plugins import exporters
@@ -159,10 +166,15 @@ def export(
     if target not in known:
         raise UserError(f"--format {target} is unknown; known are {', '.join(known)}")
     from exporters.interface import ExportOptions
+    from runtime_tests.accuracy_levels import level_4_measurement
 
     limit = None if split_max_size is None else _bytes_of(split_max_size)
-    options = ExportOptions(dtype, template, int(accuracy_level), limit, log=_say)
-    path = known[target].export(RunDirectory.open(run), out, options)
+    opened = RunDirectory.open(run)
+    measure = level_4_measurement(opened.config_dir, card_text) if target == "onnx" else None
+    options = ExportOptions(
+        dtype, template, int(accuracy_level), scale_dtype, limit, ort_format, measure_level_4=measure, log=_say
+    )
+    path = known[target].export(opened, out, options)
     _say(f"wrote {path}")
 
 

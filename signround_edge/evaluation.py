@@ -74,7 +74,7 @@ def text_windows(tokenizer_dir: Path, text: Path, n_ctx: int = 512, max_windows:
     Raises:
         UserError: the text is missing, not UTF-8 or too short, or a window is longer than the model can see.
     """
-    positions = model_positions(tokenizer_dir)
+    positions = longest_window(tokenizer_dir)
     if positions is not None and n_ctx > positions:
         raise UserError(
             f"--n-ctx {n_ctx} is more than the {positions} positions of the model; give --n-ctx {positions}"
@@ -90,7 +90,7 @@ def text_windows(tokenizer_dir: Path, text: Path, n_ctx: int = 512, max_windows:
     return cut_windows(tokens, n_ctx, added_bos(tokenizer), max_windows)
 
 
-def model_positions(model_dir: Path) -> int | None:
+def longest_window(model_dir: Path) -> int | None:
     """The longest text that a model was made for, by its config.json; None where none says so (an ONNX folder)."""
     try:
         config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from signround_edge.errors import UserError
-from signround_edge.evaluation import TorchSession, load_source_model, model_positions
+from signround_edge.evaluation import TorchSession, load_source_model, longest_window
 from signround_edge.metrics import FloatArray, log_softmax
 from signround_edge.scoring import opened
 from signround_edge.source_model import resolve_model
@@ -119,7 +119,7 @@ def _session_lm() -> type[Any]:
             super().__init__()
             self._session = session
             self.tokenizer: Any = load_tokenizer(tokenizer_dir)
-            self._positions = model_positions(tokenizer_dir) or _POSITIONS_UNKNOWN
+            self._positions = longest_window(tokenizer_dir) or _POSITIONS_UNKNOWN
 
         @property
         def eot_token_id(self) -> int:

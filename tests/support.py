@@ -42,14 +42,16 @@ def save_random_model(config: PretrainedConfig, out: Path, tokenizer_from: Path 
     return out
 
 
-def make_run(model_dir: Path, out: Path, scheme_text: str) -> RunDirectory:
+def make_run(model_dir: Path, out: Path, scheme: str | Scheme) -> RunDirectory:
     """Round a Hugging Face model to nearest (with the grids' scale search) into a complete run directory at `out`."""
-    scheme = parse_scheme(scheme_text)
+    scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
     split_experts(model)
     blocks_name, blocks = _decoder_blocks(model)
     modules = dict(model.named_modules())
     tied = _tied_parameters(model)
+    if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
+        scheme = scheme.for_tied_embedding()
     entries: list[TensorEntry] = []
     parts: dict[str, dict[str, Tensor | QuantizedTensor]] = {f"{i:04d}": {} for i in range(len(blocks))}
     parts[OUTSIDE] = {}
@@ -64,7 +66,7 @@ def make_run(model_dir: Path, out: Path, scheme_text: str) -> RunDirectory:
         if role is not None:
             entry.transposed = isinstance(owner, Conv1D)
             weight = parameter.detach().float()
-            quantized, grid = _round(weight.T.contiguous() if entry.transposed else weight, scheme, role)
+            quantized, grid = _round(weight.T.contiguous() if entry.transposed else weight, scheme, role, name)
             if quantized is not None and grid is not None:
                 entry.format, tensor = grid.name, quantized
         entries.append(entry)
@@ -169,9 +171,9 @@ def _role(model: PreTrainedModel, owner: nn.Module, name: str, part: str, tied: 
     return Role.OTHER if part != OUTSIDE and isinstance(owner, nn.Linear | Conv1D) else None
 
 
-def _round(weight: Tensor, scheme: Scheme, role: Role) -> tuple[QuantizedTensor | None, Grid | None]:
+def _round(weight: Tensor, scheme: Scheme, role: Role, name: str) -> tuple[QuantizedTensor | None, Grid | None]:
     cols = weight.shape[1]
-    grid = after_fallback(scheme.asked_for((), Place(role), ModelTraits(), cols), cols)
+    grid = after_fallback(scheme.asked_for((name,), Place(role), ModelTraits(), cols), cols, scheme.targets)
     if grid is None:
         return None, None
     return grid.quantize(weight, grid.search(grid.blocked(weight), torch.ones(1))), grid

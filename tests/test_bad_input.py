@@ -139,6 +139,18 @@ def test_scheme_that_does_not_exist(model: Path, calibration_text: Path) -> None
     assert_refused(result, "unknown scheme 'gguf:q9_9'", "gguf:q4_0", "onnx:w4g128-asym")
 
 
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        ("onnx:w5g32", "no codes of 5 bits; give 2, 3, 4, 8 bits"),
+        ("onnx:w4g48", "no blocks of 48 values; give 16, 32, 64, 128, 256"),
+        ("onnx:int4", "write onnx:w<bits>g<block size>[-asym]"),
+    ],
+)
+def test_onnx_schemes_that_the_runtime_lacks(scheme: str, words: str, model: Path, calibration_text: Path) -> None:
+    assert_refused(quantize(model, calibration_text, scheme=scheme), f"unknown scheme '{scheme}'", words)
+
+
 @pytest.mark.parametrize("flags", [("--steps", "-1"), ("--samples", "0"), ("--lr", "7"), ("--recipe", "none")])
 def test_settings_out_of_range(flags: tuple[str, str], model: Path, calibration_text: Path) -> None:
     assert_refused(quantize(model, calibration_text, *flags), flags[0].strip("-"))
@@ -222,8 +234,18 @@ def test_tensor_types_that_cannot_be(model: Path, calibration_text: Path) -> Non
     assert_refused(quantize(model, calibration_text, "--tensor-type", "ffn_down=w4g64"), "GGUF has no type w4g64")
     refused = quantize(model, calibration_text, "--tensor-type", "down=Q4_K", scheme="onnx:w4g32")
     assert_refused(refused, "MatMulNBits has no form of Q4_K")
+    for flag in ("--token-embedding-type", "--output-tensor-type"):
+        assert_refused(quantize(model, calibration_text, flag, "Q9_K"), f"{flag} Q9_K: unknown block format")
+        assert_refused(quantize(model, calibration_text, flag, "w4g64"), f"{flag} w4g64: GGUF has no type")
     mixed = quantize(model, calibration_text, scheme="gguf:q4_k_m,onnx:w4g32")
     assert_refused(mixed, "gguf:q4_k_m mixes several grids")
+
+
+def test_options_of_the_other_format(model: Path, calibration_text: Path, tmp_path: Path) -> None:
+    assert quantize(model, calibration_text).exit_code == 0
+    out = ("export", model.parent / "run", "--format", "gguf", "-o", tmp_path / "m.gguf")
+    for flags in (("--scale-dtype", "f16"), ("--ort-format",), ("--accuracy-level", "4")):
+        assert_refused(run_cli(*out, *flags), f"{flags[0]} is for --format onnx")
 
 
 def test_sizes_that_cannot_be(model: Path, calibration_text: Path, tmp_path: Path) -> None:
@@ -232,5 +254,3 @@ def test_sizes_that_cannot_be(model: Path, calibration_text: Path, tmp_path: Pat
     for size in ("0", "lots", "-5M"):
         result = run_cli("export", run, "--format", "gguf", "-o", tmp_path / "m.gguf", f"--split-max-size={size}")
         assert_refused(result, "--split-max-size", "give for example 500M")
-    result = run_cli("export", run, "--format", "onnx", "-o", tmp_path / "m", "--split-max-size", "5M")
-    assert_refused(result, "--split-max-size is for --format gguf")

@@ -22,8 +22,8 @@ class OnnxExporter:
     name = "onnx"
 
     def recognises(self, path: Path) -> bool:
-        """Whether it is an .onnx file or a folder that holds one."""
-        return any(path.glob("*.onnx")) if path.is_dir() else path.suffix == ".onnx"
+        """Whether it is an .onnx or .ort file, or a folder that holds an .onnx file."""
+        return any(path.glob("*.onnx")) if path.is_dir() else path.suffix in (".onnx", ".ort")
 
     def inspect(self, path: Path) -> list[TensorInfo]:
         """Tensors of a folder or .onnx file; UserError when it is truncated or broken."""

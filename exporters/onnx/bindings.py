@@ -21,6 +21,9 @@ QUANTIZED_INPUTS = {
 }
 
 
+_FLOAT = ir.DataType.FLOAT.value
+
+
 @dataclass(frozen=True)
 class Binding:
     """Where a graph holds the rows of one or more parameters.
@@ -77,13 +80,24 @@ class Binding:
 
 
 def quantized_initializers(node: ir.Node) -> dict[str, str]:
-    """ "weight", "scales", "zero_points" → initializer name, for those that the node has."""
+    """ "weight", "scales", "zero_points" → initializer name, for those that the node has; also behind a Cast."""
     found: dict[str, str] = {}
     for role, position in QUANTIZED_INPUTS[node.op_type].items():
         value = node.inputs[position] if position < len(node.inputs) else None
+        if (cast := scales_cast(node)) is not None and role == "scales":
+            value = cast.inputs[0]
         if value is not None and value.name and value.is_initializer():
             found[role] = value.name
     return found
+
+
+def scales_cast(node: ir.Node) -> ir.Node | None:
+    """The Cast to f32 through which a quantized node reads f16 scales; None where it reads them as they are."""
+    position = QUANTIZED_INPUTS[node.op_type]["scales"]
+    value = node.inputs[position] if position < len(node.inputs) else None
+    producer = None if value is None else value.producer()
+    is_cast = producer is not None and producer.op_type == "Cast" and producer.attributes["to"].as_int() == _FLOAT
+    return producer if is_cast else None
 
 
 def find_bindings(graph: ir.Graph) -> list[Binding]:

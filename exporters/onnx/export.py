@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from exporters.interface import ExportOptions
+from exporters.interface import ExportOptions, LevelCost
 from exporters.onnx.bindings import Binding, find_bindings
+from exporters.onnx.card import write_card
 from exporters.onnx.check import check_bindings, check_complete
 from exporters.onnx.families import EMBEDDING, builder_knows, check_rope, check_traceable
 from exporters.onnx.graph_builder import build_graph
 from exporters.onnx.graph_edit import drop_unused_initializers
 from exporters.onnx.matching import match_weights
 from exporters.onnx.model_file import write_model
+from exporters.onnx.ort_format import write_ort_format
 from exporters.onnx.output_folder import whole_folder
 from exporters.onnx.packing import container_of
 from exporters.onnx.passes.accuracy_level import set_accuracy_level
@@ -65,10 +67,8 @@ class FinishedGraph:
 
 def export_folder(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
     """Write the folder; see `OnnxExporter.export`."""
-    if options.split_max_bytes is not None:
-        raise UserError("--split-max-size is for --format gguf; leave it out for ONNX")
     config = _checked_config(run, options)
-    weights = RunWeights(run)
+    weights = RunWeights(run, half_scales=options.scale_dtype == "f16")
     with whole_folder(out) as partial:
         scratch = partial / "scratch"
         companions = partial / "companions"
@@ -77,18 +77,42 @@ def export_folder(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
         facts = provenance(weights, graph.made_by)
         set_provenance(graph.model, facts)
         options.log("onnx: writing model.onnx and model.onnx.data")
-        write_model(graph.model, partial / MODEL_FILE)
+        write_model(graph.model, partial / MODEL_FILE, options.split_max_bytes)
         # Once more on what is really in the files: this is what a device will load.
         check_bindings(ir.load(partial / MODEL_FILE).graph, graph.bindings, weights)
         zero_biases = check_complete(graph.bindings, weights)
+        if options.ort_format:
+            options.log("onnx: writing model.ort")
+            write_ort_format(partial / MODEL_FILE)
         for file in sorted(companions.iterdir()):
             shutil.move(file, partial / file.name)
         companions.rmdir()
         shutil.rmtree(scratch, ignore_errors=True)
-        level, files = options.accuracy_level, hash_files(partial)
-        Sidecar(facts, options.dtype, level, graph.bindings, zero_biases, files, graph.kv_cache).write(partial)
+        cost = _level_4_cost(partial, options)
+        write_card(partial, facts, options.accuracy_level, cost, graph.kv_cache)
+        Sidecar(
+            facts,
+            options.dtype,
+            options.accuracy_level,
+            graph.bindings,
+            zero_biases,
+            hash_files(partial),
+            graph.kv_cache,
+            options.scale_dtype,
+            None if cost is None or isinstance(cost, str) else asdict(cost),
+        ).write(partial)
     options.log(f"onnx: {len(graph.bindings)} tensors equal the run directory; wrote {out}")
     return out
+
+
+def _level_4_cost(folder: Path, options: ExportOptions) -> LevelCost | str | None:
+    """The figures, or why there are none; None for a graph of floats, which has no such level."""
+    if options.dtype is not None:
+        return None
+    if options.measure_level_4 is None:
+        return "nobody asked for it"
+    options.log("onnx: measuring what accuracy level 4 costs on this model")
+    return options.measure_level_4(folder)
 
 
 def _make_graph(
@@ -109,9 +133,10 @@ def _build(
     from onnxruntime_genai import __version__ as builder_version
 
     staging, built = scratch / "staging", scratch / "built"
+    staged = RunWeights(weights.run)  # the builder reads scales in f32 only
     options.log("onnx: building the graph with onnxruntime-genai's model builder")
     if options.dtype is None:
-        write_olive_checkpoint(weights, config, staging)
+        write_olive_checkpoint(staged, config, staging)
         build_graph(staging, built, "int4", pack_qkv=can_pack_qkv(weights.run))
     else:
         write_float_checkpoint(weights.run, config, staging)
@@ -122,7 +147,7 @@ def _build(
             shutil.move(file, companions / file.name)
     model = ir.load(built / MODEL_FILE)
     options.log("onnx: checking every tensor of the graph against the run directory")
-    _check_built(model.graph, weights, control=options.dtype is not None)
+    _check_built(model.graph, staged, control=options.dtype is not None)
     return FinishedGraph(model, _finish(model, weights, options), f"onnxruntime-genai {builder_version}", True)
 
 
@@ -209,6 +234,8 @@ def _checked_config(run: RunDirectory, options: ExportOptions) -> dict[str, Any]
         raise UserError(f"--dtype {options.dtype} is unknown; --format onnx writes f32 or f16")
     if options.accuracy_level not in ACCURACY_LEVELS:
         raise UserError(f"--accuracy-level {options.accuracy_level} is unknown; MatMulNBits on a CPU has 0, 1 and 4")
+    if options.scale_dtype not in ("f32", "f16"):
+        raise UserError(f"--scale-dtype {options.scale_dtype} is unknown; scales are stored in f32 or f16")
     file = run.config_dir / "config.json"
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

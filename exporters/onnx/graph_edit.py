@@ -51,20 +51,38 @@ def set_initializer(
 def set_operand_initializers(
     graph: ir.Graph, base: str, parameters: tuple[str, ...], weights: RunWeights
 ) -> list[ir.Value]:
-    """Initializers `<base>.qweight`, `.scales` and `.qzeros` with the run's operands of quantized parameters."""
+    """Initializers `<base>.qweight`, `.scales` and `.qzeros` with the run's operands of quantized parameters.
+
+    Returns:
+        What a node is to read: scales in f16 go through a Cast, as ONNX Runtime wants them in the dtype of the
+        activations. It folds that Cast when it loads the model, so scales are constants to its kernels all the same.
+    """
     packed = weights.operands(parameters)
     # They are written one after the other, so `weights` packs each matrix once.
-    return [
-        set_initializer(
-            graph, f"{base}.qweight", "uint8", packed.weight.shape, lambda: weights.operands(parameters).weight
-        ),
-        set_initializer(
-            graph, f"{base}.scales", "float32", packed.scales.shape, lambda: weights.operands(parameters).scales
-        ),
-        set_initializer(
-            graph, f"{base}.qzeros", "uint8", packed.zero_points.shape, lambda: weights.operands(parameters).zero_points
-        ),
-    ]
+    codes = set_initializer(
+        graph, f"{base}.qweight", "uint8", packed.weight.shape, lambda: weights.operands(parameters).weight
+    )
+    dtype = str(packed.scales.dtype)
+    scales = set_initializer(
+        graph, f"{base}.scales", dtype, packed.scales.shape, lambda: weights.operands(parameters).scales
+    )
+    zeros = set_initializer(
+        graph, f"{base}.qzeros", "uint8", packed.zero_points.shape, lambda: weights.operands(parameters).zero_points
+    )
+    return [codes, cast_to_float(graph, scales) if dtype == "float16" else scales, zeros]
+
+
+def cast_to_float(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """The output of a new Cast to f32 of an initializer, put before all other nodes."""
+    cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value}, name=f"/{value.name}/Cast", num_outputs=1)
+    output = cast.outputs[0]
+    output.name, output.type, output.shape = (
+        f"{value.name}/Cast/output_0",
+        ir.TensorType(ir.DataType.FLOAT),
+        value.shape,
+    )
+    graph.insert_before(next(iter(graph)), cast)
+    return output
 
 
 def set_gather_operands(

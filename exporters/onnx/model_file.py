@@ -1,4 +1,4 @@
-"""Writing model.onnx and model.onnx.data, one tensor in memory at a time."""
+"""Writing model.onnx and its data files, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -15,15 +15,55 @@ _INLINE_BELOW = 1024
 _PAGE, _PAGED_FROM, _ALIGNMENT = 4096, 1 << 20, 64
 
 
-def write_model(model: ir.Model, path: Path) -> None:
+class _DataFiles:
+    """model.onnx.data, and model.onnx.data_1 and so on where one file may not grow beyond a limit.
+
+    Attributes:
+        model: path of model.onnx.
+        most: bytes of a file at most; a larger tensor has a file of its own. None for no limit.
+    """
+
+    def __init__(self, model: Path, most: int | None) -> None:
+        self.model, self.most = model, most
+        self._count = 0
+        self._file = self._open()
+
+    def store(self, value: ir.Value) -> ir.TensorProtocol:
+        """Write a tensor's data; returns it as a reference to its place."""
+        tensor = value.const_value
+        alignment = _PAGE if tensor.nbytes >= _PAGED_FROM else _ALIGNMENT
+        start = self._file.tell() + -self._file.tell() % alignment
+        if self.most is not None and start and start + tensor.nbytes > self.most:
+            self._file.close()
+            self._count += 1
+            self._file, start = self._open(), 0
+        self._file.write(b"\0" * (start - self._file.tell()))
+        self._file.write(tensor.tobytes())
+        return _external(value, Path(self._file.name).name, start, self._file.tell() - start, self.model)
+
+    def close(self) -> None:
+        """Close the last file."""
+        self._file.close()
+
+    def _open(self) -> BinaryIO:
+        number = f"_{self._count}" if self._count else ""
+        return self.model.with_name(f"{self.model.name}.data{number}").open("wb")
+
+
+def write_model(model: ir.Model, path: Path, max_shard_bytes: int | None = None) -> None:
     """Write the model at `path` and its data beside it; initializers marked SHARES_BYTES point at another's data."""
-    data = path.with_name(path.name + ".data")
     initializers = model.graph.initializers
     shared = [v for v in initializers.values() if SHARES_BYTES in v.meta]
-    with data.open("wb") as file:
+    files = _DataFiles(path, max_shard_bytes)
+    try:
         for value in initializers.values():
-            if SHARES_BYTES not in value.meta:
-                value.const_value = _store(value, file, path)
+            if SHARES_BYTES in value.meta:
+                continue
+            tensor = value.const_value
+            inline = tensor.nbytes < _INLINE_BELOW
+            value.const_value = ir.Tensor(tensor.numpy().copy(), name=value.name) if inline else files.store(value)
+    finally:
+        files.close()
     for value in shared:
         source = initializers[value.meta[SHARES_BYTES]].const_value
         value.const_value = (
@@ -32,17 +72,6 @@ def write_model(model: ir.Model, path: Path) -> None:
             else ir.Tensor(value.const_value.numpy(), name=value.name)
         )
     ir.save(model, path)
-
-
-def _store(value: ir.Value, file: BinaryIO, path: Path) -> ir.TensorProtocol:
-    tensor = value.const_value
-    if tensor.nbytes < _INLINE_BELOW:
-        return ir.Tensor(tensor.numpy().copy(), name=value.name)
-    alignment = _PAGE if tensor.nbytes >= _PAGED_FROM else _ALIGNMENT
-    file.write(b"\0" * (-file.tell() % alignment))
-    offset = file.tell()
-    file.write(tensor.tobytes())
-    return _external(value, Path(file.name).name, offset, file.tell() - offset, path)
 
 
 def _external(value: ir.Value, location: str, offset: int, length: int, path: Path) -> ir.ExternalTensor:

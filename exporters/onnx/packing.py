@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from signround_edge.formats import Grid, QuantizedTensor, as_matmul_nbits
+from signround_edge.formats.matmul_nbits import scales_are_fp16
 
 Bytes = NDArray[np.uint8]
 
@@ -26,14 +27,14 @@ class Operands:
         bits: bits of a code (2, 4 or 8).
         block_size: g, input features that share a scale.
         weight: uint8 [N, K/g, g·bits/8].
-        scales: f32 [N, K/g].
+        scales: f32 [N, K/g], or f16 where they are stored so.
         zero_points: uint8 [N, ceil(K/g·bits/8)].
     """
 
     bits: int
     block_size: int
     weight: Bytes
-    scales: NDArray[np.float32]
+    scales: NDArray[np.float32] | NDArray[np.float16]
     zero_points: Bytes
 
     @property
@@ -59,23 +60,31 @@ def unpack_bits(packed: Bytes, bits: int, columns: int) -> Bytes:
     return values.reshape(packed.shape[0], -1)[:, :columns]
 
 
-def pack_operands(tensor: QuantizedTensor) -> Operands | None:
-    """The operands of a quantized matrix, or None where its grid has no MatMulNBits form."""
+def pack_operands(tensor: QuantizedTensor, half_scales: bool = False) -> Operands | None:
+    """The operands of a quantized matrix, or None where its grid has no MatMulNBits form.
+
+    Args:
+        half_scales: scales in f16 where the grid's are fp16 values, which loses nothing.
+    """
     view = as_matmul_nbits(tensor)
     if view is None:
         return None
     rows, blocks = view.scales.shape
+    scales = view.scales.half() if half_scales and scales_are_fp16(tensor.grid) else view.scales
     return Operands(
         bits=view.bits,
         block_size=view.block_size,
         weight=pack_bits(view.codes.numpy(), view.bits).reshape(rows, blocks, -1),
-        scales=np.ascontiguousarray(view.scales.numpy()),
+        scales=np.ascontiguousarray(scales.numpy()),
         zero_points=pack_bits(view.zero_points.numpy(), view.bits),
     )
 
 
 def stack_rows(parts: list[Operands]) -> Operands:
-    """The operands of matrices stacked along N (a packed QKV projection); they must agree in bits and block size."""
+    """The operands of matrices stacked along N (a packed QKV projection); they must agree in bits and block size.
+
+    Where one part has f32 scales, all have.
+    """
     first = parts[0]
     assert all((p.bits, p.block_size, p.shape[1]) == (first.bits, first.block_size, first.shape[1]) for p in parts)
     return Operands(

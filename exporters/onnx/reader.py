@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporters.onnx.bindings import QUANTIZED_INPUTS, Binding, quantized_initializers
+from exporters.onnx.ort_format import read_ort_format
 from exporters.onnx.sidecar import SIDECAR, Sidecar, hash_files
 from signround_edge.errors import UserError
 
@@ -37,7 +38,7 @@ class Artifact:
     """An ONNX model whose file has been parsed and whose external data is known to be there.
 
     Attributes:
-        path: the .onnx file.
+        path: the .onnx or .ort file.
         graph: its graph; initializers are read from the data file on demand.
     """
 
@@ -193,7 +194,7 @@ def _parse(file: Path, remedy: str) -> ir.Model:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = ir.load(file)
+            model = read_ort_format(file) if file.suffix == ".ort" else ir.load(file)
     finally:
         log.setLevel(level)
     graph = model.graph

@@ -21,10 +21,14 @@ class RunWeights:
     """Reads a run's tensors by binding. Only the last packed matrix is kept, since its three operands follow in a row.
 
     Every method raises UserError when the run lacks a parameter (the artifact belongs to another model).
+
+    Args:
+        half_scales: operands have f16 scales where that loses nothing.
     """
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, half_scales: bool = False) -> None:
         self.run = run
+        self.half_scales = half_scales
         self._names = set(run.names())
         self._last: tuple[tuple[str, ...], Operands] | None = None
 
@@ -80,7 +84,7 @@ class RunWeights:
 
     def _pack(self, parameter: str) -> Operands:
         name = self.owner(parameter)
-        operands = pack_operands(self.run.quantized(name))
+        operands = pack_operands(self.run.quantized(name), self.half_scales)
         if operands is None:
             raise UserError(
                 f"tensor {name} is {self.run.entry(name).format}, which MatMulNBits cannot hold; use --dtype f32"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from exporters.onnx.bindings import Binding
 from signround_edge.errors import UserError
@@ -25,6 +26,8 @@ class Sidecar:
         zero_biases: parameters that the graph leaves out because all their values are zero.
         files: file name → sha256, for every other file of the folder.
         kv_cache: the graph has a key-value cache; without one it wants all tokens again for each new one.
+        scale_dtype: "f32" or "f16", how the scales of packed integers are stored.
+        level_4_cost: what accuracy level 4 costs on this model (`LevelCost`), where that was measured.
     """
 
     provenance: dict[str, str]
@@ -34,6 +37,8 @@ class Sidecar:
     zero_biases: list[str]
     files: dict[str, str]
     kv_cache: bool = True
+    scale_dtype: str = "f32"
+    level_4_cost: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Write it into the folder."""
@@ -45,6 +50,8 @@ class Sidecar:
             "dtype": self.dtype,
             "accuracy_level": self.accuracy_level,
             "kv_cache": self.kv_cache,
+            "scale_dtype": self.scale_dtype,
+            "level_4_cost": self.level_4_cost,
             "files": self.files,
             "zero_biases": self.zero_biases,
             "tensors": [b.to_json() for b in self.bindings],
@@ -69,6 +76,8 @@ class Sidecar:
                 data["zero_biases"],
                 dict(data["files"]),
                 data.get("kv_cache", True),
+                data.get("scale_dtype", "f32"),
+                data.get("level_4_cost"),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is not readable ({type(error).__name__}); export the run again") from error

@@ -94,10 +94,12 @@ def dequantize_through_runtime(
 
 def dequantize_node(artifact: Artifact, node: Any, dequantizer: Dequantizer = run_node_model) -> FloatArray:
     """f32 [N, K] of one MatMulNBits or GatherBlockQuantized node (an `onnx_ir.Node`)."""
-    from exporters.onnx.bindings import quantized_initializers
+    from exporters.onnx.bindings import quantized_initializers, scales_cast
     from runtime_tests.transports.interface import WorkerFailure
 
     operands = {role: artifact.array(name) for role, name in quantized_initializers(node).items()}
+    if scales_cast(node) is not None:
+        operands["scales"] = operands["scales"].astype(np.float32)  # as the graph does before it computes
     attributes = {name: artifact.attribute(node, name) for name in ("bits", "block_size")}
     try:
         return dequantize_operands(node.op_type, operands, attributes, dequantizer)

@@ -41,7 +41,7 @@ class OnnxEngine:
         try:
             content: str | bytes = str(model)
             if accuracy_level is not None:
-                content = _with_accuracy_level(model, accuracy_level)
+                content = _at_level(model, accuracy_level)
                 options.add_session_config_entry(_EXTERNAL_DATA_FOLDER, str(model.parent))
             self._session: Any = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its error classes share no base but Exception
@@ -101,14 +101,14 @@ class OnnxEngine:
 
 
 def model_file(artifact: Path) -> Path:
-    """The decoder's .onnx file of an artifact: the file itself, or in a folder what genai_config.json names.
+    """The decoder's file of an artifact: the .onnx or .ort file itself, or in a folder what genai_config.json names.
 
     Without genai_config.json (a graph that onnxruntime-genai cannot run) it is model.onnx.
 
     Raises:
         UserError: there is none.
     """
-    if artifact.is_file() and artifact.suffix == ".onnx":
+    if artifact.is_file() and artifact.suffix in (".onnx", ".ort"):
         return artifact
     decoder = decoder_config(artifact)
     file = artifact / Path(str(decoder.get("filename", _MODEL))).name  # a name, never a path out of the folder
@@ -128,8 +128,12 @@ def decoder_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{config} is not a readable genai_config.json ({error!r}); export it again") from error
 
 
-def _with_accuracy_level(model: Path, level: int) -> bytes:
+def _at_level(model: Path, level: int) -> bytes:
     """The graph with another accuracy_level on every MatMulNBits; its external data stays where it is."""
+    if model.suffix == ".ort":
+        from exporters.onnx.ort_format import with_accuracy_level
+
+        return with_accuracy_level(model.read_bytes(), level)
     import onnx
 
     proto = onnx.load(model, load_external_data=False)

@@ -115,6 +115,14 @@ def has_matmul_nbits_form(grid: Grid) -> bool:
     return isinstance(grid, MatMulNBitsAsymmetric) or _scale_times_integer(grid)
 
 
+def scales_are_fp16(grid: Grid) -> bool:
+    """Whether the scales of the grid's MatMulNBits form are fp16 values, so that storing them in f16 changes nothing.
+
+    Those of Q3_K and Q6_K are products of a sub-scale and an fp16 super-scale.
+    """
+    return not isinstance(grid, SuperSymmetric)
+
+
 def _scale_times_integer(grid: Grid) -> bool:
     """Whether w = s·(q − anchor) with evenly spaced codes."""
     return isinstance(grid, SymmetricFp16 | SuperSymmetric) and not isinstance(grid, Codebook)

@@ -86,6 +86,8 @@ def make_plan(decoder: Decoder, source: SourceModel, scheme: Scheme, float_fallb
     model = decoder.model
     tied = decoder.tied_parameters()
     embedding, head = decoder.embedding._parameters["weight"], decoder.head._parameters["weight"]
+    if embedding is head:
+        scheme = scheme.for_tied_embedding()
     config: Any = model.config
     traits, layers = model_traits(config), len(decoder.blocks)
     places: dict[int, tuple[Place, bool]] = {}
@@ -119,7 +121,7 @@ def _part_of(name: str, decoder: Decoder) -> str:
 
 
 def _choose_format(entry: TensorEntry, asked: Grid, cols: int, scheme: Scheme, float_fallback: bool) -> None:
-    grid = after_fallback(asked, cols)
+    grid = after_fallback(asked, cols, scheme.targets)
     if grid is None and not float_fallback:
         raise UserError(
             f"tensor {entry.name} has rows of {cols} values, which no block size of --scheme {scheme.text} divides; "

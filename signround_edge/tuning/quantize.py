@@ -106,7 +106,7 @@ def quantize(
         source={"model": model.resolve().name, "files": source.hashes()},
         settings={
             **settings.to_json(),
-            "tensor_types": [o.text for o in scheme.overrides],
+            "tensor_types": scheme.override_texts,
             "device": torch_device.type,
             "calibration_sha256": tokens_hash(tokens),
             "imatrix_sha256": None if imatrix is None else imatrix.sha256,

@@ -103,9 +103,13 @@ def test_schemes_that_share_no_grid_are_refused() -> None:
         ("onnx:w4g128-asym", Role.OTHER, 576, "w4g64-asym"),
         ("onnx:w4g128", Role.OTHER, 96, "Q4_0"),
         ("onnx:w4g32", Role.EMBEDDING, 576, "Q8_0"),
+        ("onnx:w4g32", Role.OTHER, 80, "w4g16"),
+        ("onnx:w4g32", Role.OUTPUT, 80, "w8g16"),
+        ("gguf:q4_0,onnx:w4g32", Role.OTHER, 80, None),
         ("onnx:w4g32", Role.OTHER, 40, None),
     ],
 )
 def test_fallbacks(scheme: str, role: Role, cols: int, expected: str | None) -> None:
-    grid = after_fallback(parse_scheme(scheme).asked_for((), Place(role), ModelTraits(), cols), cols)
+    parsed = parse_scheme(scheme)
+    grid = after_fallback(parsed.asked_for((), Place(role), ModelTraits(), cols), cols, parsed.targets)
     assert (None if grid is None else grid.name) == expected

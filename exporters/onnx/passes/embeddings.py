@@ -28,7 +28,8 @@ def set_embedding(graph: ir.Graph, weights: RunWeights) -> None:
         return
     shared = []
     if weights.run.manifest.tied.get(HEAD) == EMBEDDING:
-        shared = [graph.initializers[f"{HEAD_BASE}.{operand}"] for operand in ("qweight", "scales", "qzeros")]
+        head = next(iter(graph.initializers[f"{HEAD_BASE}.qweight"].consumers()))
+        shared = [value for value in head.inputs[1:4] if value is not None]
     codes, scales, zeros = set_gather_operands(graph, _BASE, (EMBEDDING,), weights, shared)
     inputs = [codes, gather.inputs[1], scales, zeros]
     attributes = gather_attributes(weights.operands((EMBEDDING,)))

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from exporters.interface import ExportOptions
 from exporters.onnx import OnnxExporter
+from signround_edge.formats.schemes import Scheme
 from signround_edge.run_directory import RunDirectory
 from tests.support import make_run, save_random_model
 
@@ -65,7 +66,7 @@ def make_random_run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: 
     """A run directory of a random model with that config and scheme."""
     transformers.utils.logging.disable_progress_bar()
 
-    def make(config: PretrainedConfig, scheme: str) -> RunDirectory:
+    def make(config: PretrainedConfig, scheme: str | Scheme) -> RunDirectory:
         folder = tmp_path_factory.mktemp("run")
         save_random_model(config, folder / "model", tokenizer_folder)
         return make_run(folder / "model", folder / "run", scheme)

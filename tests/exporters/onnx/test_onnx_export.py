@@ -16,6 +16,7 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Conf
 
 from exporters.onnx.reader import changed_files, iter_expected, open_artifact, read_tensors
 from runtime_tests.runtimes.onnx_dequantize import dequantize_through_runtime
+from signround_edge.formats.schemes import parse_scheme
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.onnx.conftest import BASE, VOCABULARY, Exported, export
 from tests.support import dequantized_model
@@ -30,11 +31,18 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+MIXED = parse_scheme("onnx:w2g32-asym").with_overrides((r"down_proj=w8g32", r"layers\.1\.self_attn\.v=w4g16-asym"))
 FAMILIES = {
     "llama-untied": (LlamaConfig(**BASE), "onnx:w4g32"),
     "llama-tied-k-quant-head": (LlamaConfig(**BASE, tie_word_embeddings=True), "gguf:q5_0"),
     "llama-3-rope": (LlamaConfig(**BASE, rope_parameters=LLAMA3_ROPE), "onnx:w8g16"),
-    "llama-rows-without-a-block": (LlamaConfig(**{**BASE, "hidden_size": 80, "head_dim": 16}), "onnx:w4g32"),
+    "llama-rows-without-a-block": (LlamaConfig(**{**BASE, "hidden_size": 72, "head_dim": 16}), "onnx:w4g32"),
+    "llama-rows-of-half-blocks": (LlamaConfig(**{**BASE, "hidden_size": 80, "head_dim": 16}), "onnx:w4g32"),
+    "llama-mixed-types": (LlamaConfig(**BASE), MIXED.with_outside_types("w2g16", "w3g64-asym")),
+    "qwen2-tied-4-bits": (
+        Qwen2Config(**BASE, tie_word_embeddings=True),
+        parse_scheme("onnx:w4g32").with_outside_types("w4g128-asym", None),
+    ),
     "llama-rows-with-smaller-blocks": (LlamaConfig(**{**BASE, "hidden_size": 96}), "onnx:w4g128-asym"),
     "mistral-window": (MistralConfig(**BASE, sliding_window=16), "onnx:w4g64-asym"),
     "qwen2-biases": (Qwen2Config(**BASE), "onnx:w4g128-asym"),
@@ -66,6 +74,25 @@ def mean_kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
 def torch_logits(run: RunDirectory, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return dequantized_model(run)(tokens).logits[0].float()
+
+
+def generated(folder: Path, prompt: list[int], length: int) -> list[int]:
+    """Tokens that onnxruntime-genai gives, prompt included."""
+    import onnxruntime_genai
+
+    model = onnxruntime_genai.Model(str(folder))
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=length, do_sample=False)
+    generator = onnxruntime_genai.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return list(generator.get_sequence(0))
+
+
+def expected_tokens(run: RunDirectory, prompt: list[int], length: int) -> list[int]:
+    model = dequantized_model(run)
+    return model.generate(torch.tensor([prompt]), max_length=length, do_sample=False)[0].tolist()
 
 
 def assert_weights_equal(run: RunDirectory, folder: Path) -> None:
@@ -120,6 +147,42 @@ def test_a_tied_embedding_shares_the_heads_bytes(llama_export: Exported) -> None
     assert abs(stored - data) < 32_000  # small tensors are in model.onnx, and tensors are aligned
 
 
+@pytest.fixture(scope="module")
+def half_scales(llama_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return Exported(llama_run, export(llama_run, tmp_path_factory.mktemp("half") / "out", scale_dtype="f16"))
+
+
+def test_f16_scales_change_no_weight_and_no_logit(half_scales: Exported, llama_export: Exported) -> None:
+    assert_weights_equal(half_scales.run, half_scales.folder)
+    assert torch.equal(onnx_logits(half_scales.folder, TOKENS), onnx_logits(llama_export.folder, TOKENS))
+
+
+def test_f16_scales_take_half_the_bytes_where_they_are_fp16_values(
+    half_scales: Exported, llama_export: Exported
+) -> None:
+    dtypes = {n: str(v.const_value.dtype) for n, v in open_artifact(half_scales.folder).graph.initializers.items()}
+    assert dtypes["model.layers.0.attn.qkv_proj.MatMulNBits.scales"] == "FLOAT16"
+    assert dtypes["lm_head.MatMulNBits.scales"] == "FLOAT"  # Q6_K: sub-scale times super-scale
+    sizes, before = ({n: b for n, _, _, b in read_tensors(e.folder)} for e in (half_scales, llama_export))
+    name = "/model/layers.0/attn/qkv_proj/MatMulNBits"
+    assert before[name] - sizes[name] == 512 * 8 * 2
+    assert sizes["/lm_head/MatMulNBits"] == before["/lm_head/MatMulNBits"]
+    sidecar = json.loads((half_scales.folder / "signround_edge.json").read_text())
+    assert sidecar["scale_dtype"] == "f16"
+
+
+def test_f16_scales_of_a_tied_embedding_are_shared_and_load_in_onnxruntime_genai(
+    make_random_run: Callable[[PretrainedConfig, str], RunDirectory], tmp_path: Path
+) -> None:
+    run = make_random_run(Qwen2Config(**BASE, tie_word_embeddings=True), "onnx:w4g32-asym")
+    out = export(run, tmp_path / "out", scale_dtype="f16")
+    assert_weights_equal(run, out)
+    graph = open_artifact(out).graph
+    gather = next(node for node in graph if node.op_type == "GatherBlockQuantized")
+    assert [n.op_type for n in gather.inputs[2].consumers()].count("MatMulNBits") == 1
+    assert generated(out, [5, 6, 7, 8], 12) == expected_tokens(run, [5, 6, 7, 8], 12)
+
+
 def test_a_run_for_both_formats_exports_its_q4_0_integers_and_k_quant_head(llama_export: Exported) -> None:
     types = {name: kind for name, kind, _, _ in read_tensors(llama_export.folder)}
     assert types["/model/layers.0/attn/qkv_proj/MatMulNBits"] == "MatMulNBits-4x32"
@@ -133,17 +196,8 @@ def test_a_run_for_both_formats_exports_its_q4_0_integers_and_k_quant_head(llama
 def test_onnxruntime_genai_generates_what_torch_generates(llama_export: Exported) -> None:
     import onnxruntime_genai
 
-    prompt, length = [5, 6, 7, 8], 12
+    assert generated(llama_export.folder, [5, 6, 7, 8], 12) == expected_tokens(llama_export.run, [5, 6, 7, 8], 12)
     model = onnxruntime_genai.Model(str(llama_export.folder))
-    parameters = onnxruntime_genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=length, do_sample=False)
-    generator = onnxruntime_genai.Generator(model, parameters)
-    generator.append_tokens(prompt)
-    while not generator.is_done():
-        generator.generate_next_token()
-    torch_model = dequantized_model(llama_export.run)
-    expected = torch_model.generate(torch.tensor([prompt]), max_length=length, do_sample=False)[0].tolist()
-    assert list(generator.get_sequence(0)) == expected
     text = onnxruntime_genai.Tokenizer(model).encode("the people")
     assert len(text) > 0
 

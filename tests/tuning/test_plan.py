@@ -1,0 +1,63 @@
+"""The plan: which format each tensor gets before tuning starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import transformers
+
+from signround_edge.decoder import build_decoder
+from signround_edge.errors import UserError
+from signround_edge.formats.schemes import parse_scheme
+from signround_edge.source_model import SourceModel
+from signround_edge.tuning.plan import Plan, make_plan
+from tests.support import save_random_model
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, vocab_size=100, tie_word_embeddings=False)
+    return save_random_model(config, tmp_path_factory.mktemp("untied"))
+
+
+def plan_of(
+    model: Path, scheme: str, embedding: str | None = None, head: str | None = None, types: tuple[str, ...] = ()
+) -> Plan:
+    parsed = parse_scheme(scheme).with_overrides(types).with_outside_types(embedding, head)
+    return make_plan(build_decoder(model), SourceModel.open(model), parsed, float_fallback=False)
+
+
+def formats(plan: Plan) -> dict[str, str | None]:
+    return {entry.name: entry.format for entry in plan.tensors}
+
+
+def test_onnx_embeddings_and_heads_have_8_bits_unless_asked_otherwise(untied: Path) -> None:
+    found = formats(plan_of(untied, "onnx:w4g16"))
+    assert (found[EMBEDDING], found[HEAD]) == ("Q8_0", "Q8_0")
+    found = formats(plan_of(untied, "onnx:w4g16", "w2g64", "w4g32-asym"))
+    assert (found[EMBEDDING], found[HEAD]) == ("w2g64", "w4g32-asym")
+    assert found["model.layers.0.mlp.up_proj.weight"] == "w4g16"
+    found = formats(plan_of(untied, "gguf:q4_0", "Q5_1"))
+    assert (found[EMBEDDING], found[HEAD]) == ("Q5_1", "Q8_0")
+
+
+def test_a_type_by_name_wins_over_one_by_role(untied: Path) -> None:
+    found = formats(plan_of(untied, "onnx:w4g16", "w2g64", types=("embed_tokens=w8g16",)))
+    assert found[EMBEDDING] == "w8g16"
+
+
+def test_a_tied_embedding_takes_the_type_of_either(tiny_llama: Path) -> None:
+    for given in (("w4g32", None), (None, "w4g32"), ("w4g32", "w4g32")):
+        assert formats(plan_of(tiny_llama, "onnx:w4g128", *given))[EMBEDDING] == "Q4_0"
+    with pytest.raises(UserError, match="this model's output head is its embedding; give one of them"):
+        plan_of(tiny_llama, "onnx:w4g128", "w4g32", "w8g32")
+
+
+def test_the_bytes_follow_the_types(untied: Path) -> None:
+    eight, four = (plan_of(untied, "onnx:w4g16", t).tensor_bytes() for t in ("w8g32", "w4g32"))
+    # 100 rows of 64: 32 bytes of codes less, and 1 byte of zero points (two blocks).
+    assert eight - four == 100 * (32 + 1)

@@ -30,6 +30,7 @@ from benchmarks import auto_round, llama_quantize, onnx_peers
 from benchmarks.float_gguf import write_float_gguf
 from benchmarks.gguf_in_torch import load_llama_gguf
 from benchmarks.measure import run_measured
+from benchmarks.table import steps_of
 from exporters.gguf.imatrix import read_imatrix
 from signround_edge.decoder import set_parameter
 from signround_edge.demo import calibration_text_path, evaluation_text_path, tiny_llama_path
@@ -55,7 +56,7 @@ def main() -> None:
             continue
         print(f"{row['key']} …", file=sys.stderr, flush=True)
         try:
-            measured = _measure(args, row["tool"], row["scheme"], row["steps"])
+            measured = _measure(args, row)
         except llama_quantize.QuantizeFailed as error:  # Q2_K_S wants an importance matrix
             print(f"skipped: {error}", file=sys.stderr, flush=True)
             continue
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--whole-model-steps", type=int, default=0, help="also of our tuned rows")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--n-ctx", type=int, default=512)
@@ -96,8 +98,9 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     tools = args.tool or TOOLS[:1]
     for scheme in args.scheme or DEFAULT_SCHEMES if "signround-edge" in tools else ():
-        for steps in (0, args.steps):
-            rows.append({"tool": "signround-edge", "scheme": scheme, "steps": steps})
+        for steps, whole in dict.fromkeys([(0, 0), (args.steps, args.whole_model_steps)]):
+            of_whole = {"whole_model_steps": whole} if whole else {}
+            rows.append({"tool": "signround-edge", "scheme": scheme, "steps": steps, **of_whole})
     for tool in (t for t in tools if t.startswith("llama-quantize")):
         presets = [s.split(",")[0] for s in args.scheme or DEFAULT_SCHEMES if s.startswith("gguf:")]
         rows += [{"tool": tool, "scheme": preset, "steps": 0} for preset in presets]
@@ -105,7 +108,7 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows += _planned_onnx_peers(args.scheme or DEFAULT_SCHEMES, peers)
     if "auto-round" in tools:
         rows.append({"tool": "auto-round", "scheme": "gguf:q4_0", "steps": args.steps})
-    return [{"key": f"{r['tool']} {r['scheme']} {r['steps']} steps, {common}", **r} for r in rows]
+    return [{"key": f"{r['tool']} {r['scheme']} {steps_of(r)} steps, {common}", **r} for r in rows]
 
 
 def _planned_onnx_peers(schemes: list[str] | tuple[str, ...], peers: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -119,9 +122,10 @@ def _planned_onnx_peers(schemes: list[str] | tuple[str, ...], peers: tuple[str, 
     return rows
 
 
-def _measure(args: argparse.Namespace, tool: str, scheme: str, steps: int) -> dict[str, Any]:
+def _measure(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
+    tool, scheme = row["tool"], row["scheme"]
     if tool == "signround-edge":
-        return _ours(args, scheme, steps)
+        return _ours(args, scheme, row["steps"], row.get("whole_model_steps", 0))
     if tool == "auto-round":
         return _auto_round(args)
     if tool.startswith(("ort-", "genai-")):
@@ -129,11 +133,11 @@ def _measure(args: argparse.Namespace, tool: str, scheme: str, steps: int) -> di
     return _llama_quantize(args, scheme, with_imatrix=tool.endswith("-imatrix"))
 
 
-def _ours(args: argparse.Namespace, scheme: str, steps: int) -> dict[str, Any]:
-    out = _run_folder(args, scheme, steps)
+def _ours(args: argparse.Namespace, scheme: str, steps: int, whole_model_steps: int) -> dict[str, Any]:
+    out = _run_folder(args, scheme, f"{steps}+{whole_model_steps}" if whole_model_steps else str(steps))
     if (out / "manifest.json").is_file():
         raise SystemExit(f"{out} is there already; remove it to measure anew")
-    cost = run_measured(_quantize_command(args, scheme, steps, out), Path(f"{out}.log"))
+    cost = run_measured(_quantize_command(args, scheme, steps, out, whole_model_steps), Path(f"{out}.log"))
     run, found = RunDirectory.open(out), inspect(out)
     scores = _score(args, TorchSession(load_run_model(run)))
     size = {"bytes": found.total_bytes, "bits_per_weight": found.bits_per_weight}
@@ -142,8 +146,9 @@ def _ours(args: argparse.Namespace, scheme: str, steps: int) -> dict[str, Any]:
     return {**size, **scores, **asdict(cost)}
 
 
-def _run_folder(args: argparse.Namespace, scheme: str, steps: int) -> Path:
-    return CACHE / "runs" / f"{args.name or args.model.name}-{scheme.replace(':', '-').replace(',', '+')}-{steps}"
+def _run_folder(args: argparse.Namespace, scheme: str, steps: str) -> Path:
+    name = f"{args.name or args.model.name}-{scheme.replace(':', '-').replace(',', '+')}"
+    return CACHE / "runs" / f"{name}-{args.samples}x{args.seqlen}-{steps}"
 
 
 def _onnx_peer(args: argparse.Namespace, tool: str, scheme: str) -> dict[str, Any]:
@@ -174,7 +179,7 @@ def _onnx_peer(args: argparse.Namespace, tool: str, scheme: str) -> dict[str, An
 
 def _rounded_run(args: argparse.Namespace, scheme: str) -> RunDirectory:
     """Our run of the scheme without tuning, for what a peer leaves alone."""
-    folder = _run_folder(args, scheme, 0)
+    folder = _run_folder(args, scheme, "0")
     if not (folder / "manifest.json").is_file():
         run_measured(_quantize_command(args, scheme, 0, folder), Path(f"{folder}.log"))
     return RunDirectory.open(folder)
@@ -185,8 +190,11 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _quantize_command(args: argparse.Namespace, scheme: str, steps: int, out: Path) -> list[str]:
+def _quantize_command(
+    args: argparse.Namespace, scheme: str, steps: int, out: Path, whole_model_steps: int = 0
+) -> list[str]:
     sizes = {"samples": args.samples, "seqlen": args.seqlen, "steps": steps, "batch-size": args.batch_size}
+    sizes["whole-model-steps"] = whole_model_steps
     flags = [str(x) for name, value in sizes.items() for x in (f"--{name}", value)]
     command = [sys.executable, "-m", "signround_edge.cli", "quantize", str(args.model), "--scheme", scheme]
     return [*command, "-o", str(out), "--calibration", str(args.calibration), *flags]

@@ -37,6 +37,12 @@ def main() -> None:
     TARGET.write_text("\n".join(parts), encoding="utf-8")
 
 
+def steps_of(row: dict[str, Any]) -> str:
+    """Steps a block, and those of the whole-model stage where there is one: "100 + 300"."""
+    whole = row.get("whole_model_steps")
+    return str(row["steps"]) if whole is None else f"{row['steps']} + {whole}"
+
+
 def _decode_section(name: str, found: dict[str, Any]) -> str:
     lines = [f"## {name}: decoding in onnxruntime-genai", ""]
     lines += ["| folder | bytes | tokens a CPU second | beside genai-int4 | resident MB | loading, CPU s |"]
@@ -50,7 +56,7 @@ def _decode_section(name: str, found: dict[str, Any]) -> str:
 
 
 def _section(name: str, rows: list[dict[str, Any]]) -> str:
-    rows = sorted(rows, key=lambda r: (r["scheme"], r["steps"], r["tool"]))
+    rows = sorted(rows, key=lambda r: (r["scheme"], r["steps"], r.get("whole_model_steps", 0), r["tool"]))
     reference = rows[0]["ppl_reference"]
     lines = [f"## {name} (perplexity of the original: {reference:.3f})", ""]
     lines += ["| tool | scheme | steps | bytes | bits/weight | PPL | mean KL | same top-1 | wall s | CPU s | peak MB |"]
@@ -59,7 +65,7 @@ def _section(name: str, rows: list[dict[str, Any]]) -> str:
         figures = f"{r['ppl']:.3f} | {r['kld_mean']:.4f} ± {r['kld_stderr']:.4f} | {100 * r['top1_agreement']:.1f} %"
         cost = f"{r['wall_s']:.0f} | {r['cpu_s']:.0f} | {_peak(r['peak_mb'])}"
         size = f"{r['bytes']:,} | {r['bits_per_weight']:.3f}"
-        lines.append(f"| {r['tool']} | {r['scheme']} | {r['steps']} | {size} | {figures} | {cost} |")
+        lines.append(f"| {r['tool']} | {r['scheme']} | {steps_of(r)} | {size} | {figures} | {cost} |")
     settings = sorted({r["key"].split(" steps, ", 1)[1] for r in rows})
     return "\n".join([*lines, "", f"Calibration → evaluation: {'; '.join(settings)}. {rows[0]['machine']}.", ""])
 
@@ -82,7 +88,7 @@ def _onnx_section(name: str, kind: tuple[int, int], rows: list[dict[str, Any]]) 
         scheme = "" if _is_onnx_peer(r) else r["scheme"]
         figures = f"{r['ppl']:.3f} | {r['kld_mean']:.4f} ± {r['kld_stderr']:.4f} | {100 * r['top1_agreement']:.1f} %"
         ratio = "" if _is_onnx_peer(r) else _ratio(r, rows)
-        lines.append(f"| {r['tool']} | {scheme} | {r['steps']} | {_onnx_bytes(r):,} | {figures} | {ratio} |")
+        lines.append(f"| {r['tool']} | {scheme} | {steps_of(r)} | {_onnx_bytes(r):,} | {figures} | {ratio} |")
     return "\n".join([*lines, ""])
 
 

@@ -100,7 +100,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--compute-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), help="Matrix products in tuning.")
 @click.option("--whole-model-steps", type=int, help="Steps of tuning the whole model on its KL divergence; 0: none.")
 @click.option("--whole-model-lr", type=float, help="Relative learning rate of scales and norms there.")
-@click.option("--whole-model-code-lr", type=float, help="Learning rate of codes there (default 1/steps; 0: frozen).")
+@click.option("--whole-model-code-lr", type=float, help="Learning rate of codes there; 0: frozen.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=int, help="Seed of the sample order.")
 @click.option("--imatrix", type=click.Path(path_type=Path), help="llama.cpp's imatrix file: E[x²] for scales.")

@@ -32,8 +32,7 @@ class TuningSettings:
         whole_model_steps: gradient steps of the whole-model stage after the blocks; 0 leaves it out.
         whole_model_batch_size: samples a step there.
         whole_model_lr: relative learning rate of scales, norms and biases there, falling linearly to 0.
-        whole_model_code_lr: learning rate of the codes there, in codes, falling linearly to 0; None is
-            1/whole_model_steps, at most 1/200; 0 freezes the codes.
+        whole_model_code_lr: learning rate of the codes there, in codes, falling linearly to 0; 0 freezes the codes.
         seed: seeds sample order.
     """
 
@@ -54,8 +53,8 @@ class TuningSettings:
     compute_dtype: str = "auto"
     whole_model_steps: int = 0
     whole_model_batch_size: int = 4
-    whole_model_lr: float = 2e-3
-    whole_model_code_lr: float | None = None
+    whole_model_lr: float = 2e-4
+    whole_model_code_lr: float = 5e-4
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -64,7 +63,7 @@ class TuningSettings:
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {low}")
-        if self.whole_model_code_lr is not None and not 0 <= self.whole_model_code_lr <= 1:
+        if not 0 <= self.whole_model_code_lr <= 1:
             raise UserError(f"--whole-model-code-lr {self.whole_model_code_lr} must be at least 0 and at most 1")
         for name in ("lr", "scale_lr", "whole_model_lr"):
             value = getattr(self, name)

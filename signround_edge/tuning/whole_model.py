@@ -30,9 +30,6 @@ from signround_edge.tuning.tunables import Tunable
 # Tokens whose logits are in memory at once: f32 [256, vocabulary].
 TOKENS_AT_ONCE = 256
 
-# A step moves every position, also those that its few samples tell nothing about; more a step is noise.
-_MOST_CODE_LR = 5e-3
-
 
 @dataclass(frozen=True)
 class WholeModelReport:
@@ -164,16 +161,13 @@ def tune_whole_model(
     optimizer = torch.optim.Adam(shifts, lr=settings.whole_model_lr, betas=(0.9, 0.99))
     steps = settings.whole_model_steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    code_lr = settings.whole_model_code_lr
-    if code_lr is None:
-        code_lr = min(1 / steps, _MOST_CODE_LR)
     model.install()
     before = best = model.divergence(held_out, settings.batch_size)
     best_step, kept = 0, model.stored()
     check_at = check_steps(steps, settings.checks)
     for step in range(steps):
         optimizer.zero_grad()  # experts that no token of a batch reaches get no gradient, and must not keep their last
-        model.train_step(next(batches), code_lr * (1 - step / steps))
+        model.train_step(next(batches), settings.whole_model_code_lr * (1 - step / steps))
         optimizer.step()
         schedule.step()
         model.install()

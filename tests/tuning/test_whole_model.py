@@ -27,7 +27,9 @@ from signround_edge.tuning.sign_step import RoundingState
 from signround_edge.tuning.tunables import FloatShift, TunedMatrix, starting_positions
 from signround_edge.tuning.whole_model import WholeModel
 
-SETTINGS = replace(SMALL, steps=10, samples=24, seqlen=64, whole_model_steps=20, whole_model_batch_size=4)
+# Few steps on a tiny model: ten times the rates that suit hundreds of steps on a large one.
+RATES = {"whole_model_lr": 2e-3, "whole_model_code_lr": 5e-3}
+SETTINGS = replace(SMALL, steps=10, samples=24, seqlen=64, whole_model_steps=20, whole_model_batch_size=4, **RATES)
 CPU = torch.device("cpu")
 
 

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from runtime_tests.divergence.locate import Divergence
 from runtime_tests.exactness import Exactness
 from signround_edge.metrics import Scores
 from signround_edge.run_directory import write_atomically
@@ -67,6 +68,7 @@ class RuntimeReport:
         parity: the artifact against torch with the same dequantized weights.
         control: the same graph computing in floats, against torch; None where the artifact itself is that.
         fidelity: the artifact against the original model.
+        divergence: where the graph leaves torch, when that was looked for and the runtime shows it.
         notes: what a person should know although it decides nothing.
     """
 
@@ -79,6 +81,7 @@ class RuntimeReport:
     parity: Scores | None = None
     control: Scores | None = None
     fidelity: Scores | None = None
+    divergence: Divergence | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -95,6 +98,7 @@ class RuntimeReport:
             **{name: _figure(parity, name) for name in _MORE_FIGURES},
             "tokens": parity.tokens if parity else 0,
             "fidelity": _fidelity_json(self.fidelity),
+            "divergence": None if self.divergence is None else self.divergence.to_json(),
             "notes": self.notes,
         }
 

@@ -16,12 +16,16 @@ from pathlib import Path
 
 from devices import DEFAULT_DEVICE, DeviceProfile, Tolerances, get_device
 from runtime_tests.artifacts import artifact_format, expect
+from runtime_tests.divergence.locate import TOKENS, ShowsHiddenStates, locate
+from runtime_tests.divergence.torch_points import torch_points
 from runtime_tests.exactness import check_exactness
 from runtime_tests.expectation import Expectation
 from runtime_tests.interface import Runtime, Session
 from runtime_tests.parity import Contender, GivesLogits, miss_exact_gate, miss_quantized_gate, score
 from runtime_tests.report import ArtifactReport, RuntimeReport, VerifyReport
+from signround_edge.decoder import build_decoder
 from signround_edge.errors import CheckFailed, UserError
+from signround_edge.evaluation import TorchSession, load_run_model, load_source_model, text_windows
 from signround_edge.metrics import Windows
 from signround_edge.plugins import runtimes as runtimes_by_name
 from signround_edge.run_directory import RunDirectory
@@ -32,12 +36,13 @@ DEFAULT_WINDOWS = 16
 
 @dataclass(frozen=True)
 class _Job:
-    """What all artifacts have in common; `stack` closes sessions and removes controls at the end."""
+    """What all artifacts have in common; `report` collects, `stack` closes sessions and removes controls at the end."""
 
     run: RunDirectory
     text: Path
     windows: Windows
     profiles: Sequence[DeviceProfile]
+    report: VerifyReport
     stack: ExitStack
 
 
@@ -49,6 +54,8 @@ class _Trial:
     tolerances: Tolerances
     artifact: Contender | None = None
     control: Contender | None = None
+    open_float_graph: Callable[[], GivesLogits] | None = None
+    layer_error: float = 0.0
 
 
 def verify(
@@ -74,8 +81,6 @@ def verify(
         UserError: an unknown device, a text that is too short, something that is no artifact at all. A damaged
             artifact is no error but a failed check.
     """
-    from signround_edge.evaluation import TorchSession, load_run_model, load_source_model, text_windows
-
     profiles = [get_device(name) for name in dict.fromkeys(devices)]
     paths = list(dict.fromkeys(artifacts))
     formats = [artifact_format(path) for path in paths]
@@ -83,7 +88,7 @@ def verify(
     report = VerifyReport(str(run.path), str(text), None if reference is None else str(reference))
     trials: list[_Trial] = []
     with ExitStack() as stack:
-        job = _Job(run, text, windows, profiles, stack)
+        job = _Job(run, text, windows, profiles, report, stack)
         for path, format_ in zip(paths, formats, strict=True):
             log(f"{path}: comparing stored weights with {run.path}")
             report.artifacts.append(ArtifactReport(str(path), format_))
@@ -92,7 +97,9 @@ def verify(
         contenders = [c for t in trials for c in (t.artifact, t.control) if c is not None]
         if contenders:
             original: GivesLogits | None = None if reference is None else TorchSession(load_source_model(reference))
-            score(contenders, windows, TorchSession(load_run_model(run)), original, log)
+            ours = TorchSession(load_run_model(run))
+            score(contenders, windows, ours, original, log)
+            _compare_layers(job, trials, ours, log)
     for trial in trials:
         _judge(trial)
     return report
@@ -170,8 +177,16 @@ def _open(job: _Job, runtime: Runtime, trial: _Trial, path: Path, expectation: E
         report.notes += [note] if note else []
         if expectation.open_control is not None:
             trial.control = Contender(_opened(expectation.open_control(runtime), job.stack))
+        trial.layer_error = expectation.layer_error
+        if expectation.computes_in_floats or trial.control is not None:
+            # A control has the metadata that the artifact should have. Where that differs, the artifact's own decides.
+            float_session = session if trial.control is None else trial.control.session
+            wrong = expectation.problem is not None
+            trial.open_float_graph = lambda: (
+                _opened(expectation.open_float_graph(runtime), job.stack) if wrong else float_session
+            )
     except UserError as error:
-        report.reason = str(error)
+        report.reason = "; ".join(filter(None, [expectation.problem, str(error)]))
         trial.artifact = trial.control = None
     report.status = "fail"  # until `_judge` says otherwise
 
@@ -187,6 +202,7 @@ def _judge(trial: _Trial) -> None:
     if trial.artifact is None:
         return
     reasons = [] if report.reason is None else [report.reason]
+    known = len(reasons)
     if trial.artifact.failure is not None:
         reasons.append(trial.artifact.failure)
     else:
@@ -198,8 +214,34 @@ def _judge(trial: _Trial) -> None:
         reasons += [miss] if miss else []
     if trial.control is not None:
         reasons += _judge_control(trial.control, report, trial.tolerances)
+    if report.divergence is not None and (report.divergence.first is not None or len(reasons) > known):
+        reasons.append(report.divergence.sentence())
     report.reason = "; ".join(reasons) or None
     report.status = "fail" if reasons else "pass"
+
+
+def _compare_layers(job: _Job, trials: Sequence[_Trial], ours: TorchSession, log: Callable[[str], None]) -> None:
+    """Compare hidden states layer by layer, where an artifact's graph can compute in floats and its runtime shows them.
+
+    Where a stored weight differs, the first such tensor is named already.
+    """
+    inexact = {artifact.path for artifact in job.report.artifacts if artifact.status == "fail"}
+    shown = [t for t in trials if t.artifact is not None and t.report.artifact not in inexact]
+    shown = [t for t in shown if t.open_float_graph is not None]
+    if not shown:
+        return
+    log("comparing hidden states, layer by layer")
+    tokens = job.windows.tokens[0][:TOKENS]
+    points = torch_points(ours, tokens, build_decoder(job.run.config_dir).prefix)
+    for trial in shown:
+        assert trial.open_float_graph is not None
+        try:
+            session = trial.open_float_graph()
+            if isinstance(session, ShowsHiddenStates):
+                tolerance = max(trial.tolerances.layer_error, trial.layer_error)
+                trial.report.divergence = locate(session, tokens, points, tolerance)
+        except (UserError, CheckFailed) as error:
+            trial.report.notes.append(f"its layers could not be compared: {error}")
 
 
 def _judge_control(control: Contender, report: RuntimeReport, tolerances: Tolerances) -> list[str]:

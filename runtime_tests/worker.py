@@ -6,6 +6,7 @@ its stdin ends, also in the middle of a computation, so that nothing is left run
 Requests, by their "op":
     open        {runtime, artifact, options} → the engine's facts
     logits      {} + tokens i32 [n]        → logits f32 [n, vocab]
+    hidden_states {width} + tokens         → {names} + "0", "1", … f32 [n, width]
     generate    {max_new} + tokens         → tokens i32
     tokenize    {text, add_special, parse_special} → tokens i32
     detokenize  {} + tokens                → {text}
@@ -40,6 +41,7 @@ class Worker:
         self._operations: dict[str, Callable[[Message], Message]] = {
             "open": self._open,
             "logits": lambda m: Message({}, {"logits": self._opened().logits(m.arrays["tokens"])}),
+            "hidden_states": self._hidden_states,
             "generate": self._generate,
             "tokenize": self._tokenize,
             "detokenize": lambda m: Message({"text": self._opened().detokenize(m.arrays["tokens"])}),
@@ -64,6 +66,10 @@ class Worker:
         h = request.header
         self._engine = _ENGINES[h["runtime"]](Path(h["artifact"]), h["options"])
         return Message({"facts": self._engine.facts()})
+
+    def _hidden_states(self, request: Message) -> Message:
+        found = self._opened().hidden_states(request.arrays["tokens"], request.header["width"])
+        return Message({"names": list(found)}, {str(i): array for i, array in enumerate(found.values())})
 
     def _generate(self, request: Message) -> Message:
         import numpy as np

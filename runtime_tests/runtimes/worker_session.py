@@ -37,6 +37,15 @@ class WorkerSession:
         """
         return self._worker.call("logits", {"tokens": tokens.astype(np.int32)}).arrays["logits"]
 
+    def hidden_states(self, tokens: TokenArray, width: int) -> dict[str, FloatArray]:
+        """Every float tensor [n, width] that the graph computes for int32 [n], by the graph's own name.
+
+        Raises:
+            UserError: the runtime cannot run the file, or show it; WorkerFailure when it died or hung.
+        """
+        reply = self._worker.call("hidden_states", {"tokens": tokens.astype(np.int32)}, width=width)
+        return {name: reply.arrays[str(i)] for i, name in enumerate(reply.header["names"])}
+
     def close(self) -> None:
         """End the worker. May be repeated."""
         self._worker.close()

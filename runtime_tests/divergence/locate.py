@@ -85,7 +85,7 @@ def locate(session: ShowsHiddenStates, tokens: TokenArray, points: Sequence[Poin
         UserError: the runtime cannot run or show the graph.
     """
     found = list(session.hidden_states(tokens, points[0].states.shape[1]).values())
-    stacked = np.stack([states[-1] for states in found]) if found else np.zeros((0, points[0].states.shape[1]))
+    stacked = np.array([states[-1] for states in found], dtype=np.float32)
     layers: list[LayerError] = []
     agreeing: str | None = None
     for point in points:

@@ -21,8 +21,8 @@ class Point:
 
     Attributes:
         name: the module whose output it is ("model.layers.3"), or `EMBEDDING`.
-        is_layer: a decoder block's output, the embedding that enters the first block, or the final norm's output: places that
-            every runtime has. Others (the output of a block's attention or norm) may be fused away.
+        is_layer: a decoder block's output, the embedding that enters the first block, or the final norm's output:
+            places that every runtime has. Others (the output of a block's attention or norm) may be fused away.
         states: f32 [n, hidden].
     """
 
@@ -42,7 +42,7 @@ def torch_points(session: TorchSession, tokens: TokenArray, blocks: str) -> list
     model: nn.Module = session.model
     points: list[Point] = []
     names = {module: name for name, module in model.named_modules()}
-    layers = list(model.get_submodule(blocks))
+    layers = list(model.get_submodule(blocks).children())
     base = model.get_submodule(blocks.rpartition(".")[0])
     # A final norm follows the blocks in the base model. What precedes them ends in the input of block 0.
     children = list(base.children())

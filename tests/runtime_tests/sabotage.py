@@ -210,7 +210,7 @@ GGUF_METADATA = {
     ),
     "two tokens exchanged": Sabotage(exchange_tokens, ("tokenizer.ggml.tokens [40] is",), True),
 }
-# What the metadata check cannot see in a file of the template route, whose metadata is the template's: the control must.
+# In a file of the template route the metadata is the template's, so that only the control can tell.
 GGUF_CONTROL = ("wrong RoPE base", "wrong epsilon", "RoPE scaling")
 
 

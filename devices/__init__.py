@@ -5,6 +5,7 @@ description   what it stands for, in a phrase
 machines      what `platform.machine()` says where the profile runs natively
 transport     how a worker is reached: "local"
 runtimes      names of the runtimes to run there
+memory_budget_mb  memory that an app may take there, in MB (10^6 bytes); may be left out
 [tolerances]  the gates of `verify`; see `Tolerances`
 """
 
@@ -53,6 +54,7 @@ class DeviceProfile:
     transport: str
     runtimes: tuple[str, ...]
     tolerances: Tolerances
+    memory_budget_mb: int | None = None
 
     def unavailable(self) -> str | None:
         """Why nothing can run on it here, in one clause; None when it is ready."""

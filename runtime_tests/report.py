@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from runtime_tests.certificate.evidence import Evidence
 from runtime_tests.divergence.locate import Divergence
 from runtime_tests.exactness import Exactness
-from signround_edge.metrics import Scores
-from signround_edge.run_directory import write_atomically
+from signround_edge.metrics import FloatArray, Scores
 
 Status = Literal["pass", "fail", "skipped"]
 _STYLES = {"pass": "green", "fail": "bold red", "skipped": "yellow"}
@@ -58,6 +57,30 @@ class ArtifactReport:
         }
 
 
+@dataclass(frozen=True)
+class Gate:
+    """One comparison that decided: it passes when `figure` is at most `limit`.
+
+    Attributes:
+        name: "kld_mean", "ln_ppl_difference" (its absolute value), "control_kld_mean" or "layer_error".
+        figure: what was found; None when it is no number.
+    """
+
+    name: str
+    figure: float | None
+    limit: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """Figures of every scored token in nats, f32 [n]: loss of the runtime and of torch, and KL divergence."""
+
+    nll: FloatArray
+    nll_reference: FloatArray
+    kld: FloatArray
+
+
 @dataclass
 class RuntimeReport:
     """One artifact on one runtime of one device.
@@ -69,6 +92,10 @@ class RuntimeReport:
         control: the same graph computing in floats, against torch; None where the artifact itself is that.
         fidelity: the artifact against the original model.
         divergence: where the graph leaves torch, when that was looked for and the runtime shows it.
+        gates: the comparisons that decided.
+        per_token: figures of every scored token.
+        seconds: time that the device computed, where the session says it.
+        peak_memory_bytes: of the process that computed, where the session says it.
         notes: what a person should know although it decides nothing.
     """
 
@@ -82,6 +109,10 @@ class RuntimeReport:
     control: Scores | None = None
     fidelity: Scores | None = None
     divergence: Divergence | None = None
+    gates: list[Gate] = field(default_factory=list)
+    per_token: PerToken | None = None
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -99,17 +130,20 @@ class RuntimeReport:
             "tokens": parity.tokens if parity else 0,
             "fidelity": _fidelity_json(self.fidelity),
             "divergence": None if self.divergence is None else self.divergence.to_json(),
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
             "notes": self.notes,
         }
 
 
 @dataclass
 class VerifyReport:
-    """Everything that `verify` found."""
+    """Everything that `verify` found; `evidence` is what a certificate needs besides."""
 
     run: str
     text: str
     reference: str | None
+    evidence: Evidence | None = None
     artifacts: list[ArtifactReport] = field(default_factory=list)
     runtimes: list[RuntimeReport] = field(default_factory=list)
 
@@ -143,12 +177,6 @@ class VerifyReport:
             "text": self.text,
             "reference": self.reference,
         }
-
-    def write(self, folder: Path) -> Path:
-        """Write `certificate.json` into a folder (made when needed) and return its path."""
-        path = folder / "certificate.json"
-        write_atomically(path, (json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
-        return path
 
 
 def render(report: VerifyReport) -> RenderableType:

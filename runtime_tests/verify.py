@@ -8,21 +8,26 @@ information.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from devices import DEFAULT_DEVICE, DeviceProfile, Tolerances, get_device
 from runtime_tests.artifacts import artifact_format, expect
+from runtime_tests.certificate.evidence import Evidence
+from runtime_tests.certificate.fingerprints import fingerprint, fingerprint_run
 from runtime_tests.divergence.locate import TOKENS, ShowsHiddenStates, locate
 from runtime_tests.divergence.torch_points import torch_points
 from runtime_tests.exactness import check_exactness
 from runtime_tests.expectation import Expectation
 from runtime_tests.interface import Runtime, Session
-from runtime_tests.parity import Contender, GivesLogits, miss_exact_gate, miss_quantized_gate, score
-from runtime_tests.report import ArtifactReport, RuntimeReport, VerifyReport
+from runtime_tests.parity import Contender, GivesLogits, gate, gates, miss_exact_gate, miss_quantized_gate, score
+from runtime_tests.report import ArtifactReport, PerToken, RuntimeReport, VerifyReport
 from signround_edge.decoder import build_decoder
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.evaluation import TorchSession, load_run_model, load_source_model, text_windows
@@ -89,6 +94,8 @@ def verify(
     trials: list[_Trial] = []
     with ExitStack() as stack:
         job = _Job(run, text, windows, profiles, report, stack)
+        log("hashing the run, the artifacts and the text")
+        report.evidence = _evidence(job, paths, reference)
         for path, format_ in zip(paths, formats, strict=True):
             log(f"{path}: comparing stored weights with {run.path}")
             report.artifacts.append(ArtifactReport(str(path), format_))
@@ -201,19 +208,24 @@ def _judge(trial: _Trial) -> None:
     report = trial.report
     if trial.artifact is None:
         return
+    report.seconds = getattr(trial.artifact.session, "seconds", None)  # not every session can say it
+    report.peak_memory_bytes = getattr(trial.artifact.session, "peak_memory_bytes", None)
     reasons = [] if report.reason is None else [report.reason]
     known = len(reasons)
     if trial.artifact.failure is not None:
         reasons.append(trial.artifact.failure)
     else:
         report.parity = trial.artifact.parity.scores()
+        report.per_token = _per_token(trial.artifact)
         if trial.artifact.fidelity.nll:
             report.fidelity = trial.artifact.fidelity.scores()
-        gate = miss_exact_gate if report.gate == "exact" else miss_quantized_gate
-        miss = gate(report.parity, trial.tolerances)
+        report.gates += gates(report.parity, trial.tolerances, report.gate == "exact")
+        miss = (miss_exact_gate if report.gate == "exact" else miss_quantized_gate)(report.parity, trial.tolerances)
         reasons += [miss] if miss else []
     if trial.control is not None:
         reasons += _judge_control(trial.control, report, trial.tolerances)
+    if report.divergence is not None:
+        report.gates.append(gate("layer_error", report.divergence.largest_error, report.divergence.tolerance))
     if report.divergence is not None and (report.divergence.first is not None or len(reasons) > known):
         reasons.append(report.divergence.sentence())
     report.reason = "; ".join(reasons) or None
@@ -244,9 +256,26 @@ def _compare_layers(job: _Job, trials: Sequence[_Trial], ours: TorchSession, log
             trial.report.notes.append(f"its layers could not be compared: {error}")
 
 
+def _per_token(contender: Contender) -> PerToken:
+    parity = contender.parity
+    return PerToken(*(np.concatenate(part) for part in (parity.nll, parity.nll_reference, parity.kld)))
+
+
+def _evidence(job: _Job, artifacts: Sequence[Path], reference: Path | None) -> Evidence:
+    """Hash everything before it is opened."""
+    given = [fingerprint("artifact", path) for path in artifacts] + [fingerprint("text", job.text)]
+    given += [] if reference is None else [fingerprint("reference", reference)]
+    windows, n_ctx = job.windows.tokens.shape
+    tokens = hashlib.sha256(job.windows.tokens.astype("<i4").tobytes()).hexdigest()
+    return Evidence(
+        [fingerprint_run(job.run), *given], job.run.manifest, list(job.profiles), int(n_ctx), int(windows), tokens
+    )
+
+
 def _judge_control(control: Contender, report: RuntimeReport, tolerances: Tolerances) -> list[str]:
     if control.failure is not None:
         return [f"the control: {control.failure}"]
     report.control = control.parity.scores()
+    report.gates.append(gate("control_kld_mean", report.control.kld_mean, tolerances.exact_kld_mean))
     miss = miss_exact_gate(report.control, tolerances)
     return [] if miss is None else [f"the control, which computes in floats, shows that the graph differs: {miss}"]

@@ -54,6 +54,11 @@ class Divergence:
     last_agreeing: str | None
     tolerance: float
 
+    @property
+    def largest_error(self) -> float:
+        """Of all layers."""
+        return max((layer.error for layer in self.layers), default=0.0)
+
     def sentence(self) -> str:
         """For a report."""
         if self.first is None:

@@ -24,6 +24,7 @@ class Expectation:
         open_control: opens the same graph so that the runtime computes in floats; None where the artifact is that.
         open_float_graph: opens the artifact's own graph with its own metadata, right or wrong, so that the runtime
             computes in floats: where it leaves torch can then be located. UserError when that cannot be made.
+        control_file: the control as a file of its own, where it is one.
         layer_error: relative error of hidden states that the runtime's own approximations explain, on any sound file.
         problem: something besides weights that is not what it should be, in one sentence.
         notes: what could not be checked.
@@ -33,6 +34,7 @@ class Expectation:
     computes_in_floats: bool
     open_control: Callable[[Runtime], Session] | None
     open_float_graph: Callable[[Runtime], Session]
+    control_file: Path | None = None
     layer_error: float = 0.0
     problem: str | None = None
     notes: list[str] = field(default_factory=list)

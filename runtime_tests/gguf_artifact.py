@@ -73,6 +73,7 @@ def expect_gguf(run: RunDirectory, artifact: Path, folder: Path) -> Expectation:
         computes_in_floats=floats,
         open_control=open_control,
         open_float_graph=open_float_graph,
+        control_file=None if floats else path,
         layer_error=0.0 if _activation(run) in _COMPUTED_ACTIVATIONS else _TABLE_ERROR,
         problem=problem,
         notes=notes,

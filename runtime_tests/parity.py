@@ -46,20 +46,23 @@ def score(
     torch_session: GivesLogits,
     reference: GivesLogits | None = None,
     log: Callable[[str], None] = print,
+    keep: Callable[[FloatArray], None] | None = None,
 ) -> None:
     """Fill the figures of all contenders.
 
     Torch runs once a window for all of them; the logits of one window are all that is kept. A contender that fails is
-    left out from then on.
+    left out from then on. `keep` is given torch's logits f32 [scored, vocab] of each window.
     """
     for index, window in enumerate(windows.tokens):
         running = [c for c in contenders if c.failure is None]
-        if not running:
+        if not running and keep is None:
             return
         log(f"window {index + 1} of {len(windows.tokens)}")
         scored, targets = windows.scored, windows.targets(index)
         base = torch_session.logits(window)[scored]
-        original = None if reference is None else reference.logits(window)[scored]
+        if keep is not None:
+            keep(base)
+        original = None if reference is None or not running else reference.logits(window)[scored]
         for contender in running:
             try:
                 logits = contender.session.logits(window)[scored]

@@ -13,11 +13,10 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from devices import DEFAULT_DEVICE, DeviceProfile, Tolerances, get_device
+from devices import DEFAULT_DEVICE, DeviceProfile, get_device
 from runtime_tests.artifacts import artifact_format, expect
 from runtime_tests.certificate.evidence import Evidence
 from runtime_tests.certificate.fingerprints import fingerprint, fingerprint_run
@@ -26,8 +25,11 @@ from runtime_tests.divergence.torch_points import torch_points
 from runtime_tests.exactness import check_exactness
 from runtime_tests.expectation import Expectation
 from runtime_tests.interface import Runtime, Session
-from runtime_tests.parity import Contender, GivesLogits, gate, gates, miss_exact_gate, miss_quantized_gate, score
-from runtime_tests.report import ArtifactReport, PerToken, RuntimeReport, VerifyReport
+from runtime_tests.judgement import Trial, judge, judge_weights
+from runtime_tests.llama_binaries.kl_base import KlBaseWriter
+from runtime_tests.llama_binaries.perplexity import RUNTIME, CannotStart, LlamaBinaries, measure
+from runtime_tests.parity import Contender, GivesLogits, score
+from runtime_tests.report import ArtifactReport, RuntimeReport, VerifyReport
 from signround_edge.decoder import build_decoder
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.evaluation import TorchSession, load_run_model, load_source_model, text_windows
@@ -48,19 +50,8 @@ class _Job:
     windows: Windows
     profiles: Sequence[DeviceProfile]
     report: VerifyReport
+    binaries: LlamaBinaries | None
     stack: ExitStack
-
-
-@dataclass
-class _Trial:
-    """One artifact on one runtime of one device, and where its figures collect."""
-
-    report: RuntimeReport
-    tolerances: Tolerances
-    artifact: Contender | None = None
-    control: Contender | None = None
-    open_float_graph: Callable[[], GivesLogits] | None = None
-    layer_error: float = 0.0
 
 
 def verify(
@@ -71,6 +62,7 @@ def verify(
     reference: Path | None = None,
     n_ctx: int = DEFAULT_CONTEXT,
     max_windows: int = DEFAULT_WINDOWS,
+    llama_bin: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> VerifyReport:
     """Check artifacts of a run.
@@ -81,6 +73,7 @@ def verify(
         text: UTF-8 text to score; `max_windows` windows of `n_ctx` tokens of it.
         devices: names of device profiles.
         reference: Hugging Face folder of the original model, for fidelity.
+        llama_bin: folder with llama-perplexity for the devices; it scores GGUF files too.
         log: called with one line of progress.
     Raises:
         UserError: an unknown device, a text that is too short, something that is no artifact at all. A damaged
@@ -90,10 +83,11 @@ def verify(
     paths = list(dict.fromkeys(artifacts))
     formats = [artifact_format(path) for path in paths]
     windows = text_windows(run.config_dir, text, n_ctx, max_windows)
+    binaries = None if llama_bin is None else LlamaBinaries.find(llama_bin, windows)
     report = VerifyReport(str(run.path), str(text), None if reference is None else str(reference))
-    trials: list[_Trial] = []
+    trials: list[Trial] = []
     with ExitStack() as stack:
-        job = _Job(run, text, windows, profiles, report, stack)
+        job = _Job(run, text, windows, profiles, report, binaries, stack)
         log("hashing the run, the artifacts and the text")
         report.evidence = _evidence(job, paths, reference)
         for path, format_ in zip(paths, formats, strict=True):
@@ -102,17 +96,24 @@ def verify(
             trials += _prepare(job, path, report.artifacts[-1])
         report.runtimes = [trial.report for trial in trials]
         contenders = [c for t in trials for c in (t.artifact, t.control) if c is not None]
-        if contenders:
+        measured = [trial for trial in trials if trial.measure is not None]
+        if contenders or measured:
             original: GivesLogits | None = None if reference is None else TorchSession(load_source_model(reference))
             ours = TorchSession(load_run_model(run))
-            score(contenders, windows, ours, original, log)
+            if measured:
+                base = stack.enter_context(KlBaseWriter(_folder(job) / "logits.kld", windows))
+                score(contenders, windows, ours, original, log, base.add)
+                base.close()
+                _measure(measured, base.path, log)
+            else:
+                score(contenders, windows, ours, original, log)
             _compare_layers(job, trials, ours, log)
     for trial in trials:
-        _judge(trial)
+        judge(trial)
     return report
 
 
-def _prepare(job: _Job, path: Path, artifact: ArtifactReport) -> list[_Trial]:
+def _prepare(job: _Job, path: Path, artifact: ArtifactReport) -> list[Trial]:
     """Check the weights of one artifact, and open it on every runtime that can run it."""
     trials, ready = _find_runtimes(job, artifact)
     if not ready:
@@ -120,9 +121,8 @@ def _prepare(job: _Job, path: Path, artifact: ArtifactReport) -> list[_Trial]:
             f"{t.report.name} on {t.report.device}: {t.report.reason}" for t in trials
         )
         return trials
-    folder = Path(job.stack.enter_context(tempfile.TemporaryDirectory(prefix="signround-verify-")))
     try:
-        expectation = expect(job.run, path, artifact.format, folder)
+        expectation = expect(job.run, path, artifact.format, _folder(job))
         artifact.exactness = check_exactness(expectation.expected, ready[0][0].stored_tensors(path))
     except Exception as error:
         # Readers raise UserError and CheckFailed, but libraries below them raise anything on a damaged file.
@@ -132,23 +132,58 @@ def _prepare(job: _Job, path: Path, artifact: ArtifactReport) -> list[_Trial]:
         for _, trial in ready:
             trial.report.status, trial.report.reason = "fail", reason
         return trials
-    _judge_weights(artifact)
+    judge_weights(artifact)
     for runtime, trial in ready:
         _open(job, runtime, trial, path, expectation)
+    return trials + _binary_trials(job, artifact, path, expectation)
+
+
+def _folder(job: _Job) -> Path:
+    """A temporary folder that is removed at the end."""
+    return Path(job.stack.enter_context(tempfile.TemporaryDirectory(prefix="signround-verify-")))
+
+
+def _binary_trials(job: _Job, artifact: ArtifactReport, path: Path, expectation: Expectation) -> list[Trial]:
+    """A trial of llama-perplexity on every device, for a GGUF file."""
+    if job.binaries is None or artifact.format != "gguf":
+        return []
+    trials = []
+    for profile in job.profiles:
+        trial = Trial(RuntimeReport(RUNTIME, profile.name, artifact.path), profile.tolerances)
+        trial.report.notes += expectation.notes
+        trial.report.gate = "exact" if expectation.computes_in_floats else "quantized"
+        trial.problem = expectation.problem
+        trial.measure = partial(measure, profile, job.binaries, path, expectation.control_file, job.windows)
+        trials.append(trial)
     return trials
 
 
-def _find_runtimes(job: _Job, artifact: ArtifactReport) -> tuple[list[_Trial], list[tuple[Runtime, _Trial]]]:
+def _measure(trials: Sequence[Trial], base: Path, log: Callable[[str], None]) -> None:
+    """Run llama-perplexity for every trial that waits for it."""
+    for trial in trials:
+        report = trial.report
+        log(f"{report.artifact}: {report.name} on {report.device}")
+        assert trial.measure is not None
+        try:
+            report.parity, report.control = trial.measure(base)
+            report.status, report.reason = "fail", trial.problem  # until `judge` says otherwise
+        except CannotStart as error:
+            report.reason = str(error)  # skipped
+        except UserError as error:
+            report.status, report.reason = "fail", "; ".join(filter(None, [trial.problem, str(error)]))
+
+
+def _find_runtimes(job: _Job, artifact: ArtifactReport) -> tuple[list[Trial], list[tuple[Runtime, Trial]]]:
     """A trial for every runtime of the artifact's format that a profile names, and those that can run here."""
     known = runtimes_by_name()
-    trials: list[_Trial] = []
-    ready: list[tuple[Runtime, _Trial]] = []
+    trials: list[Trial] = []
+    ready: list[tuple[Runtime, Trial]] = []
     for profile in job.profiles:
         for name in profile.runtimes:
             runtime = known.get(name)
             if runtime is not None and runtime.artifact_format != artifact.format:
                 continue
-            trial = _Trial(RuntimeReport(name, profile.name, artifact.path), profile.tolerances)
+            trial = Trial(RuntimeReport(name, profile.name, artifact.path), profile.tolerances)
             trials.append(trial)
             missing = "no such runtime is installed" if runtime is None else runtime.unavailable()
             trial.report.reason = profile.unavailable() or missing
@@ -157,21 +192,7 @@ def _find_runtimes(job: _Job, artifact: ArtifactReport) -> tuple[list[_Trial], l
     return trials, ready
 
 
-def _judge_weights(artifact: ArtifactReport) -> None:
-    exactness = artifact.exactness
-    assert exactness is not None
-    if exactness.exact:
-        artifact.status = "pass"
-        return
-    artifact.status = "fail"
-    if not exactness.differences:
-        artifact.reason = "it holds no weight of the run"
-        return
-    first, others = exactness.differences[0], len(exactness.differences) - 1
-    artifact.reason = f"tensor {first.tensor} {first.what}" + (f"; {others} more tensors differ" if others else "")
-
-
-def _open(job: _Job, runtime: Runtime, trial: _Trial, path: Path, expectation: Expectation) -> None:
+def _open(job: _Job, runtime: Runtime, trial: Trial, path: Path, expectation: Expectation) -> None:
     """Open the artifact and its control on one runtime."""
     report = trial.report
     report.gate = "exact" if expectation.computes_in_floats else "quantized"
@@ -195,7 +216,7 @@ def _open(job: _Job, runtime: Runtime, trial: _Trial, path: Path, expectation: E
     except UserError as error:
         report.reason = "; ".join(filter(None, [expectation.problem, str(error)]))
         trial.artifact = trial.control = None
-    report.status = "fail"  # until `_judge` says otherwise
+    report.status = "fail"  # until `judge` says otherwise
 
 
 def _opened(session: Session, stack: ExitStack) -> Session:
@@ -203,43 +224,14 @@ def _opened(session: Session, stack: ExitStack) -> Session:
     return session
 
 
-def _judge(trial: _Trial) -> None:
-    """Turn the figures into a status; a reason that is there already means failure."""
-    report = trial.report
-    if trial.artifact is None:
-        return
-    report.seconds = getattr(trial.artifact.session, "seconds", None)  # not every session can say it
-    report.peak_memory_bytes = getattr(trial.artifact.session, "peak_memory_bytes", None)
-    reasons = [] if report.reason is None else [report.reason]
-    known = len(reasons)
-    if trial.artifact.failure is not None:
-        reasons.append(trial.artifact.failure)
-    else:
-        report.parity = trial.artifact.parity.scores()
-        report.per_token = _per_token(trial.artifact)
-        if trial.artifact.fidelity.nll:
-            report.fidelity = trial.artifact.fidelity.scores()
-        report.gates += gates(report.parity, trial.tolerances, report.gate == "exact")
-        miss = (miss_exact_gate if report.gate == "exact" else miss_quantized_gate)(report.parity, trial.tolerances)
-        reasons += [miss] if miss else []
-    if trial.control is not None:
-        reasons += _judge_control(trial.control, report, trial.tolerances)
-    if report.divergence is not None:
-        report.gates.append(gate("layer_error", report.divergence.largest_error, report.divergence.tolerance))
-    if report.divergence is not None and (report.divergence.first is not None or len(reasons) > known):
-        reasons.append(report.divergence.sentence())
-    report.reason = "; ".join(reasons) or None
-    report.status = "fail" if reasons else "pass"
-
-
-def _compare_layers(job: _Job, trials: Sequence[_Trial], ours: TorchSession, log: Callable[[str], None]) -> None:
+def _compare_layers(job: _Job, trials: Sequence[Trial], ours: TorchSession, log: Callable[[str], None]) -> None:
     """Compare hidden states layer by layer, where an artifact's graph can compute in floats and its runtime shows them.
 
     Where a stored weight differs, the first such tensor is named already.
     """
     inexact = {artifact.path for artifact in job.report.artifacts if artifact.status == "fail"}
-    shown = [t for t in trials if t.artifact is not None and t.report.artifact not in inexact]
-    shown = [t for t in shown if t.open_float_graph is not None]
+    alive = [t for t in trials if not any(c is not None and c.failure for c in (t.artifact, t.control))]
+    shown = [t for t in alive if t.open_float_graph is not None and t.report.artifact not in inexact]
     if not shown:
         return
     log("comparing hidden states, layer by layer")
@@ -256,26 +248,13 @@ def _compare_layers(job: _Job, trials: Sequence[_Trial], ours: TorchSession, log
             trial.report.notes.append(f"its layers could not be compared: {error}")
 
 
-def _per_token(contender: Contender) -> PerToken:
-    parity = contender.parity
-    return PerToken(*(np.concatenate(part) for part in (parity.nll, parity.nll_reference, parity.kld)))
-
-
 def _evidence(job: _Job, artifacts: Sequence[Path], reference: Path | None) -> Evidence:
     """Hash everything before it is opened."""
     given = [fingerprint("artifact", path) for path in artifacts] + [fingerprint("text", job.text)]
     given += [] if reference is None else [fingerprint("reference", reference)]
+    given += [] if job.binaries is None else [fingerprint("binary", file) for file in job.binaries.files()]
     windows, n_ctx = job.windows.tokens.shape
     tokens = hashlib.sha256(job.windows.tokens.astype("<i4").tobytes()).hexdigest()
     return Evidence(
         [fingerprint_run(job.run), *given], job.run.manifest, list(job.profiles), int(n_ctx), int(windows), tokens
     )
-
-
-def _judge_control(control: Contender, report: RuntimeReport, tolerances: Tolerances) -> list[str]:
-    if control.failure is not None:
-        return [f"the control: {control.failure}"]
-    report.control = control.parity.scores()
-    report.gates.append(gate("control_kld_mean", report.control.kld_mean, tolerances.exact_kld_mean))
-    miss = miss_exact_gate(report.control, tolerances)
-    return [] if miss is None else [f"the control, which computes in floats, shows that the graph differs: {miss}"]

@@ -171,6 +171,7 @@ def export(
 @click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to score.  [required]")
 @click.option("--device", "devices", multiple=True, default=("cpu-x86",), show_default=True, help="Device profile.")
 @_reference
+@click.option("--llama-bin", type=click.Path(path_type=Path), help="Folder of llama.cpp binaries for the device.")
 @click.option("--report", type=click.Path(path_type=Path), help="Folder for certificate.json and certificate.html.")
 @click.option(
     "--check", "certificate", type=click.Path(path_type=Path), help="Re-check a certificate.json; run nothing."
@@ -180,7 +181,8 @@ def export(
 @_json
 def verify(
     run: Path | None, artifacts: tuple[Path, ...], text: Path | None, devices: tuple[str, ...], reference: str | None,
-    report: Path | None, certificate: Path | None, windows: int | None, n_ctx: int, as_json: bool,
+    llama_bin: Path | None, report: Path | None, certificate: Path | None, windows: int | None, n_ctx: int,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Prove on the real runtime that ARTIFACTS hold RUN's weights exactly and behave like them."""
     if certificate is not None:
@@ -203,7 +205,7 @@ def verify(
     with terminal_progress("verifying") as progress:
         result = run_verify(
             RunDirectory.open(run), artifacts, text, devices=devices, reference=folder, n_ctx=n_ctx,
-            max_windows=windows or DEFAULT_WINDOWS, log=progress.line,
+            max_windows=windows or DEFAULT_WINDOWS, llama_bin=llama_bin, log=progress.line,
         )  # fmt: skip
     if report is not None:
         for path in write_certificate(result, report):

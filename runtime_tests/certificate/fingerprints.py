@@ -54,7 +54,7 @@ def fingerprint(role: Role, path: Path) -> Fingerprint:
     if path.is_dir():
         patterns = _REFERENCE_PATTERNS if role == "reference" else ("**/*",)
         return _fingerprint(role, path, path, (f for pattern in patterns for f in path.glob(pattern)))
-    return _fingerprint(role, path, path.parent, _parts(path))
+    return _fingerprint(role, path, path.parent, model_parts(path))
 
 
 def fingerprint_run(run: RunDirectory) -> Fingerprint:
@@ -69,7 +69,8 @@ def _fingerprint(role: Role, path: Path, base: Path, files: Iterable[Path]) -> F
     return Fingerprint(role, str(path), base, hashes)
 
 
-def _parts(path: Path) -> list[Path]:
+def model_parts(path: Path) -> list[Path]:
+    """All files of a split GGUF model, of which `path` is the first; else the file alone."""
     match = _SPLIT.fullmatch(path.name)
     if match is None:
         return [path]

@@ -1,7 +1,7 @@
-"""Where a binary runs: this machine, a machine behind ssh, a phone behind adb. Nothing of ours is needed there but `sh`.
+"""Where a binary runs: here, on a machine behind ssh, or on a phone behind adb. Only `sh` is needed there.
 
-Every command is on a leash: it runs beside a `cat` that reads the connection, and dies when that ends, also when we are
-killed. The folder that files are pushed into is removed at the end.
+Every command is on a leash: it runs beside a `cat` that reads the connection, and dies when that ends, also when we
+are killed. The folder that files are pushed into is removed at the end.
 """
 
 from __future__ import annotations

@@ -138,7 +138,13 @@ class RuntimeReport:
 
 @dataclass
 class VerifyReport:
-    """Everything that `verify` found; `evidence` is what a certificate needs besides."""
+    """Everything that `verify` found.
+
+    Attributes:
+        run, text, reference: as they were given.
+        evidence: what a certificate needs besides.
+        changed: which input was changed while it was verified; then nothing is proved about it.
+    """
 
     run: str
     text: str
@@ -146,6 +152,7 @@ class VerifyReport:
     evidence: Evidence | None = None
     artifacts: list[ArtifactReport] = field(default_factory=list)
     runtimes: list[RuntimeReport] = field(default_factory=list)
+    changed: str | None = None
 
     @property
     def weights_exact(self) -> bool:
@@ -155,7 +162,7 @@ class VerifyReport:
     @property
     def status(self) -> Status:
         """ "fail" when anything fails; "pass" only when every artifact is exact and ran somewhere."""
-        if "fail" in [a.status for a in self.artifacts] + [r.status for r in self.runtimes]:
+        if self.changed is not None or "fail" in [a.status for a in self.artifacts] + [r.status for r in self.runtimes]:
             return "fail"
         ran = {r.artifact for r in self.runtimes if r.status == "pass"}
         return "pass" if self.weights_exact and all(a.path in ran for a in self.artifacts) else "skipped"
@@ -176,6 +183,7 @@ class VerifyReport:
             "run": self.run,
             "text": self.text,
             "reference": self.reference,
+            "changed": self.changed,
         }
 
 
@@ -191,6 +199,8 @@ def render(report: VerifyReport) -> RenderableType:
         if runtime.reason:
             lines.append(_line(runtime.status, what, runtime.reason))
         lines += [_line("skipped", what, note, "note") for note in runtime.notes]
+    if report.changed is not None:
+        lines.append(_line("fail", "input", report.changed))
     return Group(_artifact_table(report, labels), _runtime_table(report, labels), *lines, _verdict(report))
 
 

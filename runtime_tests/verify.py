@@ -9,7 +9,6 @@ information.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,7 +28,8 @@ from runtime_tests.judgement import Trial, judge, judge_weights
 from runtime_tests.llama_binaries.kl_base import KlBaseWriter
 from runtime_tests.llama_binaries.perplexity import RUNTIME, CannotStart, LlamaBinaries, measure
 from runtime_tests.parity import Contender, GivesLogits, score
-from runtime_tests.report import ArtifactReport, RuntimeReport, VerifyReport
+from runtime_tests.report import ArtifactReport, RuntimeReport, Status, VerifyReport
+from runtime_tests.temporary import is_disk_trouble, temporary_folder
 from signround_edge.decoder import build_decoder
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.evaluation import TorchSession, load_run_model, load_source_model, text_windows
@@ -110,6 +110,7 @@ def verify(
             _compare_layers(job, trials, ours, log)
     for trial in trials:
         judge(trial)
+    report.changed = next(filter(None, (f.what_changed() for f in report.evidence.fingerprints)), None)
     return report
 
 
@@ -128,9 +129,12 @@ def _prepare(job: _Job, path: Path, artifact: ArtifactReport) -> list[Trial]:
         # Readers raise UserError and CheckFailed, but libraries below them raise anything on a damaged file.
         known = isinstance(error, UserError | CheckFailed)
         reason = str(error) if known else f"{path} is damaged ({type(error).__name__}: {error}); export it again"
-        artifact.status, artifact.reason = "fail", reason
+        status: Status = "fail"
+        if is_disk_trouble(error):
+            status, reason = "skipped", f"its control could not be written ({error}); free space for temporary files"
+        artifact.status, artifact.reason = status, reason
         for _, trial in ready:
-            trial.report.status, trial.report.reason = "fail", reason
+            trial.report.status, trial.report.reason = status, reason
         return trials
     judge_weights(artifact)
     for runtime, trial in ready:
@@ -140,7 +144,7 @@ def _prepare(job: _Job, path: Path, artifact: ArtifactReport) -> list[Trial]:
 
 def _folder(job: _Job) -> Path:
     """A temporary folder that is removed at the end."""
-    return Path(job.stack.enter_context(tempfile.TemporaryDirectory(prefix="signround-verify-")))
+    return job.stack.enter_context(temporary_folder())
 
 
 def _binary_trials(job: _Job, artifact: ArtifactReport, path: Path, expectation: Expectation) -> list[Trial]:

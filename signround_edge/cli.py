@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,11 +205,15 @@ def verify(
     from signround_edge.source_model import resolve_model
 
     folder = None if reference is None else resolve_model(reference)
-    with terminal_progress("verifying") as progress:
-        result = run_verify(
-            RunDirectory.open(run), artifacts, text, devices=devices, reference=folder, n_ctx=n_ctx,
-            max_windows=windows or DEFAULT_WINDOWS, llama_bin=llama_bin, log=progress.line,
-        )  # fmt: skip
+    try:
+        with terminal_progress("verifying") as progress, _interrupted_by_signals():
+            result = run_verify(
+                RunDirectory.open(run), artifacts, text, devices=devices, reference=folder, n_ctx=n_ctx,
+                max_windows=windows or DEFAULT_WINDOWS, llama_bin=llama_bin, log=progress.line,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was verified, and nothing is left running")
+        sys.exit(EXIT_INTERRUPTED)
     if report is not None:
         for path in write_certificate(result, report):
             _say(f"wrote {path}")
@@ -216,6 +223,25 @@ def verify(
         _render(render(result))
     if not result.passed:
         raise CheckFailed("verification failed or could not be made; see the reasons above")
+
+
+@contextlib.contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP do what Ctrl-C does, so that temporary files go and workers end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    before = {getattr(signal, name): signal.signal(getattr(signal, name), interrupt) for name in names}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_certificate(certificate: Path, as_json: bool) -> None:

@@ -25,17 +25,31 @@ class Fingerprint:
         path: as it was given.
         base: the folder that `files` are relative to.
         files: relative name → (sha256, bytes).
+        modified: relative name → time of the last change in ns, when it was hashed.
     """
 
     role: Role
     path: str
     base: Path
     files: dict[str, tuple[str, int]]
+    modified: dict[str, int]
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all files."""
         return sum(size for _, size in self.files.values())
+
+    def what_changed(self) -> str | None:
+        """Which file was changed or removed since it was hashed, in one sentence; by size and time, without hashing."""
+        for name, (_, size) in self.files.items():
+            file = self.base / name
+            try:
+                found = file.stat()
+            except OSError:
+                return f"{file} was removed while it was verified"
+            if (found.st_size, found.st_mtime_ns) != (size, self.modified[name]):
+                return f"{file} was changed while it was verified"
+        return None
 
     def to_json(self, folder: Path) -> dict[str, Any]:
         """The entry of a certificate in `folder`; `relative_base` is from there, so that both may move together."""
@@ -65,8 +79,10 @@ def fingerprint_run(run: RunDirectory) -> Fingerprint:
 
 def _fingerprint(role: Role, path: Path, base: Path, files: Iterable[Path]) -> Fingerprint:
     found = sorted({file for file in files if file.is_file()})
-    hashes = {file.relative_to(base).as_posix(): (sha256_of(file), file.stat().st_size) for file in found}
-    return Fingerprint(role, str(path), base, hashes)
+    names = {file.relative_to(base).as_posix(): file for file in found}
+    before = {name: file.stat() for name, file in names.items()}
+    hashes = {name: (sha256_of(file), before[name].st_size) for name, file in names.items()}
+    return Fingerprint(role, str(path), base, hashes, {name: stat.st_mtime_ns for name, stat in before.items()})
 
 
 def model_parts(path: Path) -> list[Path]:

@@ -59,6 +59,7 @@ def _head(document: Entry) -> str:
         for r in document["runtimes"]
         for n in r["notes"]
     ]
+    reasons += [document["changed"]] if document["changed"] else []
     listed = "".join(f"<li>{escape(text)}</li>" for text in reasons + notes)
     model, scoring = document["model"], document["scoring"]
     return (

@@ -3,7 +3,7 @@
     python -m tests.runtime_tests.disturbance [RUNS] [SEED]
 
 makes a small run and its artifacts, measures an undisturbed `verify`, then disturbs RUNS of them (50) and prints a line
-for each. It ends with an error when a verdict is wrong (a pass with other figures, or a pass of files that were changed),
+for each. It ends with an error when a verdict is wrong (a pass with other figures, or of files that were changed),
 when a process is left, or when a temporary file is left after the next run.
 """
 

@@ -34,11 +34,11 @@ def temporary_folder() -> Iterator[Path]:
             yield folder
 
 
-def remove_abandoned() -> None:
-    """Remove our folders that nobody holds any more."""
+def remove_abandoned(where: Path | None = None) -> None:
+    """Remove our folders that nobody holds any more, in the system's place for temporary files or another one."""
     if fcntl is None:
         return
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for folder in (where or Path(tempfile.gettempdir())).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 continue

@@ -19,11 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime_tests.temporary import remove_abandoned
+from runtime_tests.verify import verify  # noqa: F401  imported before the fork
+from signround_edge.cli import main as main_command
 from tests.runtime_tests.sshd import descendants
 
 KINDS = (
@@ -38,6 +43,7 @@ KINDS = (
 )
 FIGURES = ("ppl", "kld_mean", "control_kld_mean", "status")
 _SMALL_DISK = "12m"  # the control of the small model does not fit beside what the disturbance writes
+_PATIENCE = 900.0  # seconds
 _NOT_OURS = (".ses",)  # ONNX Runtime's telemetry keeps a random number there, whoever runs it
 _MARK = "SIGNROUND_EDGE_DISTURBED"  # in the environment of everything that a disturbed command starts
 
@@ -48,15 +54,23 @@ class Place:
 
     folder: Path
 
-    def command(self) -> list[str]:
-        arguments = [str(self.folder / name) for name in ("run", "model.gguf", "onnx")]
+    def arguments(self) -> list[str]:
+        inputs = [str(self.folder / name) for name in ("run", "model.gguf", "onnx")]
         options = ["--text", str(self.folder / "text.txt"), "--n-ctx", "64", "--windows", "3", "--json"]
-        return [sys.executable, "-m", "signround_edge.cli", "verify", *arguments, *options]
+        return ["verify", *inputs, *options]
+
+
+@dataclass(frozen=True)
+class Sound:
+    """An undisturbed `verify`: its document, and after how many seconds it said each line of its progress."""
+
+    document: dict[str, Any]
+    moments: list[float]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a disturbed command did."""
+    """What a disturbed command did; `moment` is the number of lines that it had said, and some part of the next one."""
 
     kind: str
     moment: float
@@ -65,46 +79,122 @@ class Outcome:
     said: str
 
 
-def undisturbed(place: Place) -> tuple[dict[str, Any], float]:
-    """The JSON document, and the seconds that it took."""
-    started = time.monotonic()
-    done = subprocess.run(place.command(), capture_output=True, text=True, check=False, env=_environment("0"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    document: dict[str, Any] = json.loads(done.stdout)
-    return document, time.monotonic() - started
+class Command:
+    """The command line in a forked process, which spares each run the import of torch.
+
+    Args:
+        place: what to verify.
+        folder: for its output.
+        temporary: its folder for temporary files.
+        mark: in the environment of everything that it starts.
+    """
+
+    def __init__(self, place: Place, folder: Path, temporary: Path, mark: str) -> None:
+        self._out, self._err = folder / "stdout", folder / "stderr"
+        self._out.touch()
+        self._err.touch()
+        self.code: int | None = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._become(place, temporary, mark)
+
+    def lines(self) -> list[str]:
+        """What it has said so far."""
+        return self._err.read_text(errors="replace").splitlines()
+
+    def output(self) -> str:
+        return self._out.read_text()
+
+    def wait(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Until it has ended, or a condition holds."""
+        deadline = time.monotonic() + _PATIENCE
+        while self.code is None and not until():
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                raise AssertionError(f"it hangs; its last lines: {self.lines()[-3:]}")
+            else:
+                time.sleep(0.01)
+
+    def _become(self, place: Place, temporary: Path, mark: str) -> None:
+        """The child: run the command line and leave."""
+        code = 99
+        try:
+            for number, path in ((1, self._out), (2, self._err)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+            sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115  pytest's are elsewhere
+            os.environ |= {_MARK: mark, "TMPDIR": str(temporary)}
+            tempfile.tempdir = None
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            main_command(place.arguments())
+        except SystemExit as leave:
+            code = leave.code if isinstance(leave.code, int) else 0 if leave.code is None else 98
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
 
-def disturb(place: Place, sound: dict[str, Any], seconds: float, kind: str, generator: random.Random) -> Outcome:
-    """Run on a copy, disturb at a random moment, and check everything that must still hold."""
-    moment = generator.uniform(0.05, 1.0) * seconds
+def undisturbed(place: Place) -> Sound:
+    """Run it once."""
     with tempfile.TemporaryDirectory(prefix="disturbed-") as name:
-        copy, temporary = Place(Path(name) / "place"), Path(name) / "tmp"
+        folder, moments = Path(name), list[float]()
+        (folder / "tmp").mkdir()
+        started = time.monotonic()
+        command = Command(place, folder, folder / "tmp", "none")
+
+        def noted() -> bool:
+            moments.extend([time.monotonic() - started] * (len(command.lines()) - len(moments)))
+            return False
+
+        command.wait(noted)
+        assert command.code == 0, command.lines()[-5:]
+        return Sound(json.loads(command.output()), [0.0, *moments, time.monotonic() - started])
+
+
+def disturb(place: Place, sound: Sound, kind: str, generator: random.Random) -> Outcome:
+    """Run on a copy, disturb at a random moment, and check everything that must still hold."""
+    line = generator.randrange(len(sound.moments) - 1)
+    share = generator.random()
+    pause = share * (sound.moments[line + 1] - sound.moments[line])
+    with tempfile.TemporaryDirectory(prefix="disturbed-") as name:
+        folder = Path(name)
+        copy, temporary = Place(folder / "place"), folder / "tmp"
         shutil.copytree(place.folder, copy.folder)
         temporary.mkdir()
         mark = f"{os.getpid()}-{time.monotonic_ns()}"
         with _small_disk(temporary) if kind == "disk" else contextlib.nullcontext():
-            environment = {**_environment(mark), "TMPDIR": str(temporary)}
-            process = subprocess.Popen(
-                copy.command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-            )
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(moment)
-            _do(kind, process, copy, temporary, generator)
-            stdout, stderr = process.communicate(timeout=600)
+            command = Command(copy, folder, temporary, mark)
+            command.wait(lambda: len(command.lines()) >= line)
+            moment = time.monotonic() + pause
+            wants_worker = kind in ("kill a worker", "crash a worker")
+            command.wait(lambda: time.monotonic() >= moment and (not wants_worker or bool(descendants(command.pid))))
+            _do(kind, command, copy, temporary, generator)
+            command.wait()
             _check_nothing_runs(mark)
-            _check_temporary(kind, temporary, environment)
-    return _checked(Outcome(kind, moment, process.returncode, _status(stdout), stderr.strip()[-300:]), stdout, sound)
+            _check_temporary(kind, temporary)
+        assert command.code is not None
+        said = " ".join(command.lines()[-3:])
+        outcome = Outcome(kind, line + share, command.code, _status(command.output()), said)
+        return _checked(outcome, command.output(), sound.document)
 
 
-def _do(kind: str, process: subprocess.Popen[str], copy: Place, temporary: Path, generator: random.Random) -> None:
-    workers = descendants(process.pid)
+def _do(kind: str, command: Command, copy: Place, temporary: Path, generator: random.Random) -> None:
+    if command.code is not None:
+        return
+    workers = descendants(command.pid)
     artifact = copy.folder / generator.choice(("model.gguf", "onnx/model.onnx.data", "onnx/model.onnx"))
     with contextlib.suppress(ProcessLookupError):
         if kind in ("kill a worker", "crash a worker") and workers:
             os.kill(generator.choice(workers), signal.SIGKILL if kind == "kill a worker" else signal.SIGSEGV)
         elif kind in ("interrupt", "terminate", "kill"):
             number = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "kill": signal.SIGKILL}[kind]
-            process.send_signal(number)
+            os.kill(command.pid, number)
         elif kind == "change the file":
             with artifact.open("r+b") as file:
                 file.truncate(artifact.stat().st_size // 2)
@@ -143,11 +233,6 @@ def _status(stdout: str) -> str:
     return str(json.loads(stdout)["status"]) if stdout.strip() else "none"
 
 
-def _environment(mark: str) -> dict[str, str]:
-    root = str(Path(__file__).parents[2])
-    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", _MARK: mark}
-
-
 def _check_nothing_runs(mark: str) -> None:
     deadline = time.monotonic() + 20
     while found := _marked(mark):
@@ -165,12 +250,11 @@ def _marked(mark: str) -> list[int]:
     return found
 
 
-def _check_temporary(kind: str, temporary: Path, environment: dict[str, str]) -> None:
+def _check_temporary(kind: str, temporary: Path) -> None:
     """Nothing is left; after SIGKILL, which leaves no time to tidy up, nothing is left by the next run."""
     (temporary / "filler").unlink(missing_ok=True)
     if kind == "kill":
-        sweep = "from runtime_tests.temporary import remove_abandoned; remove_abandoned()"
-        subprocess.run([sys.executable, "-c", sweep], check=True, env=environment)
+        remove_abandoned(temporary)
     left = [entry.name for entry in temporary.iterdir() if entry.name not in _NOT_OURS]
     assert not left, f"{kind} left {left}"
 
@@ -218,16 +302,16 @@ def main() -> None:
     generator = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="disturbance-") as name:
         place = tiny_llama_place(Path(name))
-        sound, seconds = undisturbed(place)
-        print(f"undisturbed: {sound['status']} in {seconds:.1f} s", flush=True)
+        sound = undisturbed(place)
+        print(f"undisturbed: {sound.document['status']} in {sound.moments[-1]:.1f} s", flush=True)
         kinds, counts = kinds_here(), Counter[tuple[str, str]]()
         for number in range(runs):
             kind = kinds[number % len(kinds)]
-            outcome = disturb(place, sound, seconds, kind, generator)
+            outcome = disturb(place, sound, kind, generator)
             counts[kind, outcome.status] += 1
             last = outcome.said.splitlines()[-1][:110] if outcome.said else ""
             print(
-                f"{number + 1:3} {kind:16} at {outcome.moment:5.1f} s: {outcome.status:8} {outcome.code:4} {last}",
+                f"{number + 1:3} {kind:16} at line {outcome.moment:4.1f}: {outcome.status:8} {outcome.code:4} {last}",
                 flush=True,
             )
     for (kind, status), count in sorted(counts.items()):

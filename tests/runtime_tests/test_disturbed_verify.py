@@ -6,12 +6,11 @@ import random
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from runtime_tests.temporary import PREFIX, temporary_folder
-from tests.runtime_tests.disturbance import KINDS, Place, disturb, kinds_here, tiny_llama_place, undisturbed
+from tests.runtime_tests.disturbance import KINDS, Place, Sound, disturb, kinds_here, tiny_llama_place, undisturbed
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc, which is not here")
 HERE = kinds_here() if sys.platform == "linux" else []
@@ -25,7 +24,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 @pytest.fixture(scope="module")
-def sound(place: Place) -> tuple[dict[str, Any], float]:
+def sound(place: Place) -> Sound:
     return undisturbed(place)
 
 
@@ -33,12 +32,10 @@ def sound(place: Place) -> tuple[dict[str, Any], float]:
     ("kind", "seed"),
     [pytest.param(k, s, marks=() if k in ALWAYS and s < len(KINDS) else pytest.mark.full) for k, s in EVERY_KIND],
 )
-def test_a_disturbed_verify_is_right_or_honest(
-    kind: str, seed: int, place: Place, sound: tuple[dict[str, Any], float]
-) -> None:
+def test_a_disturbed_verify_is_right_or_honest(kind: str, seed: int, place: Place, sound: Sound) -> None:
     if kind not in HERE:
         pytest.skip("only root can make a small file system")
-    disturb(place, *sound, kind, random.Random(seed))
+    disturb(place, sound, kind, random.Random(seed))
 
 
 def test_a_folder_in_use_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

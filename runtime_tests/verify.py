@@ -245,7 +245,7 @@ def _compare_layers(job: _Job, trials: Sequence[Trial], ours: TorchSession, log:
         assert trial.open_float_graph is not None
         try:
             session = trial.open_float_graph()
-            if isinstance(session, ShowsHiddenStates):
+            if isinstance(session, ShowsHiddenStates) and session.shows_hidden_states:
                 tolerance = max(trial.tolerances.layer_error, trial.layer_error)
                 trial.report.divergence = locate(session, tokens, points, tolerance)
         except (UserError, CheckFailed) as error:

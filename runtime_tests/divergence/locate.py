@@ -23,7 +23,12 @@ _QUIET = np.errstate(all="ignore")  # a broken graph's hidden states may be NaN 
 
 @runtime_checkable
 class ShowsHiddenStates(Protocol):
-    """A session that can show the tensors inside its graph."""
+    """A session that may show the tensors inside its graph."""
+
+    @property
+    def shows_hidden_states(self) -> bool:
+        """Whether it does: an engine behind a worker may not."""
+        ...
 
     def hidden_states(self, tokens: TokenArray, width: int) -> dict[str, FloatArray]:
         """Every float tensor [n, width] that the graph computes for int32 [n], by the graph's own name."""

@@ -66,7 +66,12 @@ class LlamaCppEngine:
 
     def facts(self) -> dict[str, Any]:
         """What a client may want to know about the file."""
-        return {"vocab_size": self.vocab_size, "bos": self.bos, "adds_bos": self.adds_bos}
+        return {
+            "vocab_size": self.vocab_size,
+            "bos": self.bos,
+            "adds_bos": self.adds_bos,
+            "shows_hidden_states": True,
+        }
 
     def logits(self, tokens: TokenArray) -> FloatArray:
         """f32 [n, vocab] next-token logits at every position of int32 [n], from an empty cache."""

@@ -53,7 +53,7 @@ class OnnxEngine:
     def facts(self) -> dict[str, Any]:
         """What a client may want to know about the file."""
         shape = next(o.shape for o in self._session.get_outputs() if o.name == "logits")
-        return {"vocab_size": shape[-1] if isinstance(shape[-1], int) else None}
+        return {"vocab_size": shape[-1] if isinstance(shape[-1], int) else None, "shows_hidden_states": True}
 
     def logits(self, tokens: TokenArray) -> FloatArray:
         """f32 [n, vocab] next-token logits at every position of int32 [n], from an empty cache."""

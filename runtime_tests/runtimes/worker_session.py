@@ -37,6 +37,11 @@ class WorkerSession:
         """
         return self._worker.call("logits", {"tokens": tokens.astype(np.int32)}).arrays["logits"]
 
+    @property
+    def shows_hidden_states(self) -> bool:
+        """Whether the engine can answer `hidden_states`; browsers cannot."""
+        return bool(self.facts.get("shows_hidden_states"))
+
     def hidden_states(self, tokens: TokenArray, width: int) -> dict[str, FloatArray]:
         """Every float tensor [n, width] that the graph computes for int32 [n], by the graph's own name.
 

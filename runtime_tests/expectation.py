@@ -22,6 +22,10 @@ class Expectation:
         expected: tensor name → what makes its weights, f32 [rows, values a row].
         computes_in_floats: the runtime rounds no activation on this artifact, so the tight gate is for itself.
         open_control: opens the same graph so that the runtime computes in floats; None where the artifact is that.
+        open_float_graph: opens the artifact's own graph with its own metadata, right or wrong, so that the runtime
+            computes in floats: where it leaves torch can then be located. UserError when that cannot be made.
+        control_file: the control as a file of its own, where it is one.
+        layer_error: relative error of hidden states that the runtime's own approximations explain, on any sound file.
         problem: something besides weights that is not what it should be, in one sentence.
         notes: what could not be checked.
     """
@@ -29,6 +33,9 @@ class Expectation:
     expected: dict[str, Callable[[], FloatArray]]
     computes_in_floats: bool
     open_control: Callable[[Runtime], Session] | None
+    open_float_graph: Callable[[Runtime], Session]
+    control_file: Path | None = None
+    layer_error: float = 0.0
     problem: str | None = None
     notes: list[str] = field(default_factory=list)
 

@@ -45,6 +45,13 @@ def expect_onnx(run: RunDirectory, artifact: Path) -> Expectation:
             raise UserError(f"{runtime.name} cannot open {artifact} at accuracy level 0, which its control needs")
         return runtime.open(artifact, accuracy_level=0)
 
+    def open_float_graph(runtime: Runtime) -> Session:
+        return open_control(runtime) if rounds_activations else runtime.open(artifact)
+
     return Expectation(
-        expected, not rounds_activations and not half, open_control if rounds_activations else None, problem
+        expected,
+        computes_in_floats=not rounds_activations and not half,
+        open_control=open_control if rounds_activations else None,
+        open_float_graph=open_float_graph,
+        problem=problem,
     )

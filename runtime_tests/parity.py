@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from devices import Tolerances
 from runtime_tests.digest import Digest, divergence
+from runtime_tests.report import Gate
 from signround_edge.errors import UserError
 from signround_edge.metrics import FloatArray, ScoreKeeper, Scores, TokenArray, Windows, log_softmax
 
@@ -62,20 +65,23 @@ def score(
     torch_session: GivesLogits,
     reference: GivesLogits | None = None,
     log: Callable[[str], None] = print,
+    keep: Callable[[FloatArray], None] | None = None,
 ) -> None:
     """Fill the figures of all contenders.
 
     Torch runs once a window for all of them; the logits of one window are all that is kept. A contender that fails is
-    left out from then on.
+    left out from then on. `keep` is given torch's logits f32 [scored, vocab] of each window.
     """
     for index, window in enumerate(windows.tokens):
         running = [c for c in contenders if c.failure is None]
-        if not running:
+        if not running and keep is None:
             return
         log(f"window {index + 1} of {len(windows.tokens)}")
         scored, targets = windows.scored, windows.targets(index)
         base = torch_session.logits(window)[scored]
-        original = None if reference is None else reference.logits(window)[scored]
+        if keep is not None:
+            keep(base)
+        original = None if reference is None or not running else reference.logits(window)[scored]
         for contender in running:
             try:
                 logits = _scored(contender.session, window, scored)
@@ -142,6 +148,30 @@ def miss_quantized_gate(scores: Scores, tolerances: Tolerances) -> str | None:
     return (
         f"ln(perplexity) differs from torch's by {difference:+.4f}, more than {tolerances.standard_errors:g} standard "
         f"errors ({by_chance:.4f}) and more than {tolerances.ln_ppl_bias:g}"
+    )
+
+
+def gates(scores: Scores, tolerances: Tolerances, computes_in_floats: bool) -> list[Gate]:
+    """The comparisons that `miss_exact_gate` or `miss_quantized_gate` make, one by one."""
+    if computes_in_floats:
+        return [gate("kld_mean", scores.kld_mean, tolerances.exact_kld_mean)]
+    kld = gate("kld_mean", scores.kld_mean, tolerances.quantized_kld_mean)
+    assert scores.ppl_reference is not None
+    assert scores.ln_ratio_stderr is not None
+    with np.errstate(all="ignore"):
+        difference = float(abs(np.log(scores.ppl) - np.log(scores.ppl_reference)))
+    limit = max(tolerances.standard_errors * scores.ln_ratio_stderr, tolerances.ln_ppl_bias)
+    return [kld, gate("ln_ppl_difference", difference, limit)]
+
+
+def gate(name: str, figure: float | None, limit: float) -> Gate:
+    """A comparison: a figure that is no number does not pass."""
+    known = figure is not None and math.isfinite(figure)
+    return Gate(
+        name,
+        figure if known else None,
+        limit if math.isfinite(limit) else 0.0,
+        known and figure <= limit,  # type: ignore[operator]
     )
 
 

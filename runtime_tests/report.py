@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from runtime_tests.certificate.evidence import Evidence
+from runtime_tests.divergence.locate import Divergence
 from runtime_tests.exactness import Exactness
-from signround_edge.metrics import Scores
-from signround_edge.run_directory import write_atomically
+from signround_edge.metrics import FloatArray, Scores
 
 Status = Literal["pass", "fail", "skipped"]
 _STYLES = {"pass": "green", "fail": "bold red", "skipped": "yellow"}
@@ -57,6 +57,30 @@ class ArtifactReport:
         }
 
 
+@dataclass(frozen=True)
+class Gate:
+    """One comparison that decided: it passes when `figure` is at most `limit`.
+
+    Attributes:
+        name: "kld_mean", "ln_ppl_difference" (its absolute value), "control_kld_mean" or "layer_error".
+        figure: what was found; None when it is no number.
+    """
+
+    name: str
+    figure: float | None
+    limit: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """Figures of every scored token in nats, f32 [n]: loss of the runtime and of torch, and KL divergence."""
+
+    nll: FloatArray
+    nll_reference: FloatArray
+    kld: FloatArray
+
+
 @dataclass
 class RuntimeReport:
     """One artifact on one runtime of one device.
@@ -67,6 +91,11 @@ class RuntimeReport:
         parity: the artifact against torch with the same dequantized weights.
         control: the same graph computing in floats, against torch; None where the artifact itself is that.
         fidelity: the artifact against the original model.
+        divergence: where the graph leaves torch, when that was looked for and the runtime shows it.
+        gates: the comparisons that decided.
+        per_token: figures of every scored token.
+        seconds: time that the device computed, where the session says it.
+        peak_memory_bytes: of the process that computed, where the session says it.
         notes: what a person should know although it decides nothing.
     """
 
@@ -79,6 +108,11 @@ class RuntimeReport:
     parity: Scores | None = None
     control: Scores | None = None
     fidelity: Scores | None = None
+    divergence: Divergence | None = None
+    gates: list[Gate] = field(default_factory=list)
+    per_token: PerToken | None = None
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -95,19 +129,30 @@ class RuntimeReport:
             **{name: _figure(parity, name) for name in _MORE_FIGURES},
             "tokens": parity.tokens if parity else 0,
             "fidelity": _fidelity_json(self.fidelity),
+            "divergence": None if self.divergence is None else self.divergence.to_json(),
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
             "notes": self.notes,
         }
 
 
 @dataclass
 class VerifyReport:
-    """Everything that `verify` found."""
+    """Everything that `verify` found.
+
+    Attributes:
+        run, text, reference: as they were given.
+        evidence: what a certificate needs besides.
+        changed: which input was changed while it was verified; then nothing is proved about it.
+    """
 
     run: str
     text: str
     reference: str | None
+    evidence: Evidence | None = None
     artifacts: list[ArtifactReport] = field(default_factory=list)
     runtimes: list[RuntimeReport] = field(default_factory=list)
+    changed: str | None = None
 
     @property
     def weights_exact(self) -> bool:
@@ -117,7 +162,7 @@ class VerifyReport:
     @property
     def status(self) -> Status:
         """ "fail" when anything fails; "pass" only when every artifact is exact and ran somewhere."""
-        if "fail" in [a.status for a in self.artifacts] + [r.status for r in self.runtimes]:
+        if self.changed is not None or "fail" in [a.status for a in self.artifacts] + [r.status for r in self.runtimes]:
             return "fail"
         ran = {r.artifact for r in self.runtimes if r.status == "pass"}
         return "pass" if self.weights_exact and all(a.path in ran for a in self.artifacts) else "skipped"
@@ -138,13 +183,8 @@ class VerifyReport:
             "run": self.run,
             "text": self.text,
             "reference": self.reference,
+            "changed": self.changed,
         }
-
-    def write(self, folder: Path) -> Path:
-        """Write `certificate.json` into a folder (made when needed) and return its path."""
-        path = folder / "certificate.json"
-        write_atomically(path, (json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
-        return path
 
 
 def render(report: VerifyReport) -> RenderableType:
@@ -159,6 +199,8 @@ def render(report: VerifyReport) -> RenderableType:
         if runtime.reason:
             lines.append(_line(runtime.status, what, runtime.reason))
         lines += [_line("skipped", what, note, "note") for note in runtime.notes]
+    if report.changed is not None:
+        lines.append(_line("fail", "input", report.changed))
     return Group(_artifact_table(report, labels), _runtime_table(report, labels), *lines, _verdict(report))
 
 

@@ -8,22 +8,33 @@ information.
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from devices import DEFAULT_DEVICE, DeviceProfile, Tolerances, get_device
+from devices import DEFAULT_DEVICE, DeviceProfile, get_device
 from runtime_tests.artifacts import artifact_format, expect
+from runtime_tests.certificate.evidence import Evidence
+from runtime_tests.certificate.fingerprints import fingerprint, fingerprint_run
+from runtime_tests.divergence.locate import TOKENS, ShowsHiddenStates, locate
+from runtime_tests.divergence.torch_points import torch_points
 from runtime_tests.exactness import check_exactness
 from runtime_tests.expectation import Expectation
 from runtime_tests.interface import Runtime, Session
-from runtime_tests.parity import ComputesAhead, Contender, GivesLogits, miss_exact_gate, miss_quantized_gate, score
-from runtime_tests.report import ArtifactReport, RuntimeReport, VerifyReport
+from runtime_tests.judgement import Trial, judge, judge_weights
+from runtime_tests.llama_binaries.kl_base import KlBaseWriter
+from runtime_tests.llama_binaries.perplexity import RUNTIME, CannotStart, LlamaBinaries, measure
+from runtime_tests.parity import ComputesAhead, Contender, GivesLogits, score
+from runtime_tests.report import ArtifactReport, RuntimeReport, Status, VerifyReport
+from runtime_tests.temporary import is_disk_trouble, temporary_folder
 from runtime_tests.transports.interface import Transport
 from runtime_tests.transports.lookup import transport_to
+from signround_edge.decoder import build_decoder
 from signround_edge.errors import CheckFailed, UserError
+from signround_edge.evaluation import TorchSession, load_run_model, load_source_model, text_windows
 from signround_edge.metrics import Windows
 from signround_edge.plugins import runtimes as runtimes_by_name
 from signround_edge.run_directory import RunDirectory
@@ -34,24 +45,16 @@ DEFAULT_WINDOWS = 16
 
 @dataclass(frozen=True)
 class _Job:
-    """What all artifacts have in common; `stack` closes sessions and removes controls at the end."""
+    """What all artifacts have in common; `report` collects, `stack` closes sessions and removes controls at the end."""
 
     run: RunDirectory
     text: Path
     windows: Windows
     profiles: Sequence[DeviceProfile]
     transports: dict[str, Transport]
+    report: VerifyReport
+    binaries: LlamaBinaries | None
     stack: ExitStack
-
-
-@dataclass
-class _Trial:
-    """One artifact on one runtime of one device, and where its figures collect."""
-
-    report: RuntimeReport
-    tolerances: Tolerances
-    artifact: Contender | None = None
-    control: Contender | None = None
 
 
 def verify(
@@ -62,6 +65,7 @@ def verify(
     reference: Path | None = None,
     n_ctx: int = DEFAULT_CONTEXT,
     max_windows: int = DEFAULT_WINDOWS,
+    llama_bin: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> VerifyReport:
     """Check artifacts of a run.
@@ -72,39 +76,51 @@ def verify(
         text: UTF-8 text to score; `max_windows` windows of `n_ctx` tokens of it.
         devices: names of device profiles.
         reference: Hugging Face folder of the original model, for fidelity.
+        llama_bin: folder with llama-perplexity for the devices; it scores GGUF files too.
         log: called with one line of progress.
     Raises:
         UserError: an unknown device, a text that is too short, something that is no artifact at all. A damaged
             artifact is no error but a failed check.
     """
-    from signround_edge.evaluation import TorchSession, load_run_model, load_source_model, text_windows
-
     profiles = [get_device(name) for name in dict.fromkeys(devices)]
     paths = list(dict.fromkeys(artifacts))
     formats = [artifact_format(path) for path in paths]
     windows = text_windows(run.config_dir, text, n_ctx, max_windows)
+    binaries = None if llama_bin is None else LlamaBinaries.find(llama_bin, windows)
     report = VerifyReport(str(run.path), str(text), None if reference is None else str(reference))
-    trials: list[_Trial] = []
+    trials: list[Trial] = []
     with ExitStack() as stack:
         transports = {profile.name: transport_to(profile) for profile in profiles}
         for transport in transports.values():
             stack.callback(transport.close)
-        job = _Job(run, text, windows, profiles, transports, stack)
+        job = _Job(run, text, windows, profiles, transports, report, binaries, stack)
+        log("hashing the run, the artifacts and the text")
+        report.evidence = _evidence(job, paths, reference)
         for path, format_ in zip(paths, formats, strict=True):
             log(f"{path}: comparing stored weights with {run.path}")
             report.artifacts.append(ArtifactReport(str(path), format_))
             trials += _prepare(job, path, report.artifacts[-1])
         report.runtimes = [trial.report for trial in trials]
         contenders = [c for t in trials for c in (t.artifact, t.control) if c is not None]
-        if contenders:
+        measured = [trial for trial in trials if trial.measure is not None]
+        if contenders or measured:
             original: GivesLogits | None = None if reference is None else TorchSession(load_source_model(reference))
-            score(contenders, windows, TorchSession(load_run_model(run)), original, log)
+            ours = TorchSession(load_run_model(run))
+            if measured:
+                base = stack.enter_context(KlBaseWriter(_folder(job) / "logits.kld", windows))
+                score(contenders, windows, ours, original, log, base.add)
+                base.close()
+                _measure(measured, base.path, log)
+            else:
+                score(contenders, windows, ours, original, log)
+            _compare_layers(job, trials, ours, log)
     for trial in trials:
-        _judge(trial)
+        judge(trial)
+    report.changed = next(filter(None, (f.what_changed() for f in report.evidence.fingerprints)), None)
     return report
 
 
-def _prepare(job: _Job, path: Path, artifact: ArtifactReport) -> list[_Trial]:
+def _prepare(job: _Job, path: Path, artifact: ArtifactReport) -> list[Trial]:
     """Check the weights of one artifact, and open it on every runtime that can run it."""
     trials, ready = _find_runtimes(job, artifact)
     if not ready:
@@ -112,36 +128,73 @@ def _prepare(job: _Job, path: Path, artifact: ArtifactReport) -> list[_Trial]:
             f"{t.report.name} on {t.report.device}: {t.report.reason}" for t in trials
         )
         return trials
-    folder = Path(job.stack.enter_context(tempfile.TemporaryDirectory(prefix="signround-verify-")))
     try:
-        expectation = expect(job.run, path, artifact.format, folder)
+        expectation = expect(job.run, path, artifact.format, _folder(job))
         artifact.exactness = check_exactness(expectation.expected, ready[0][0].stored_tensors(path))
     except Exception as error:
         # Readers raise UserError and CheckFailed, but libraries below them raise anything on a damaged file.
         known = isinstance(error, UserError | CheckFailed)
         reason = str(error) if known else f"{path} is damaged ({type(error).__name__}: {error}); export it again"
-        artifact.status, artifact.reason = "fail", reason
+        status: Status = "fail"
+        if is_disk_trouble(error):
+            status, reason = "skipped", f"its control could not be written ({error}); free space for temporary files"
+        artifact.status, artifact.reason = status, reason
         for _, trial in ready:
-            trial.report.status, trial.report.reason = "fail", reason
+            trial.report.status, trial.report.reason = status, reason
         return trials
-    _judge_weights(artifact)
+    judge_weights(artifact)
     for runtime, trial in ready:
         _open(job, runtime, trial, path, expectation)
+    return trials + _binary_trials(job, artifact, path, expectation)
+
+
+def _folder(job: _Job) -> Path:
+    """A temporary folder that is removed at the end."""
+    return job.stack.enter_context(temporary_folder())
+
+
+def _binary_trials(job: _Job, artifact: ArtifactReport, path: Path, expectation: Expectation) -> list[Trial]:
+    """A trial of llama-perplexity on every device, for a GGUF file."""
+    if job.binaries is None or artifact.format != "gguf":
+        return []
+    trials = []
+    for profile in job.profiles:
+        trial = Trial(RuntimeReport(RUNTIME, profile.name, artifact.path), profile.tolerances)
+        trial.report.notes += expectation.notes
+        trial.report.gate = "exact" if expectation.computes_in_floats else "quantized"
+        trial.problem = expectation.problem
+        trial.measure = partial(measure, profile, job.binaries, path, expectation.control_file, job.windows)
+        trials.append(trial)
     return trials
 
 
-def _find_runtimes(job: _Job, artifact: ArtifactReport) -> tuple[list[_Trial], list[tuple[Runtime, _Trial]]]:
+def _measure(trials: Sequence[Trial], base: Path, log: Callable[[str], None]) -> None:
+    """Run llama-perplexity for every trial that waits for it."""
+    for trial in trials:
+        report = trial.report
+        log(f"{report.artifact}: {report.name} on {report.device}")
+        assert trial.measure is not None
+        try:
+            report.parity, report.control = trial.measure(base)
+            report.status, report.reason = "fail", trial.problem  # until `judge` says otherwise
+        except CannotStart as error:
+            report.reason = str(error)  # skipped
+        except UserError as error:
+            report.status, report.reason = "fail", "; ".join(filter(None, [trial.problem, str(error)]))
+
+
+def _find_runtimes(job: _Job, artifact: ArtifactReport) -> tuple[list[Trial], list[tuple[Runtime, Trial]]]:
     """A trial for every runtime of the artifact's format that a profile names, and those that can run here."""
     known = runtimes_by_name()
-    trials: list[_Trial] = []
-    ready: list[tuple[Runtime, _Trial]] = []
+    trials: list[Trial] = []
+    ready: list[tuple[Runtime, Trial]] = []
     for profile in job.profiles:
         for name in profile.runtimes:
             runtime = known.get(name)
             if runtime is not None and runtime.artifact_format != artifact.format:
                 continue
             runtime = None if runtime is None else runtime.on(profile, job.transports[profile.name])
-            trial = _Trial(RuntimeReport(name, profile.name, artifact.path), profile.tolerances)
+            trial = Trial(RuntimeReport(name, profile.name, artifact.path), profile.tolerances)
             trials.append(trial)
             missing = "no such runtime is installed" if runtime is None else runtime.unavailable()
             trial.report.reason = profile.unavailable() or missing
@@ -150,21 +203,7 @@ def _find_runtimes(job: _Job, artifact: ArtifactReport) -> tuple[list[_Trial], l
     return trials, ready
 
 
-def _judge_weights(artifact: ArtifactReport) -> None:
-    exactness = artifact.exactness
-    assert exactness is not None
-    if exactness.exact:
-        artifact.status = "pass"
-        return
-    artifact.status = "fail"
-    if not exactness.differences:
-        artifact.reason = "it holds no weight of the run"
-        return
-    first, others = exactness.differences[0], len(exactness.differences) - 1
-    artifact.reason = f"tensor {first.tensor} {first.what}" + (f"; {others} more tensors differ" if others else "")
-
-
-def _open(job: _Job, runtime: Runtime, trial: _Trial, path: Path, expectation: Expectation) -> None:
+def _open(job: _Job, runtime: Runtime, trial: Trial, path: Path, expectation: Expectation) -> None:
     """Open the artifact and its control on one runtime."""
     report = trial.report
     report.gate = "exact" if expectation.computes_in_floats else "quantized"
@@ -179,10 +218,18 @@ def _open(job: _Job, runtime: Runtime, trial: _Trial, path: Path, expectation: E
         if expectation.open_control is not None:
             trial.control = Contender(_opened(expectation.open_control(runtime), job.stack))
             _compute_ahead(trial.control.session, job.windows)
+        trial.layer_error = expectation.layer_error
+        if expectation.computes_in_floats or trial.control is not None:
+            # A control has the metadata that the artifact should have. Where that differs, the artifact's own decides.
+            float_session = session if trial.control is None else trial.control.session
+            wrong = expectation.problem is not None
+            trial.open_float_graph = lambda: (
+                _opened(expectation.open_float_graph(runtime), job.stack) if wrong else float_session
+            )
     except UserError as error:
-        report.reason = str(error)
+        report.reason = "; ".join(filter(None, [expectation.problem, str(error)]))
         trial.artifact = trial.control = None
-    report.status = "fail"  # until `_judge` says otherwise
+    report.status = "fail"  # until `judge` says otherwise
 
 
 def _opened(session: Session, stack: ExitStack) -> Session:
@@ -196,30 +243,37 @@ def _compute_ahead(session: GivesLogits, windows: Windows) -> None:
         session.compute_ahead(windows)
 
 
-def _judge(trial: _Trial) -> None:
-    """Turn the figures into a status; a reason that is there already means failure."""
-    report = trial.report
-    if trial.artifact is None:
+def _compare_layers(job: _Job, trials: Sequence[Trial], ours: TorchSession, log: Callable[[str], None]) -> None:
+    """Compare hidden states layer by layer, where an artifact's graph can compute in floats and its runtime shows them.
+
+    Where a stored weight differs, the first such tensor is named already.
+    """
+    inexact = {artifact.path for artifact in job.report.artifacts if artifact.status == "fail"}
+    alive = [t for t in trials if not any(c is not None and c.failure for c in (t.artifact, t.control))]
+    shown = [t for t in alive if t.open_float_graph is not None and t.report.artifact not in inexact]
+    if not shown:
         return
-    reasons = [] if report.reason is None else [report.reason]
-    if trial.artifact.failure is not None:
-        reasons.append(trial.artifact.failure)
-    else:
-        report.parity = trial.artifact.parity.scores()
-        if trial.artifact.fidelity.nll:
-            report.fidelity = trial.artifact.fidelity.scores()
-        gate = miss_exact_gate if report.gate == "exact" else miss_quantized_gate
-        miss = gate(report.parity, trial.tolerances)
-        reasons += [miss] if miss else []
-    if trial.control is not None:
-        reasons += _judge_control(trial.control, report, trial.tolerances)
-    report.reason = "; ".join(reasons) or None
-    report.status = "fail" if reasons else "pass"
+    log("comparing hidden states, layer by layer")
+    tokens = job.windows.tokens[0][:TOKENS]
+    points = torch_points(ours, tokens, build_decoder(job.run.config_dir).prefix)
+    for trial in shown:
+        assert trial.open_float_graph is not None
+        try:
+            session = trial.open_float_graph()
+            if isinstance(session, ShowsHiddenStates) and session.shows_hidden_states:
+                tolerance = max(trial.tolerances.layer_error, trial.layer_error)
+                trial.report.divergence = locate(session, tokens, points, tolerance)
+        except (UserError, CheckFailed) as error:
+            trial.report.notes.append(f"its layers could not be compared: {error}")
 
 
-def _judge_control(control: Contender, report: RuntimeReport, tolerances: Tolerances) -> list[str]:
-    if control.failure is not None:
-        return [f"the control: {control.failure}"]
-    report.control = control.parity.scores()
-    miss = miss_exact_gate(report.control, tolerances)
-    return [] if miss is None else [f"the control, which computes in floats, shows that the graph differs: {miss}"]
+def _evidence(job: _Job, artifacts: Sequence[Path], reference: Path | None) -> Evidence:
+    """Hash everything before it is opened."""
+    given = [fingerprint("artifact", path) for path in artifacts] + [fingerprint("text", job.text)]
+    given += [] if reference is None else [fingerprint("reference", reference)]
+    given += [] if job.binaries is None else [fingerprint("binary", file) for file in job.binaries.files()]
+    windows, n_ctx = job.windows.tokens.shape
+    tokens = hashlib.sha256(job.windows.tokens.astype("<i4").tobytes()).hexdigest()
+    return Evidence(
+        [fingerprint_run(job.run), *given], job.run.manifest, list(job.profiles), int(n_ctx), int(windows), tokens
+    )

@@ -7,6 +7,7 @@ devices too, and imports nothing that they would lack: numpy, and the runtime th
 Requests, by their "op":
     open        {runtime, artifact, options} → the engine's facts
     logits      {} + tokens i32 [n]        → logits f32 [n, vocab]
+    hidden_states {width} + tokens         → {names} + "0", "1", … f32 [n, width]
     generate    {max_new} + tokens         → tokens i32
     tokenize    {text, add_special, parse_special} → tokens i32
     detokenize  {} + tokens                → {text}
@@ -48,6 +49,7 @@ class Worker:
             "open": self._open,
             "logits": self._logits,
             "run": self._run,
+            "hidden_states": self._hidden_states,
             "generate": self._generate,
             "tokenize": self._tokenize,
             "detokenize": lambda m: Message({"text": self._opened().detokenize(m.arrays["tokens"])}),
@@ -90,6 +92,10 @@ class Worker:
 
         digest = digest_of(logits, tokens[first + 1 :], int(request.header["top"]))
         return Message(_usage(started), vars(digest))
+
+    def _hidden_states(self, request: Message) -> Message:
+        found = self._opened().hidden_states(request.arrays["tokens"], request.header["width"])
+        return Message({"names": list(found)}, {str(i): array for i, array in enumerate(found.values())})
 
     def _generate(self, request: Message) -> Message:
         import numpy as np

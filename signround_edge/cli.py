@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,20 +182,34 @@ def export(
 
 
 @main.command()
-@_run
-@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
-@_text
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to score.  [required]")
 @click.option("--device", "devices", multiple=True, default=("cpu-x86",), show_default=True, help="Device profile.")
 @_reference
-@click.option("--report", type=click.Path(path_type=Path), help="Folder for the report.")
+@click.option("--llama-bin", type=click.Path(path_type=Path), help="Folder of llama.cpp binaries for the device.")
+@click.option("--report", type=click.Path(path_type=Path), help="Folder for certificate.json and certificate.html.")
+@click.option(
+    "--check", "certificate", type=click.Path(path_type=Path), help="Re-check a certificate.json; run nothing."
+)
 @_windows
 @_n_ctx
 @_json
 def verify(
-    run: Path, artifacts: tuple[Path, ...], text: Path, devices: tuple[str, ...], reference: str | None,
-    report: Path | None, windows: int | None, n_ctx: int, as_json: bool,
+    run: Path | None, artifacts: tuple[Path, ...], text: Path | None, devices: tuple[str, ...], reference: str | None,
+    llama_bin: Path | None, report: Path | None, certificate: Path | None, windows: int | None, n_ctx: int,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Prove on the real runtime that ARTIFACTS hold RUN's weights exactly and behave like them."""
+    if certificate is not None:
+        if run is not None or text is not None:
+            raise click.UsageError("--check takes a certificate.json and nothing else: it runs nothing")
+        _check_certificate(certificate, as_json)
+        return
+    if run is None or not artifacts or text is None:
+        missing = "argument 'RUN'" if run is None else "argument 'ARTIFACTS...'" if not artifacts else "option '--text'"
+        raise click.UsageError(f"Missing {missing}.")
+    from runtime_tests.certificate.write import write_certificate
     from runtime_tests.report import render
     from runtime_tests.verify import DEFAULT_WINDOWS
     from runtime_tests.verify import verify as run_verify
@@ -201,19 +218,53 @@ def verify(
     from signround_edge.source_model import resolve_model
 
     folder = None if reference is None else resolve_model(reference)
-    with terminal_progress("verifying") as progress:
-        result = run_verify(
-            RunDirectory.open(run), artifacts, text, devices=devices, reference=folder, n_ctx=n_ctx,
-            max_windows=windows or DEFAULT_WINDOWS, log=progress.line,
-        )  # fmt: skip
+    try:
+        with terminal_progress("verifying") as progress, _interrupted_by_signals():
+            result = run_verify(
+                RunDirectory.open(run), artifacts, text, devices=devices, reference=folder, n_ctx=n_ctx,
+                max_windows=windows or DEFAULT_WINDOWS, llama_bin=llama_bin, log=progress.line,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was verified, and nothing is left running")
+        sys.exit(EXIT_INTERRUPTED)
     if report is not None:
-        _say(f"wrote {result.write(report)}")
+        for path in write_certificate(result, report):
+            _say(f"wrote {path}")
     if as_json:
         _print_json(result.to_json())
     else:
         _render(render(result))
     if not result.passed:
         raise CheckFailed("verification failed or could not be made; see the reasons above")
+
+
+@contextlib.contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP do what Ctrl-C does, so that temporary files go and workers end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    before = {getattr(signal, name): signal.signal(getattr(signal, name), interrupt) for name in names}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_certificate(certificate: Path, as_json: bool) -> None:
+    from runtime_tests.certificate.recheck import recheck
+
+    sentence = recheck(certificate)
+    if as_json:
+        _print_json({"status": "pass", "certificate": str(certificate), "reason": sentence})
+    else:
+        click.echo(sentence)
 
 
 @main.command()

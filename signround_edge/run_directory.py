@@ -182,6 +182,10 @@ class RunDirectory:
             run._check_part(part, record)
         return run
 
+    def part_files(self) -> list[str]:
+        """Names of the files in blocks/ that hold the parts as they are now."""
+        return [self._part_path(part).name for part in self.manifest.parts]
+
     def names(self) -> list[str]:
         """Names of all parameters that hold data of their own (tied ones are in `manifest.tied`), in model order."""
         return list(self._entries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -48,7 +49,39 @@ def test_verify_passes_on_both_runtimes(chain: Path, tiny_llama: Path, evaluatio
     for runtime in document["runtimes"]:
         assert {"device", "reason", "ppl", "ppl_reference", "kld_mean", "top1_agreement"} <= set(runtime)
     assert document["runtimes"][0]["control_kld_mean"] <= 1e-5
-    assert json.loads((report / "certificate.json").read_text()) == document
+    certificate = json.loads((report / "certificate.json").read_text())
+    assert {key: certificate[key] for key in document if key != "runtimes"} == {
+        key: value for key, value in document.items() if key != "runtimes"
+    }
+    for certified, runtime in zip(certificate["runtimes"], document["runtimes"], strict=True):
+        assert runtime.items() <= certified.items()
+    assert "<strong>PASS</strong>" in (report / "certificate.html").read_text()
+
+
+def test_a_certificate_is_checked_without_running_anything(chain: Path, evaluation_text: Path, tmp_path: Path) -> None:
+    shutil.copy(chain / "model.gguf", tmp_path / "model.gguf")
+    shutil.copytree(chain / "run", tmp_path / "run")
+    options = ["--text", evaluation_text, "--n-ctx", 64, "--windows", 1, "--report", tmp_path / "report"]
+    run_cli("verify", tmp_path / "run", tmp_path / "model.gguf", *options)
+    certificate = tmp_path / "report" / "certificate.json"
+    assert "verdict pass" in run_cli("verify", "--check", certificate).stdout
+    assert json_of("verify", "--check", certificate)["status"] == "pass"
+    with (tmp_path / "model.gguf").open("ab") as file:
+        file.write(b"x")
+    result = run_cli("verify", "--check", certificate, code=1)
+    assert f"error: the artifact has changed since the verification: {tmp_path / 'model.gguf'}" in " ".join(
+        result.stderr.split()
+    ).replace("/report/..", "")
+    run_cli("verify", "--check", tmp_path / "absent.json", code=2)
+    assert "runs nothing" in run_cli("verify", tmp_path / "run", "--check", certificate, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [([], "argument 'RUN'"), (["run"], "argument 'ARTIFACTS...'"), (["run", "model.gguf"], "option '--text'")],
+)
+def test_verify_says_which_argument_is_missing(arguments: list[str], missing: str) -> None:
+    assert f"Missing {missing}" in run_cli("verify", *arguments, code=2).stderr
 
 
 def test_flipped_byte_fails_verification_and_names_the_tensor(chain: Path, evaluation_text: Path) -> None:

@@ -22,6 +22,8 @@ VERSION = "2026.10.11549"
 INSTALL = f"pip install {PACKAGE}=={VERSION}"
 
 LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
+# bool ggml_backend_sched_eval_callback(struct ggml_tensor * t, bool ask, void * user_data)
+EvalCallback = ctypes.CFUNCTYPE(c_bool, c_void_p, c_bool, c_void_p)
 LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
@@ -207,6 +209,11 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "llama_vocab_is_eog": (c_bool, [c_void_p, c_int32]),
     "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
     "llama_detokenize": (c_int32, [c_void_p, POINTER(c_int32), c_int32, c_char_p, c_int32, c_bool, c_bool]),
+    "ggml_get_name": (c_char_p, [c_void_p]),
+    "ggml_nelements": (c_int64, [c_void_p]),
+    "ggml_nbytes": (c_size_t, [c_void_p]),
+    "ggml_is_contiguous": (c_bool, [c_void_p]),
+    "ggml_backend_tensor_get": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),
     "ggml_get_type_traits": (POINTER(TypeTraits), [ctypes.c_int]),
 }
 

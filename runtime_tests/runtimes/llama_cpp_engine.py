@@ -66,7 +66,12 @@ class LlamaCppEngine:
 
     def facts(self) -> dict[str, Any]:
         """What a client may want to know about the file."""
-        return {"vocab_size": self.vocab_size, "bos": self.bos, "adds_bos": self.adds_bos}
+        return {
+            "vocab_size": self.vocab_size,
+            "bos": self.bos,
+            "adds_bos": self.adds_bos,
+            "shows_hidden_states": True,
+        }
 
     def logits(self, tokens: TokenArray) -> FloatArray:
         """f32 [n, vocab] next-token logits at every position of int32 [n], from an empty cache."""
@@ -74,6 +79,32 @@ class LlamaCppEngine:
         self._decode(tokens, first=0, all_outputs=True)
         pointer = self._lib.llama_get_logits(self._context)
         return np.ctypeslib.as_array(pointer, shape=(len(tokens), self.vocab_size)).copy()
+
+    def hidden_states(self, tokens: TokenArray, width: int) -> dict[str, FloatArray]:
+        """Every f32 tensor [n, width] that the graph computes for int32 [n], by llama.cpp's name ("l_out-3").
+
+        Through the scheduler's callback, which is asked before and called after every node.
+        """
+        found: dict[str, FloatArray] = {}
+        values, nbytes = len(tokens) * width, 4 * len(tokens) * width
+
+        def visit(tensor: int, ask: bool, _data: object) -> bool:
+            wanted = self._lib.ggml_nelements(tensor) == values and self._lib.ggml_nbytes(tensor) == nbytes
+            wanted = wanted and self._lib.ggml_is_contiguous(tensor)
+            if wanted and not ask:
+                states = np.empty((len(tokens), width), dtype=np.float32)
+                self._lib.ggml_backend_tensor_get(tensor, states.ctypes.data, 0, nbytes)
+                name = self._lib.ggml_get_name(tensor).decode(errors="replace")
+                found[f"{name}#{len(found)}" if name in found else name] = states
+            return wanted or not ask  # False after a node would stop the computation
+
+        callback = c.EvalCallback(visit)
+        self._require_context(len(tokens), callback)
+        try:
+            self._decode(tokens, first=0, all_outputs=True)
+        finally:
+            self._free_context()  # it holds the callback
+        return found
 
     def generate(self, tokens: TokenArray, max_new: int) -> list[int]:
         """Greedy continuation of int32 [n]: up to `max_new` tokens, the end-of-generation token not included."""
@@ -114,11 +145,15 @@ class LlamaCppEngine:
 
     def close(self) -> None:
         """Free context and model."""
-        if self._context:
-            self._lib.llama_free(self._context)
+        self._free_context()
         if self._model:
             self._lib.llama_model_free(self._model)
-        self._context = self._model = None
+        self._model = None
+
+    def _free_context(self) -> None:
+        if self._context:
+            self._lib.llama_free(self._context)
+        self._context = None
 
     def _on_log(self, level: int, text: bytes, _data: object) -> None:
         if level == c.LOG_LEVEL_ERROR and text.strip():
@@ -128,18 +163,19 @@ class LlamaCppEngine:
     def _said(self) -> str:
         return f": {'; '.join(self._errors)}" if self._errors else ""
 
-    def _require_context(self, positions: int) -> None:
-        """An empty context of at least that many positions; kept between windows of one size."""
+    def _require_context(self, positions: int, callback: Any = None) -> None:
+        """An empty context of at least that many positions; kept between windows of one size, unless it calls back."""
         size = -(-positions // _CONTEXT_STEP) * _CONTEXT_STEP
-        if self._context and self._context_size == size:
+        if self._context and self._context_size == size and callback is None:
             self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
             return
-        if self._context:
-            self._lib.llama_free(self._context)
+        self._free_context()
         params = self._lib.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_outputs_max = params.n_outputs_max_per_seq = size
         params.n_ubatch = MICRO_BATCH
         params.n_threads = params.n_threads_batch = 1
+        if callback is not None:
+            params.cb_eval = ctypes.cast(callback, ctypes.c_void_p)
         if self._is_f32:
             params.flash_attn_type = _FLASH_ATTENTION_OFF
             params.type_k = params.type_v = _GGML_F32

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ _DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)"
 _DTYPES |= {"tensor(float16)": np.float16}
 _EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _MODEL = "model.onnx"
+_SKIP_NORMALIZATIONS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
+_SUM_OUTPUT = 3  # input + skip: the residual stream
+_OUTPUTS_AT_ONCE = 200  # bounds memory; each group is a run of the whole graph
 _NAMED_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -30,22 +35,15 @@ class OnnxEngine:
     """
 
     def __init__(self, artifact: Path, accuracy_level: int | None = None) -> None:
-        import onnxruntime
-
         self._artifact = artifact
+        self._level = accuracy_level
         model = model_file(artifact)
         self._decoder = decoder_config(model.parent)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        try:
-            content: str | bytes = str(model)
-            if accuracy_level is not None:
-                content = _at_level(model, accuracy_level)
-                options.add_session_config_entry(_EXTERNAL_DATA_FOLDER, str(model.parent))
-            self._session: Any = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its error classes share no base but Exception
-            raise UserError(f"ONNX Runtime refuses {model}: {_first_line(error)}") from error
+        if accuracy_level is not None and model.suffix == ".ort":
+            self._session = _ort_session_at(model, accuracy_level)
+        else:
+            edited = None if accuracy_level is None else partial(_set_accuracy_level, level=accuracy_level)
+            self._session = _session(model, edited)
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         outputs = [o.name for o in self._session.get_outputs()]
         unknown = [n for n in self._inputs if n not in _NAMED_INPUTS and not n.startswith("past")]
@@ -58,7 +56,10 @@ class OnnxEngine:
     def facts(self) -> dict[str, Any]:
         """What a client may want to know about the file."""
         shape = next(o.shape for o in self._session.get_outputs() if o.name == "logits")
-        return {"vocab_size": shape[-1] if isinstance(shape[-1], int) else None}
+        return {
+            "vocab_size": shape[-1] if isinstance(shape[-1], int) else None,
+            "shows_hidden_states": model_file(self._artifact).suffix != ".ort",  # whose graph cannot be edited
+        }
 
     def logits(self, tokens: TokenArray) -> FloatArray:
         """f32 [n, vocab] next-token logits at every position of int32 [n], from an empty cache."""
@@ -74,6 +75,33 @@ class OnnxEngine:
             )
         result: FloatArray = logits[0].astype(np.float32)
         return result
+
+    def hidden_states(self, tokens: TokenArray, width: int) -> dict[str, FloatArray]:
+        """Every float tensor [n, width] that the graph computes for int32 [n], by the graph's own name.
+
+        In a second session, whose graph gives every tensor out. That keeps ONNX Runtime from fusing nodes, and thus
+        shows the graph as it is written.
+        """
+        names: list[str] = []
+
+        def edited(graph: Any) -> None:
+            if self._level is not None:
+                _set_accuracy_level(graph, self._level)
+            names.extend(_give_out_everything(graph))
+
+        session = _session(model_file(self._artifact), edited)
+        feeds = {name: self._feed(name, tokens) for name in self._inputs}
+        found: dict[str, FloatArray] = {}
+        for start in range(0, len(names), _OUTPUTS_AT_ONCE):
+            group = names[start : start + _OUTPUTS_AT_ONCE]
+            try:
+                arrays = session.run(group, feeds)
+            except Exception as error:
+                raise UserError(f"ONNX Runtime could not run {self._artifact}: {_first_line(error)}") from error
+            for name, array in zip(group, arrays, strict=True):
+                if isinstance(array, np.ndarray) and array.dtype.kind == "f" and array.shape == (1, len(tokens), width):
+                    found[name] = array[0].astype(np.float32)
+        return found
 
     def _feed(self, name: str, tokens: TokenArray) -> NDArray[Any]:
         dtype = _DTYPES.get(self._inputs[name].type)
@@ -128,22 +156,67 @@ def decoder_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{config} is not a readable genai_config.json ({error!r}); export it again") from error
 
 
-def _at_level(model: Path, level: int) -> bytes:
-    """The graph with another accuracy_level on every MatMulNBits; its external data stays where it is."""
-    if model.suffix == ".ort":
-        from exporters.onnx.ort_format import with_accuracy_level
-
-        return with_accuracy_level(model.read_bytes(), level)
+def _session(model: Path, edit: Callable[[Any], None] | None = None) -> Any:
+    """A session with one thread; `edit` changes the graph first, while its external data stays where it is."""
+    if edit is None:
+        return _inference_session(model, str(model))
     import onnx
 
-    proto = onnx.load(model, load_external_data=False)
-    for node in proto.graph.node:
+    try:
+        proto = onnx.load(model, load_external_data=False)
+    except Exception as error:  # protobuf's error classes share no base but Exception
+        raise UserError(f"ONNX Runtime refuses {model}: {_first_line(error)}") from error
+    edit(proto.graph)
+    return _inference_session(model, proto.SerializeToString())
+
+
+def _ort_session_at(model: Path, level: int) -> Any:
+    """A session on an .ort file with another accuracy_level on every MatMulNBits."""
+    from exporters.onnx.ort_format import with_accuracy_level
+
+    return _inference_session(model, with_accuracy_level(model.read_bytes(), level))
+
+
+def _inference_session(model: Path, content: str | bytes) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    if isinstance(content, bytes):
+        options.add_session_config_entry(_EXTERNAL_DATA_FOLDER, str(model.parent))
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its error classes share no base but Exception
+        raise UserError(f"ONNX Runtime refuses {model}: {_first_line(error)}") from error
+
+
+def _set_accuracy_level(graph: Any, level: int) -> None:
+    """Another accuracy_level on every MatMulNBits."""
+    import onnx
+
+    for node in graph.node:
         if node.op_type == "MatMulNBits":
             kept = [a for a in node.attribute if a.name != "accuracy_level"]
             del node.attribute[:]
             node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", level)])
-    content: bytes = proto.SerializeToString()
-    return content
+
+
+def _give_out_everything(graph: Any) -> list[str]:
+    """Make every node's outputs outputs of the graph, also the sums that normalizations could give out; their names."""
+    import onnx
+
+    known = {output.name for output in graph.output}
+    names = []
+    for node in graph.node:
+        if node.op_type in _SKIP_NORMALIZATIONS:
+            outputs = [*node.output, "", "", ""][:4]
+            outputs[_SUM_OUTPUT] = outputs[_SUM_OUTPUT] or f"{node.name}/sum"
+            del node.output[:]
+            node.output.extend(outputs)
+        names += [name for name in node.output if name and name not in known]
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return names
 
 
 def _first_line(error: Exception) -> str:

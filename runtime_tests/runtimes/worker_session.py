@@ -105,6 +105,20 @@ class WorkerSession:
             self._computed[window.tobytes()] = self.scored(window, windows.first_scored)
         self.close()
 
+    @property
+    def shows_hidden_states(self) -> bool:
+        """Whether the engine can answer `hidden_states`; browsers cannot."""
+        return bool(self.facts.get("shows_hidden_states"))
+
+    def hidden_states(self, tokens: TokenArray, width: int) -> dict[str, FloatArray]:
+        """Every float tensor [n, width] that the graph computes for int32 [n], by the graph's own name.
+
+        Raises:
+            UserError: the runtime cannot run the file, or show it; WorkerFailure when it died or hung.
+        """
+        reply = self._call("hidden_states", {"tokens": tokens.astype(np.int32)}, width=width)
+        return {name: reply.arrays[str(i)] for i, name in enumerate(reply.header["names"])}
+
     def close(self) -> None:
         """End the worker. May be repeated."""
         worker, self._open_worker = self._open_worker, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -12,6 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 # Two workers on two cores: one thread each is faster than threads that wait for one another, and results do not vary.
 torch.set_num_threads(1)
+
+# adb starts a server where none runs, and ends it again: each worker has its own, and none is the developer's.
+with socket.socket() as _free:
+    _free.bind(("127.0.0.1", 0))
+    os.environ["ANDROID_ADB_SERVER_PORT"] = str(_free.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

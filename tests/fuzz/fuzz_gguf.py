@@ -39,7 +39,10 @@ SCHEMES = ("q4_0", "q4_k_m", "q2_k_s", "iq4_xs")
 LIMIT_S = 120.0
 LIMIT_MB = 500.0  # above what the same command takes for the intact file
 _SPLIT = "1M"
-_PROGRESS = re.compile(r"(.*: comparing stored weights with .*|window \d+ of \d+|wrote .*certificate\.json)")
+_PROGRESS = re.compile(
+    r"hashing the run, the artifacts and the text|.*: comparing stored weights with .*|window \d+ of \d+"
+    r"|comparing hidden states, layer by layer|wrote .*certificate\.(json|html)"
+)
 
 
 @dataclass(frozen=True)

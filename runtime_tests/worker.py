@@ -149,13 +149,22 @@ class Worker:
 
 def _usage(started: float) -> dict[str, Any]:
     """Seconds since `started`, and the most memory that this process has held."""
+    peak = _peak_memory()
+    return {"seconds": time.monotonic() - started} | ({} if peak is None else {"peak_memory_bytes": peak})
+
+
+def _peak_memory() -> int | None:
+    """In bytes. On Linux from /proc: getrusage there counts what the parent held when it started this process."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
     try:
         import resource
     except ImportError:  # Windows
-        return {"seconds": time.monotonic() - started}
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"seconds": time.monotonic() - started, "peak_memory_bytes": peak}
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _llama_cpp(artifact: Path, options: dict[str, Any]) -> Any:

@@ -124,3 +124,10 @@ def test_a_worker_leaves_when_its_client_is_killed(tmp_path: Path) -> None:
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(pid)
+
+
+def test_peak_memory_is_the_workers_own_and_not_its_parents() -> None:
+    held = b"x" * (800 << 20)
+    script = "from runtime_tests.worker import _peak_memory; print(_peak_memory())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 1 << 20 < int(done.stdout) < len(held) // 2

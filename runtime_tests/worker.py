@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from runtime_tests.transports.protocol import Message, ProtocolError, receive, send
-from signround_edge.errors import UserError
+from signround_edge.errors import UserError, first_line
 
 _PATIENCE = "SIGNROUND_EDGE_IDLE_SECONDS"
 
@@ -124,7 +124,7 @@ class Worker:
         try:
             return Message({}, {"weights": run_node_model(node)})
         except Exception as error:  # onnxruntime's error classes share no base but Exception
-            raise UserError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+            raise UserError(first_line(error)) from error
 
     def _have(self, request: Message) -> Message:
         from runtime_tests.transports import remote_store

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from exporters.onnx.bindings import QUANTIZED_INPUTS, Binding, quantized_initializers
 from exporters.onnx.ort_format import read_ort_format
 from exporters.onnx.sidecar import SIDECAR, Sidecar, hash_files
-from signround_edge.errors import UserError
+from signround_edge.errors import UserError, first_line
 
 if TYPE_CHECKING:  # they load torch, which a runtime's worker process can do without
     from exporters.onnx.run_weights import RunWeights
@@ -102,7 +102,7 @@ def open_model(path: Path, remedy: str = "export the run again") -> ir.Model:
     except UserError:
         raise
     except Exception as error:  # protobuf and onnx_ir raise many types on bytes that are no model
-        raise UserError(f"{file} is not a readable ONNX file ({_first_line(error)}); {remedy}") from error
+        raise UserError(f"{file} is not a readable ONNX file ({first_line(error)[:200]}); {remedy}") from error
 
 
 def read_tensors(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:
@@ -235,7 +235,3 @@ def _bytes_once(value: ir.Value, counted: set[Any]) -> int:
 
 def _type_name(dtype: ir.DataType) -> str:
     return _TYPE_NAMES.get(str(dtype.name), str(dtype.name))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

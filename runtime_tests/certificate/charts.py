@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 import numpy as np
@@ -94,17 +94,17 @@ def _finite(values: FloatSeries) -> NDArray[np.float64]:
     return np.array([math.nan if v is None else v for v in values], dtype=np.float64)
 
 
-def _scale(low: float, high: float):  # type: ignore[no-untyped-def]
+def _scale(low: float, high: float) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
     """Value → y of the picture."""
     return lambda v: _TOP + (HEIGHT - _TOP - _BOTTOM) * (1 - (np.nan_to_num(v, nan=low) - low) / ((high - low) or 1))
 
 
-def _across(low: float, high: float):  # type: ignore[no-untyped-def]
+def _across(low: float, high: float) -> Callable[[float], float]:
     """Value → x of the picture."""
     return lambda v: _LEFT + (WIDTH - _LEFT - _RIGHT) * (float(v) - low) / (high - low)
 
 
-def _points(pairs) -> str:  # type: ignore[no-untyped-def]
+def _points(pairs: Iterable[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in pairs)
 
 

@@ -60,14 +60,12 @@ def torch_points(session: TorchSession, tokens: TokenArray, blocks: str) -> list
         width = hidden.shape[-1]
         record(EMBEDDING, True, hidden)
 
+    def leave(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        record(names[module], module in layers or module in after, output)
+
     handles = [layers[0].register_forward_pre_hook(enter, with_kwargs=True)]
     for module in [m for layer in layers for m in (layer, *layer.children())] + after:
-        is_layer = module in layers or module in after
-        handles.append(
-            module.register_forward_hook(
-                lambda m, _args, output, is_layer=is_layer: record(names[m], is_layer, output)  # type: ignore[misc]
-            )
-        )
+        handles.append(module.register_forward_hook(leave))
     try:
         with torch.no_grad():
             session.logits(tokens)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -18,12 +17,11 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from devices import DeviceProfile
+from runtime_tests.setup.devices import ADB
+from runtime_tests.transports.ssh import CONNECTION_LOST, ssh_command
 from signround_edge.errors import UserError
 
-SSH_OPTIONS_VARIABLE = "SIGNROUND_EDGE_SSH_OPTIONS"  # more options of ssh, such as "-i key" or "-F config"
-_SSH_OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=4")
 _ADB_FOLDER = "/data/local/tmp"  # the one place where Android lets the shell execute files
-_CONNECTION_LOST = 255
 _TRIES = 3
 
 
@@ -88,10 +86,7 @@ class SshHost:
     """
 
     def __init__(self, address: str) -> None:
-        host, _, port = address.partition(":")
-        options = [part for option in _SSH_OPTIONS for part in ("-o", option)]
-        options += shlex.split(os.environ.get(SSH_OPTIONS_VARIABLE, "")) + (["-p", port] if port else [])
-        self._ssh = ["ssh", *options, host]
+        self._ssh = ssh_command(address)
         self._folder = _checked(self._sh("mktemp -d"), f"ssh {address}").strip()
 
     def push(self, file: Path) -> str:
@@ -103,7 +98,7 @@ class SshHost:
                 done = subprocess.run([*self._ssh, line], stdin=content, capture_output=True, check=False)
             if done.returncode == 0 and int(done.stdout) == file.stat().st_size:
                 return path
-            if done.returncode != _CONNECTION_LOST or attempt == _TRIES - 1:
+            if done.returncode != CONNECTION_LOST or attempt == _TRIES - 1:
                 break
         raise UserError(
             f"{file.name} could not be pushed over ssh ({_last_line(done.stderr)}); check space and connection"
@@ -112,7 +107,7 @@ class SshHost:
     def run(self, command: Sequence[str], environment: dict[str, str], timeout: float) -> Finished:
         for _ in range(_TRIES):
             done = _run([*self._ssh, leashed(command, environment)], timeout)
-            if done.code != _CONNECTION_LOST:
+            if done.code != CONNECTION_LOST:
                 return done
         raise UserError(f"the ssh connection was lost {_TRIES} times ({_last_line(done.output.encode())})")
 
@@ -137,9 +132,10 @@ class AdbHost:
     """
 
     def __init__(self, serial: str) -> None:
-        if shutil.which("adb") is None:
-            raise UserError("adb is not installed (apt-get install adb)")
-        self._adb = ["adb", *(["-s", serial] if serial else [])]
+        program = ADB.path()
+        if program is None:
+            raise UserError(f"{ADB.missing()} (apt-get install -y {ADB.package})")
+        self._adb = [program, *(["-s", serial] if serial else [])]
         line = f"mktemp -d {_ADB_FOLDER}/signround-XXXXXX"
         self._folder = _checked(self._call("shell", line), f"adb {serial}").strip()
 
@@ -166,7 +162,7 @@ class AdbHost:
 
 def host_of(profile: DeviceProfile) -> Host:
     """The host behind a profile. Raises UserError when binaries cannot be brought there."""
-    address = str(getattr(profile, "address", None) or "")
+    address = profile.address or ""
     if profile.transport == "local":
         return LocalHost()
     if profile.transport == "ssh" and address:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from signround_edge.errors import UserError
+from signround_edge.errors import UserError, first_line
 from signround_edge.metrics import FloatArray, TokenArray
 
 _CONFIG = "genai_config.json"
@@ -35,7 +35,7 @@ class GenaiEngine:
             config.overlay(json.dumps({"model": {"decoder": {"session_options": _ONE_THREAD}}}))
             self._model = genai.Model(config)
         except Exception as error:  # its errors are of RuntimeError's and of its own classes
-            raise UserError(f"onnxruntime-genai refuses {folder}: {_first_line(error)}") from error
+            raise UserError(f"onnxruntime-genai refuses {folder}: {first_line(error)}") from error
         content = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         self._vocab_size: int | None = content["model"].get("vocab_size")
 
@@ -52,12 +52,8 @@ class GenaiEngine:
             generator.append_tokens(tokens.reshape(1, -1))
             logits = generator.get_output("logits")
         except Exception as error:
-            raise UserError(f"onnxruntime-genai could not run {self._artifact}: {_first_line(error)}") from error
+            raise UserError(f"onnxruntime-genai could not run {self._artifact}: {first_line(error)}") from error
         if logits.shape[:2] != (1, len(tokens)):
             raise UserError(f"{self._artifact} gives logits of shape {list(logits.shape)} for {len(tokens)} tokens")
         result: FloatArray = logits[0].astype(np.float32)
         return result
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

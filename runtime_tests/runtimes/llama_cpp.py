@@ -7,18 +7,18 @@ their own; it is not offered.)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from devices import DeviceProfile
 from exporters.gguf.container_reader import GgufFile
 from runtime_tests.interface import StoredTensor
 from runtime_tests.runtimes import llama_cpp_bindings
+from runtime_tests.runtimes.worker_runtime import WorkerRuntime
 from runtime_tests.runtimes.worker_session import WorkerSession
-from runtime_tests.transports.interface import DEFAULT_TIMEOUT, Transport, Worker, WorkerFailure
+from runtime_tests.transports.interface import Worker, WorkerFailure
 from runtime_tests.transports.local import LocalTransport
 from signround_edge.errors import UserError
 from signround_edge.metrics import FloatArray
@@ -57,25 +57,11 @@ class LlamaCppSession(WorkerSession):
 
 
 @dataclass(frozen=True)
-class LlamaCppRuntime:
-    """llama.cpp on a CPU.
+class LlamaCppRuntime(WorkerRuntime):
+    """llama.cpp on a CPU."""
 
-    Attributes:
-        timeout: seconds a request may take before the worker counts as hung.
-        transport: the way to the machine; this one by default.
-        digest: whether sessions bring digests back, not all logits.
-    """
-
-    timeout: float = DEFAULT_TIMEOUT
-    transport: Transport = field(default_factory=LocalTransport)
-    digest: bool = False
     name = "llama.cpp"
     artifact_format = "gguf"
-
-    def on(self, profile: DeviceProfile, transport: Transport) -> LlamaCppRuntime:
-        """The same runtime on a device."""
-        digest = profile.logits == "digest"
-        return replace(self, timeout=profile.timeout_s, transport=transport, digest=digest)
 
     def unavailable(self) -> str | None:
         """Why it cannot run here, with the way out; None when it can."""

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from signround_edge.errors import UserError
+from runtime_tests.runtimes.onnx_session import cpu_session
+from signround_edge.errors import UserError, first_line
 
 if TYPE_CHECKING:  # a worker on another machine has no onnx_ir
     from exporters.onnx.reader import Artifact
@@ -51,12 +52,7 @@ Dequantizer = Callable[[NodeModel], FloatArray]
 
 def run_node_model(node: NodeModel) -> FloatArray:
     """f32 [rows, cols] through ONNX Runtime in this process, one thread."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(node.model, options, providers=["CPUExecutionProvider"])
+    session = cpu_session(node.model)
     weights = np.empty((node.rows, node.cols), dtype=np.float32)
     if node.op != "MatMulNBits":
         weights[:] = session.run(None, {"X": np.arange(node.rows, dtype=np.int64)})[0]
@@ -106,9 +102,9 @@ def dequantize_node(artifact: Artifact, node: Any, dequantizer: Dequantizer = ru
     except WorkerFailure:
         raise
     except Exception as error:  # onnxruntime's error classes share no base but Exception
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{artifact.path}: ONNX Runtime refuses the weights of node {node.name} ({reason}); export the run again"
+            f"{artifact.path}: ONNX Runtime refuses the weights of node {node.name} ({first_line(error)}); "
+            "export the run again"
         ) from error
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from signround_edge.errors import UserError
+from runtime_tests.runtimes.onnx_session import cpu_session
+from signround_edge.errors import UserError, first_line
 from signround_edge.metrics import FloatArray, TokenArray
 
 _DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32}
 _DTYPES |= {"tensor(float16)": np.float16}
-_EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _MODEL = "model.onnx"
 _SKIP_NORMALIZATIONS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 _SUM_OUTPUT = 3  # input + skip: the residual stream
@@ -67,7 +67,7 @@ class OnnxEngine:
         try:
             (logits,) = self._session.run(["logits"], feeds)
         except Exception as error:
-            raise UserError(f"ONNX Runtime could not run {self._artifact}: {_first_line(error)}") from error
+            raise UserError(f"ONNX Runtime could not run {self._artifact}: {first_line(error)}") from error
         if logits.ndim != 3 or logits.shape[:2] != (1, len(tokens)):
             raise UserError(
                 f"{self._artifact} gives logits of shape {list(logits.shape)} for {len(tokens)} tokens; verify needs "
@@ -97,7 +97,7 @@ class OnnxEngine:
             try:
                 arrays = session.run(group, feeds)
             except Exception as error:
-                raise UserError(f"ONNX Runtime could not run {self._artifact}: {_first_line(error)}") from error
+                raise UserError(f"ONNX Runtime could not run {self._artifact}: {first_line(error)}") from error
             for name, array in zip(group, arrays, strict=True):
                 if isinstance(array, np.ndarray) and array.dtype.kind == "f" and array.shape == (1, len(tokens), width):
                     found[name] = array[0].astype(np.float32)
@@ -159,13 +159,13 @@ def decoder_config(folder: Path) -> dict[str, Any]:
 def _session(model: Path, edit: Callable[[Any], None] | None = None) -> Any:
     """A session with one thread; `edit` changes the graph first, while its external data stays where it is."""
     if edit is None:
-        return _inference_session(model, str(model))
+        return _inference_session(model)
     import onnx
 
     try:
         proto = onnx.load(model, load_external_data=False)
     except Exception as error:  # protobuf's error classes share no base but Exception
-        raise UserError(f"ONNX Runtime refuses {model}: {_first_line(error)}") from error
+        raise UserError(f"ONNX Runtime refuses {model}: {first_line(error)}") from error
     edit(proto.graph)
     return _inference_session(model, proto.SerializeToString())
 
@@ -177,18 +177,11 @@ def _ort_session_at(model: Path, level: int) -> Any:
     return _inference_session(model, with_accuracy_level(model.read_bytes(), level))
 
 
-def _inference_session(model: Path, content: str | bytes) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    if isinstance(content, bytes):
-        options.add_session_config_entry(_EXTERNAL_DATA_FOLDER, str(model.parent))
+def _inference_session(model: Path, edited: bytes | None = None) -> Any:
     try:
-        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        return cpu_session(model) if edited is None else cpu_session(edited, model.parent)
     except Exception as error:  # its error classes share no base but Exception
-        raise UserError(f"ONNX Runtime refuses {model}: {_first_line(error)}") from error
+        raise UserError(f"ONNX Runtime refuses {model}: {first_line(error)}") from error
 
 
 def _set_accuracy_level(graph: Any, level: int) -> None:
@@ -217,7 +210,3 @@ def _give_out_everything(graph: Any) -> list[str]:
         names += [name for name in node.output if name and name not in known]
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     return names
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,13 +12,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from devices import DeviceProfile
 from runtime_tests.interface import StoredTensor
 from runtime_tests.runtimes.onnx_engine import decoder_config, model_file
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from runtime_tests.runtimes.worker_session import WorkerSession
 from runtime_tests.setup.npm import ONNXRUNTIME_NODE, ONNXRUNTIME_WEB
-from runtime_tests.transports.interface import Transport
 from signround_edge.errors import UserError
 
 
@@ -27,10 +25,6 @@ class OnnxRuntimeWeb(OnnxRuntime):
     """onnxruntime-web: one thread, execution provider wasm. It has no meaning on this machine without a transport."""
 
     name = "onnxruntime-web"
-
-    def on(self, profile: DeviceProfile, transport: Transport) -> OnnxRuntimeWeb:
-        """The same runtime on a device."""
-        return type(self)(profile.timeout_s, transport, profile.logits == "digest")
 
     def unavailable(self) -> str | None:
         """Why it cannot run there, with the way out; None when it can."""

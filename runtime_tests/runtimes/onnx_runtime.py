@@ -4,40 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from devices import DeviceProfile
 from runtime_tests.interface import StoredTensor
 from runtime_tests.runtimes.onnx_dequantize import NodeModel, dequantize_through_runtime
+from runtime_tests.runtimes.worker_runtime import WorkerRuntime
 from runtime_tests.runtimes.worker_session import WorkerSession
-from runtime_tests.transports.interface import DEFAULT_TIMEOUT, Transport, Worker
+from runtime_tests.transports.interface import Worker
 from runtime_tests.transports.local import LocalTransport
 from signround_edge.metrics import FloatArray
 
 
 @dataclass(frozen=True)
-class OnnxRuntime:
-    """ONNX Runtime on a CPU, one thread.
+class OnnxRuntime(WorkerRuntime):
+    """ONNX Runtime on a CPU, one thread."""
 
-    Attributes:
-        timeout: seconds a request may take before the worker counts as hung.
-        transport: the way to the machine; this one by default.
-        digest: whether sessions bring digests back, not all logits.
-    """
-
-    timeout: float = DEFAULT_TIMEOUT
-    transport: Transport = field(default_factory=LocalTransport)
-    digest: bool = False
     name = "onnxruntime"
     artifact_format = "onnx"
-
-    def on(self, profile: DeviceProfile, transport: Transport) -> OnnxRuntime:
-        """The same runtime on a device."""
-        digest = profile.logits == "digest"
-        return replace(self, timeout=profile.timeout_s, transport=transport, digest=digest)
 
     def unavailable(self) -> str | None:
         """Why it cannot run here, with the way out; None when it can."""

@@ -7,16 +7,15 @@ the same source. The file for one thread is an older llama.cpp than ours.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from devices import DeviceProfile
 from exporters.gguf.container_reader import GgufFile
 from runtime_tests.interface import StoredTensor
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
+from runtime_tests.runtimes.worker_runtime import WorkerRuntime
 from runtime_tests.runtimes.worker_session import WorkerSession
 from runtime_tests.setup.npm import WLLAMA
-from runtime_tests.transports.interface import DEFAULT_TIMEOUT, Transport
 from runtime_tests.transports.local import LocalTransport
 from runtime_tests.transports.push import files_of
 from signround_edge.errors import UserError
@@ -26,24 +25,11 @@ _LARGEST_FILE = (1 << 31) - 1  # bytes: an ArrayBuffer of a 32-bit WebAssembly
 
 
 @dataclass(frozen=True)
-class WllamaRuntime:
-    """llama.cpp in a page.
+class WllamaRuntime(WorkerRuntime):
+    """llama.cpp in a page."""
 
-    Attributes:
-        timeout: seconds a request may take before the page counts as hung.
-        transport: the way to the page.
-        digest: whether sessions bring digests back, not all logits.
-    """
-
-    timeout: float = DEFAULT_TIMEOUT
-    transport: Transport = field(default_factory=LocalTransport)
-    digest: bool = False
     name = "wllama"
     artifact_format = "gguf"
-
-    def on(self, profile: DeviceProfile, transport: Transport) -> WllamaRuntime:
-        """The same runtime on a device."""
-        return WllamaRuntime(profile.timeout_s, transport, profile.logits == "digest")
 
     def unavailable(self) -> str | None:
         """Why it cannot run there, with the way out; None when it can."""

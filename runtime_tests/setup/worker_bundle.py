@@ -26,6 +26,7 @@ _MODULES = (
     "runtime_tests/runtimes/llama_cpp_engine.py",
     "runtime_tests/runtimes/onnx_dequantize.py",
     "runtime_tests/runtimes/onnx_engine.py",
+    "runtime_tests/runtimes/onnx_session.py",
 )
 _DATE = (2026, 1, 1, 0, 0, 0)  # the same code gives the same bytes
 

@@ -30,7 +30,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from runtime_tests import javascript
 from runtime_tests.setup.npm import ONNXRUNTIME_WEB, WLLAMA
 from runtime_tests.transports.protocol import Message, ProtocolError, receive, send
-from runtime_tests.transports.push import hash_of
+from signround_edge.run_directory import sha256_of
 
 _POLL_SECONDS = 15.0
 _CHUNK = 1 << 18
@@ -106,7 +106,7 @@ class PageServer:
 
     def offer(self, files: list[Path]) -> str:
         """Serve files to the page; the address of their folder, which changes with their contents."""
-        key = hashlib.sha256("".join(hash_of(file) for file in files).encode()).hexdigest()
+        key = hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
         self._offers[key] = {file.name: file for file in files}
         return f"files/{key}/"
 

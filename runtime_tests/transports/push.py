@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+
+from signround_edge.run_directory import sha256_of
 
 _CHUNK = 1 << 20
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
@@ -30,7 +31,7 @@ def files_of(artifact: Path) -> list[Path]:
 
 def push_file(file: Path, have: Have, put: Put) -> str:
     """Push one file unless it is there; its sha256."""
-    sha256, size = hash_of(file), file.stat().st_size
+    sha256, size = sha256_of(file), file.stat().st_size
     there = have(sha256, size)
     with open(file, "rb") as stream:
         while there < size or (size == 0 and there == 0):
@@ -39,9 +40,3 @@ def push_file(file: Path, have: Have, put: Put) -> str:
             if size == 0:
                 break
     return sha256
-
-
-def hash_of(file: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -33,7 +33,7 @@ from runtime_tests.transports.push import files_of, push_file
 from signround_edge.errors import UserError
 
 OPTIONS_VARIABLE = "SIGNROUND_EDGE_SSH_OPTIONS"  # more options of ssh, such as "-i key" or "-F config"
-_LOST = 255  # the exit code of ssh when the connection, not the command, failed
+CONNECTION_LOST = 255  # the exit code of ssh when the connection, not the command, failed
 _PROGRAM = SystemProgram(("ssh",), "openssh-client")
 _OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=4")
 _IDLE_SECONDS = "3600"  # the worker there leaves when nobody has asked for that long
@@ -62,8 +62,8 @@ class SshTransport:
         elsewhere = f"or give another address, --device {self.profile.name}=user@host"
         if not _answers(address):
             return f"nobody answers at {address} (switch it on, {elsewhere})"
-        done = subprocess.run([*_ssh(address), _PROBE], stdin=subprocess.DEVNULL, capture_output=True)
-        if done.returncode == _LOST:
+        done = subprocess.run([*ssh_command(address), _PROBE], stdin=subprocess.DEVNULL, capture_output=True)
+        if done.returncode == CONNECTION_LOST:
             said = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
             return f"ssh cannot log in to {address}: {said[-1]} (put your key there with ssh-copy-id, {elsewhere})"
         return f"{address} has no Python 3.11 or later (install python3 there)" if done.returncode else None
@@ -88,7 +88,9 @@ class SshWorker(ProcessWorker):
         # The shell in between reports a signal as 128 + its number; ssh alone would say 255, as for a lost connection.
         source = Path(remote_store.__file__).read_text(encoding="utf-8")
         command = f"python3 -c {shlex.quote(source)}; exit $?"
-        super().__init__(subject, [*_ssh(address), f"exec sh -c {shlex.quote(command)}"], timeout, lost_code=_LOST)
+        super().__init__(
+            subject, [*ssh_command(address), f"exec sh -c {shlex.quote(command)}"], timeout, lost_code=CONNECTION_LOST
+        )
         try:
             self._start_worker()
         except BaseException:
@@ -144,8 +146,8 @@ class SshWorker(ProcessWorker):
         return answer
 
 
-def _ssh(address: str) -> list[str]:
-    """The command that reaches an address, without what to run there."""
+def ssh_command(address: str) -> list[str]:
+    """The command that reaches user@host or user@host:port, without what to run there."""
     host, port = _parts(address)
     options = [part for option in _OPTIONS for part in ("-o", option)]
     more = shlex.split(os.environ.get(OPTIONS_VARIABLE, ""))
@@ -159,7 +161,7 @@ def _parts(address: str) -> tuple[str, str | None]:
 
 def _answers(address: str) -> bool:
     """Whether a TCP connection comes about. True where only ssh can tell: behind a jump host."""
-    command = _ssh(address)
+    command = ssh_command(address)
     settings = _settings(subprocess.run([command[0], "-G", *command[1:]], capture_output=True, text=True).stdout)
     if settings.get("proxycommand", "none") != "none" or "proxyjump" in settings:
         return True

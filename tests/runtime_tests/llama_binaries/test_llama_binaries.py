@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from benchmarks.llama_perplexity import PROGRAM, cached_folder
 from devices import get_device
-from runtime_tests.llama_binaries.hosts import SSH_OPTIONS_VARIABLE, LocalHost, SshHost, host_of
+from runtime_tests.llama_binaries.hosts import LocalHost, SshHost, host_of
 from runtime_tests.llama_binaries.kl_base import KlBaseWriter, encode
 from runtime_tests.llama_binaries.statistics import read_statistics
+from runtime_tests.transports.ssh import OPTIONS_VARIABLE
 from runtime_tests.verify import verify
 from signround_edge.errors import UserError
 from signround_edge.evaluation import TorchSession, load_run_model, text_windows
@@ -131,7 +132,7 @@ def test_files_are_pushed_over_ssh_and_taken_away(tmp_path: Path, monkeypatch: p
     content = tmp_path / "content.txt"
     content.write_text("x" * 3_000_000 + "end")
     with running_sshd(tmp_path) as sshd:
-        monkeypatch.setenv(SSH_OPTIONS_VARIABLE, sshd.options)
+        monkeypatch.setenv(OPTIONS_VARIABLE, sshd.options)
         profile = replace(get_device("cpu-x86"), transport="ssh")
         with pytest.raises(UserError, match="with an address"):
             host_of(profile)
@@ -255,7 +256,7 @@ def test_the_real_program_runs_over_ssh(
     from runtime_tests.llama_binaries import perplexity
 
     with running_sshd(tmp_path) as sshd:
-        monkeypatch.setenv(SSH_OPTIONS_VARIABLE, sshd.options)
+        monkeypatch.setenv(OPTIONS_VARIABLE, sshd.options)
         monkeypatch.setattr(perplexity, "host_of", lambda _profile: SshHost(sshd.address))
         report = verify(run, [gguf_file], text, llama_bin=cached_folder(), log=str, **SIZE)
     assert [r.status for r in report.runtimes] == ["pass", "pass"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import LlamaConfig
 from exporters.gguf import GgufExporter
 from exporters.interface import ExportOptions
 from exporters.onnx import OnnxExporter
+from runtime_tests.report import VerifyReport
+from runtime_tests.verify import verify
 from signround_edge.demo.train_tiny_llama import save_tokenizer, train_tokenizer
 from signround_edge.run_directory import RunDirectory
 from tests.support import make_run, save_random_model
@@ -87,3 +90,21 @@ def copy_of(artifact: Path, folder: Path) -> Path:
     else:
         shutil.copy(artifact, target)
     return target
+
+
+@pytest.fixture
+def check(run: RunDirectory, text: Path) -> Callable[[Path], VerifyReport]:
+    """`verify` at a size that still shows every sabotage."""
+    return lambda artifact: verify(run, [artifact], text, n_ctx=64, max_windows=2, log=str)
+
+
+@pytest.fixture
+def gguf(gguf_file: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copy(gguf_file, tmp_path / "model.gguf"))
+
+
+@pytest.fixture
+def onnx_copy(onnx_folder: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return shutil.copytree(onnx_folder, tmp_path / "onnx")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,26 +25,6 @@ from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 
 Q4_0_BYTES = 18
-
-
-@pytest.fixture
-def check(run: RunDirectory, text: Path) -> Callable[[Path], VerifyReport]:
-    """`verify` at a size that still shows every sabotage."""
-
-    def verified(artifact: Path) -> VerifyReport:
-        return verify(run, [artifact], text, n_ctx=64, max_windows=2, log=str)
-
-    return verified
-
-
-@pytest.fixture
-def gguf(gguf_file: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(gguf_file, tmp_path / "model.gguf"))
-
-
-@pytest.fixture
-def onnx_copy(onnx_folder: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(onnx_folder, tmp_path / "onnx")
 
 
 def edit(path: Path, offset: int, change: Callable[[bytes], bytes], size: int = 1) -> None:

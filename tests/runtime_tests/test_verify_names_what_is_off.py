@@ -39,22 +39,6 @@ def each(table: dict[str, s.Sabotage] | tuple[str, ...]) -> list[Any]:
     return [pytest.param(what, marks=pytest.mark.full if what in RARE else ()) for what in table]
 
 
-@pytest.fixture
-def check(run: RunDirectory, text: Path) -> Check:
-    """`verify` at a size that still shows every sabotage."""
-    return lambda artifact: verify(run, [artifact], text, n_ctx=64, max_windows=2, log=str)
-
-
-@pytest.fixture
-def gguf(gguf_file: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(gguf_file, tmp_path / "model.gguf"))
-
-
-@pytest.fixture
-def onnx_copy(onnx_folder: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(onnx_folder, tmp_path / "onnx")
-
-
 def reasons(report: VerifyReport) -> str:
     return " ".join(filter(None, [a.reason for a in report.artifacts] + [r.reason for r in report.runtimes]))
 

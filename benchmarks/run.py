@@ -201,7 +201,8 @@ def _made(folder: Path) -> Path:
 def _quantize_command(
     args: argparse.Namespace, scheme: str, steps: int, out: Path, whole_model_steps: int = 0
 ) -> list[str]:
-    sizes: dict[str, float] = {"samples": args.samples, "seqlen": args.seqlen, "steps": steps, "batch-size": args.batch_size}
+    sizes: dict[str, float] = {"samples": args.samples, "seqlen": args.seqlen, "batch-size": args.batch_size}
+    sizes["steps"] = steps
     if whole_model_steps:
         rates = {name.replace("_", "-"): rate for name, rate in _whole_model_rates(args).items()}
         sizes |= {"whole-model-steps": whole_model_steps, **rates}

@@ -24,8 +24,21 @@ def check_bindings(graph: ir.Graph, bindings: list[Binding], weights: RunWeights
         if binding.quantized:
             check_quantized(graph, nodes[binding.node], binding, weights)
         else:
-            stored = _array(graph, binding.initializers["weight"])
-            _compare(binding, "weights", stored, weights.stored_floats(binding, str(stored.dtype)))
+            _check_floats(graph, binding, weights)
+        _release(graph, binding)
+
+
+def _check_floats(graph: ir.Graph, binding: Binding, weights: RunWeights) -> None:
+    stored = _array(graph, binding.initializers["weight"])
+    _compare(binding, "weights", stored, weights.stored_floats(binding, str(stored.dtype)))
+
+
+def _release(graph: ir.Graph, binding: Binding) -> None:
+    """Unmap the tensors' part of the data file, or what was read of a large one stays in memory until the end."""
+    for initializer in binding.initializers.values():
+        tensor = graph.initializers[initializer].const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()
 
 
 def check_complete(bindings: list[Binding], weights: RunWeights) -> list[str]:

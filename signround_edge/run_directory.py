@@ -323,7 +323,7 @@ class RunDirectory:
         for name, scaled in scales.items():
             for which, vector in zip(_SCALES, (scaled.rows, scaled.columns), strict=True):
                 if vector is not None:
-                    flat[f"{name}{_SEPARATOR}{which}"] = vector.cpu().contiguous()
+                    flat[f"{name}{_SEPARATOR}{which}"] = vector.cpu().clone()  # matrices may share one
         for name, tensor in tensors.items():
             if isinstance(tensor, QuantizedTensor):
                 assert tensor.problem() is None, (name, tensor.problem())

@@ -214,6 +214,11 @@ class RunDirectory:
             run._check_part(part, record)
         return run
 
+    @property
+    def is_transformed(self) -> bool:
+        """Whether a transform changed weights before they were quantized: they need not resemble the source's."""
+        return bool(self.manifest.settings.get("transforms"))
+
     def part_files(self) -> list[str]:
         """Names of the files in blocks/ that hold the parts as they are now."""
         return [self._part_path(part).name for part in self.manifest.parts]

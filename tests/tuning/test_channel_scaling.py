@@ -134,6 +134,20 @@ def test_real_runtimes_agree_with_a_transformed_run(
     assert {r.name for r in report.runtimes if r.status == "pass"} >= {"llama.cpp", "onnxruntime"}
 
 
+def test_a_template_of_the_original_model_gets_the_runs_weights_or_is_refused(
+    run: RunDirectory, uneven: Path, tmp_path: Path, evaluation_text: Path
+) -> None:
+    """Tensors are recognised by value, which scales change: none may be taken for another, or left as it was."""
+    template = write_float_gguf(uneven, tmp_path / "template.gguf")
+    options = ExportOptions(template=template, log=lambda line: None)
+    try:
+        file = exporters()["gguf"].export(run, tmp_path / "model.gguf", options)
+    except UserError as error:
+        assert "quantize without --transform" in str(error)  # noqa: PT017
+        return
+    assert verify(run, (file,), evaluation_text, reference=uneven, n_ctx=64, max_windows=1).passed
+
+
 def test_killed_between_blocks_and_resumed_gives_the_same_bytes(
     uneven: Path, run: RunDirectory, tmp_path: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,14 @@ def main(debug: bool) -> None:
     """Tune weights of 2 to 8 bits with SignRound, export them unchanged to GGUF or ONNX, and prove parity."""
 
 
+def _transforms(
+    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...] | None:
+    from signround_edge.transforms import parse_transforms
+
+    return parse_transforms(values) if values else None  # None: as the recipe says
+
+
 _model = click.argument("model")
 _run = click.argument("run", type=click.Path(path_type=Path))
 _text = click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text to score.")
@@ -104,6 +112,13 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--whole-model-steps", type=int, help="Steps of tuning the whole model on its KL divergence; 0: none.")
 @click.option("--whole-model-lr", type=float, help="Relative learning rate of scales and norms there.")
 @click.option("--whole-model-code-lr", type=float, help="Learning rate of codes there; 0: frozen.")
+@click.option(
+    "--transform",
+    "transforms",
+    multiple=True,
+    callback=_transforms,
+    help="channel-scales, none: change the weights, not the function, so that rounding costs less.",
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--seed", type=int, help="Seed of the sample order.")
 @click.option("--imatrix", type=click.Path(path_type=Path), help="llama.cpp's imatrix file: E[x²] for scales.")

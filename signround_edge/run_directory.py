@@ -6,7 +6,8 @@
     run/blocks/*.whole-model.safetensors   the same parts after the whole-model stage; they take the others' place
     run/config/                       config.json, tokenizer and generation files of the source model
 
-Keys in a part file: `<parameter>` for float tensors, `<parameter>#codes` and `<parameter>#<field>` for quantized ones.
+Keys in a part file: `<parameter>` for float tensors, `<parameter>#codes` and `<parameter>#<field>` for quantized ones;
+`<parameter>#row_scales`, `<parameter>#column_scales` where a transform scaled the weights before.
 Every file is written under a temporary name and renamed when it is complete, so that a kill leaves no half file.
 The manifest holds the sha256 of each complete part, so a changed part is refused. See docs/run-directory.md.
 """
@@ -16,9 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from signround_edge.formats import QuantizedTensor, get_grid
 SCHEMA_VERSION = 1
 OUTSIDE = "outside"
 _SEPARATOR = "#"
+_SCALES = ("row_scales", "column_scales")
 
 
 @dataclass
@@ -59,10 +62,39 @@ class TensorEntry:
 
 @dataclass
 class PartRecord:
-    """A complete part: its file's hash, and what tuning reports about it."""
+    """A complete part: its file's hash, and what tuning and transforms report about it."""
 
     sha256: str
     report: dict[str, Any] = field(default_factory=dict)
+    transforms: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ChannelScales:
+    """How a transform scaled a matrix: the run holds diag(rows)·W·diag(columns) in the place of the source's W.
+
+    Attributes:
+        rows: f32 [out features], or None for ones.
+        columns: f32 [in features], or None for ones.
+    """
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """The scaled weight f32 [out, in]; every reader of a run computes it by these very operations."""
+        if self.columns is not None:
+            weight = weight * self.columns
+        return weight if self.rows is None else weight * self.rows.unsqueeze(1)
+
+    def times(self, rows: Tensor | None = None, columns: Tensor | None = None) -> ChannelScales:
+        """These scales and others after them."""
+        both = ((self.rows, rows), (self.columns, columns))
+        return ChannelScales(*(old if new is None else new if old is None else old * new for old, new in both))
+
+    def to(self, device: torch.device) -> ChannelScales:
+        """The same scales on a device."""
+        return ChannelScales(*(None if t is None else t.to(device) for t in (self.rows, self.columns)))
 
 
 @dataclass
@@ -182,6 +214,11 @@ class RunDirectory:
             run._check_part(part, record)
         return run
 
+    @property
+    def is_transformed(self) -> bool:
+        """Whether a transform changed weights before they were quantized: they need not resemble the source's."""
+        return bool(self.manifest.settings.get("transforms"))
+
     def part_files(self) -> list[str]:
         """Names of the files in blocks/ that hold the parts as they are now."""
         return [self._part_path(part).name for part in self.manifest.parts]
@@ -213,6 +250,13 @@ class RunDirectory:
             raise UserError(f"{self.path}: tensor {name}: {problem or 'wrong shape'}; run `quantize` again")
         return tensor
 
+    def channel_scales(self, name: str) -> ChannelScales:
+        """How a transform scaled a matrix before it was quantized."""
+        with self._open_part(self._entries[name].part) as part:
+            stored = set(part.keys())
+            keys = (f"{name}{_SEPARATOR}{which}" for which in _SCALES)
+            return ChannelScales(*(part.get_tensor(key) if key in stored else None for key in keys))
+
     def float_tensor(self, name: str) -> Tensor:
         """A parameter that is kept in floats, as stored."""
         with self._open_part(self._entries[name].part) as part:
@@ -235,12 +279,24 @@ class RunDirectory:
         """Whether that part is written."""
         return part in self.manifest.complete
 
-    def write_part(self, part: str, tensors: dict[str, Tensor | QuantizedTensor], report: dict[str, Any]) -> None:
-        """Write one part atomically and record it; `tensors` must be exactly the manifest's for that part."""
+    def write_part(
+        self,
+        part: str,
+        tensors: dict[str, Tensor | QuantizedTensor],
+        report: dict[str, Any],
+        scales: Mapping[str, ChannelScales] = MappingProxyType({}),
+        transforms: dict[str, Any] | None = None,
+    ) -> None:
+        """Write one part atomically and record it; `tensors` must be exactly the manifest's for that part.
+
+        Args:
+            scales: name → how a transform scaled that matrix.
+            transforms: what transforms report about the part.
+        """
         expected = {t.name for t in self.manifest.tensors if t.part == part}
         assert set(tensors) == expected, (part, set(tensors) ^ expected)
-        digest = self._write_tensors(self._part_path(part), tensors)
-        self.manifest.complete[part] = PartRecord(digest, report)
+        digest = self._write_tensors(self._part_path(part), tensors, scales)
+        self.manifest.complete[part] = PartRecord(digest, report, transforms or {})
         self._write_manifest()
 
     def write_whole_model(
@@ -249,8 +305,10 @@ class RunDirectory:
         """Put every part, tuned by the whole-model stage, in the place of the block-wise one, all at one moment."""
         records = {}
         for part, tensors in parts:
-            digest = self._write_tensors(self._part_path(part, whole_model=True), tensors)
-            records[part] = PartRecord(digest, self.manifest.complete[part].report)
+            before = self.manifest.complete[part]
+            scales = {name: self.channel_scales(name) for name in tensors if self.is_quantized(name)}
+            digest = self._write_tensors(self._part_path(part, whole_model=True), tensors, scales)
+            records[part] = PartRecord(digest, before.report, before.transforms)
         assert set(records) == set(self.manifest.parts)
         self.manifest.complete, self.manifest.whole_model = records, report
         self._write_manifest()
@@ -262,9 +320,15 @@ class RunDirectory:
             for part in self.manifest.parts:
                 self._part_path(part, whole_model=False).unlink(missing_ok=True)
 
-    def _write_tensors(self, target: Path, tensors: dict[str, Tensor | QuantizedTensor]) -> str:
+    def _write_tensors(
+        self, target: Path, tensors: dict[str, Tensor | QuantizedTensor], scales: Mapping[str, ChannelScales]
+    ) -> str:
         """Write a part's file atomically; returns its sha256."""
         flat: dict[str, Tensor] = {}
+        for name, scaled in scales.items():
+            for which, vector in zip(_SCALES, (scaled.rows, scaled.columns), strict=True):
+                if vector is not None:
+                    flat[f"{name}{_SEPARATOR}{which}"] = vector.cpu().clone()  # matrices may share one
         for name, tensor in tensors.items():
             if isinstance(tensor, QuantizedTensor):
                 assert tensor.problem() is None, (name, tensor.problem())

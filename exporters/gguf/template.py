@@ -49,6 +49,7 @@ def export_with_template(run: RunDirectory, path: Path, options: ExportOptions, 
             f"{template} has no place for {len(missing)} of the run's parameters ({', '.join(sorted(missing)[:3])}"
             f"{', …' if len(missing) > 3 else ''}): by name or by value none of its tensors is theirs; make "
             "the template from the same model"
+            + (", or quantize without --transform, which changes weights" if run.is_transformed else "")
         )
     kept = [name for name in source.tensors if name not in placements]
     if kept:

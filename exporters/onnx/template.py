@@ -69,6 +69,7 @@ def match_template(model: ir.Model, path: Path, weights: RunWeights) -> list[Bin
         raise UserError(
             f"--template {path} has no weight that resembles tensor {name} {shape} ({counted}); export the template "
             "from the model that was quantized, with float weights"
+            + (", or quantize without --transform, which changes weights" if weights.run.is_transformed else "")
         )
     return matches.bindings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from signround_edge.formats.schemes import Scheme
 from signround_edge.progress import SILENT, Progress
 from signround_edge.run_directory import OUTSIDE, Manifest, RunDirectory, TensorEntry
 from signround_edge.source_model import SourceModel
+from signround_edge.transforms.block_transform import BlockTransform
 from signround_edge.tuning.activations import (
     SecondMoments,
     Shell,
@@ -37,6 +39,7 @@ from signround_edge.tuning.activations import (
 )
 from signround_edge.tuning.attention import use_blocked_attention
 from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer, tokens_hash
+from signround_edge.tuning.channel_scaling import ChannelScaling, stored_transform, transformed_matrix
 from signround_edge.tuning.divergence import TopProbabilities
 from signround_edge.tuning.importance import Importance, ImportanceSink, ImportanceSource, given_importance
 from signround_edge.tuning.plan import Plan, listing, make_plan, part_of_block
@@ -48,6 +51,7 @@ from signround_edge.tuning.signround import (
     UnitReport,
     compute_context,
     compute_dtype,
+    held_out_loss,
     initial_scales,
     tune_unit,
 )
@@ -198,19 +202,19 @@ class _Job:
         self.progress.parts(sum(self.run.is_complete(p) for p in self.plan.parts), total)
         if self.run.manifest.state == "complete" and self.importance.sink is None:
             return
-        shell, embedding, exact, quantized = self._embed()
+        shell, embedding, exact, quantized, scaling = self._embed()
         for index in range(len(self.decoder.blocks)):
-            exact, quantized = self._block(shell, index, exact, quantized)
+            exact, quantized = self._block(shell, index, exact, quantized, scaling)
             self.progress.parts(index + 1, total)
-        self._outside(shell, embedding, quantized)
+        self._outside(shell, embedding, quantized, scaling)
         self.progress.parts(total, total)
         if self.run.manifest.state != "complete":
             self._whole_model(shell, exact)
         if self.importance.sink is not None:
             self.progress.line(f"wrote {self.importance.save(*self.tokens.shape)}")
 
-    def _embed(self) -> tuple[Shell, QuantizedTensor | None, Tensor, Tensor]:
-        """(shell, quantized embedding, input of block 0 of the exact and of the quantized model)."""
+    def _embed(self) -> tuple[Shell, QuantizedTensor | None, Tensor, Tensor, ChannelScaling | None]:
+        """(shell, quantized embedding, block 0's input in the exact and the quantized model, transform of blocks)."""
         model = self.decoder.model
         inside = set(self.decoder.blocks.modules())
         for name, module in model.named_modules():
@@ -222,24 +226,29 @@ class _Job:
         shell = Shell(self.decoder, block_returns_tuple(self.decoder, self.tokens[:1, :2]))
         unload_parameters(self.decoder.blocks[0])
         exact = self._embed_all(shell)
+        scaling = None
+        if "channel-scales" in self.settings.transforms:
+            compares = self.run.manifest.whole_model is None
+            scaling = ChannelScaling.start(shell, self.tokens, self.device, self.progress, compares)
         if not self.run.is_quantized(self.plan.embedding):
-            return shell, None, exact, exact
+            return shell, None, exact, exact, scaling
         grid = self._grid(self.plan.embedding)
         weight = _out_in(False, self.decoder.embedding)
         importance = self.importance.given.get(self.plan.embedding, torch.ones(weight.shape[1]))
         tensor = grid.quantize(weight, initial_scales(grid, weight, importance, "search"))
         set_weight(self.decoder.embedding, tensor.dequantize())
         quantized = self._embed_all(shell)
-        return shell, tensor, exact, quantized
+        return shell, tensor, exact, quantized, scaling
 
     def _embed_all(self, shell: Shell) -> Tensor:
         return torch.cat([shell.embed(part) for part in self.tokens.split(self.settings.batch_size)])
 
-    def _block(self, shell: Shell, index: int, exact: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
+    def _block(
+        self, shell: Shell, index: int, exact: Tensor, quantized: Tensor, scaling: ChannelScaling | None
+    ) -> tuple[Tensor, Tensor]:
         """Tune (or, when it is complete, read) one block; returns the inputs of the next one."""
-        block, part = self.decoder.blocks[index], part_of_block(index)
-        base_prefix = self.decoder.base_prefix
-        load_parameters(block, self.decoder.block_prefix(index), self.source, self.device, base_prefix)
+        block, part, prefix = self.decoder.blocks[index], part_of_block(index), self.decoder.block_prefix(index)
+        load_parameters(block, prefix, self.source, self.device, self.decoder.base_prefix)
         every = self.decoder.matrices(index)
         modules = {name: module for name, module in every.items() if self.run.is_quantized(name)}
         moments = SecondMoments(self._token_weights)
@@ -250,15 +259,29 @@ class _Job:
             Matrix(name, module, self._grid(name), _out_in(self.run.entry(name).transposed, module), importance[name])
             for name, module in modules.items()
         ]
-        if self.run.is_complete(part):
+        complete = self.run.is_complete(part)
+        transform, found = BlockTransform(), None
+        if scaling is not None and complete:
+            transform = stored_transform(self.run, part, prefix).to(self.device)
+        elif scaling is not None and matrices:
+            unit = self._block_unit(shell, index, matrices, quantized, target)
+            autocast = compute_context(self.settings, (m.grid for m in matrices), self.device)
+            loss = functools.partial(held_out_loss, unit, self.settings, autocast)
+            transform, found = scaling.choose(index, matrices, loss, self.settings.scale_init)
+        if scaling is not None:
+            scaling.install(index, transform)
+            matrices = [transformed_matrix(m, transform.of(m.name.removeprefix(prefix))) for m in matrices]
+        if complete:
             for matrix in matrices:
                 matrix.install(self.run.quantized(matrix.name).dequantize().to(self.device))
         else:
             tensors, reports = self._tune(shell, index, matrices, quantized, target)
-            floats = self._floats(part)
-            self.run.write_part(part, {**floats, **tensors}, {name: asdict(r) for name, r in reports.items()})
-            for name, report in reports.items():
-                self.progress.line(f"{index + 1}/{len(self.decoder.blocks)} {name}: {report}")
+            floats = {**self._floats(part), **{prefix + name: vector for name, vector in transform.vectors.items()}}
+            scales = {prefix + name: scales for name, scales in transform.scales.items()}
+            report = {name: asdict(r) for name, r in reports.items()}
+            self.run.write_part(part, {**floats, **tensors}, report, scales, found)
+            for name, said in reports.items():
+                self.progress.line(f"{index + 1}/{len(self.decoder.blocks)} {name}: {said}")
         following = self._run(shell, index, quantized)
         unload_parameters(block)
         return target, following
@@ -281,6 +304,10 @@ class _Job:
     def _tune_block(
         self, shell: Shell, index: int, matrices: list[Matrix], inputs: Tensor, target: Tensor
     ) -> tuple[dict[str, QuantizedTensor], UnitReport]:
+        unit = self._block_unit(shell, index, matrices, inputs, target)
+        return tune_unit(unit, self.settings, self._batches(index, unit.train), self.device)
+
+    def _block_unit(self, shell: Shell, index: int, matrices: list[Matrix], inputs: Tensor, target: Tensor) -> Unit:
         block = self.decoder.blocks[index]
 
         def forward(samples: Tensor) -> Tensor:
@@ -289,8 +316,7 @@ class _Job:
 
         train, held_out = self._split()
         targets = (lambda samples: target[samples].to(self.device), self._token_weights)
-        unit = Unit(matrices, forward, *targets, train, held_out)
-        return tune_unit(unit, self.settings, self._batches(index, train), self.device)
+        return Unit(matrices, forward, *targets, train, held_out)
 
     def _layer_unit(self, shell: Shell, index: int, matrix: Matrix, inputs: Tensor) -> Unit:
         """One matrix against its own exact output for the input that the quantized model gives it."""
@@ -311,7 +337,9 @@ class _Job:
             held_out,
         )
 
-    def _outside(self, shell: Shell, embedding: QuantizedTensor | None, quantized: Tensor) -> None:
+    def _outside(
+        self, shell: Shell, embedding: QuantizedTensor | None, quantized: Tensor, scaling: ChannelScaling | None
+    ) -> None:
         """Quantize the output head by weighted search, and write all that is outside the blocks."""
         name, head = self.plan.head, self.decoder.head
         tensors: dict[str, Tensor | QuantizedTensor] = dict(self._floats(OUTSIDE))
@@ -332,7 +360,11 @@ class _Job:
             load_parameters(head, name.removesuffix("weight"), self.source, _CPU, self.decoder.base_prefix)
             weight, grid = _out_in(False, head), self._grid(name)
             tensors[name] = grid.quantize(weight, initial_scales(grid, weight, importance[name], "search"))
-        self.run.write_part(OUTSIDE, tensors, {})
+        found = {}
+        if scaling is not None:
+            self._load_outside(lambda name: self._source_tensor(name).float(), _CPU)
+            found["logits_divergence"] = scaling.check()
+        self.run.write_part(OUTSIDE, tensors, {}, transforms=found)
 
     def _whole_model(self, shell: Shell, exact: Tensor) -> None:
         """Tune all parts together, and write each anew; `exact` is what leaves the exact last block."""
@@ -357,11 +389,11 @@ class _Job:
                 tunables[entry.name] = FloatShift(self.run.float_tensor(entry.name).to(device))
         for module in decoder.model.modules():
             module._buffers.update({k: None if b is None else b.to(device) for k, b in module._buffers.items()})
-        self._load_outside(lambda name: self._source_tensor(name).float())
+        self._load_outside(lambda name: self._source_tensor(name).float(), device)
         with torch.no_grad():
             positions = exact.flatten(0, 1).split(TOKENS_AT_ONCE)
             exact_probabilities = TopProbabilities.of((shell.logits(part.to(device)) for part in positions), _CPU)
-        self._load_outside(self.run.dequantized)
+        self._load_outside(self.run.dequantized, device)
         inputs = self._embed_all(shell).cpu()
         for entry in self.plan.tensors:  # what stays as it is within the blocks; `install` puts the rest there
             if entry.part != OUTSIDE and entry.name not in tunables:
@@ -377,19 +409,20 @@ class _Job:
             device,
         )
 
-    def _load_outside(self, value: Callable[[str], Tensor]) -> None:
+    def _load_outside(self, value: Callable[[str], Tensor], device: torch.device) -> None:
         """Put all that is outside the blocks into the model; `value` gives it in f32."""
-        loaded = {t.name: _frozen(value(t.name).to(self.device)) for t in self.plan.of_part(OUTSIDE)}
+        loaded = {t.name: _frozen(value(t.name).to(device)) for t in self.plan.of_part(OUTSIDE)}
         loaded |= {alias: loaded[owner] for alias, owner in self.plan.tied.items() if owner in loaded}
         for name, parameter in loaded.items():
             set_parameter(self.decoder.model, name, parameter)
 
     def _original(self, entry: TensorEntry) -> Tensor | None:
-        """The source's weight f32 [out, in] of a matrix whose codes the whole-model stage moves."""
+        """The full-precision weight f32 [out, in], transformed, of a matrix whose codes the whole-model stage moves."""
         if self.settings.whole_model_code_lr == 0:
             return None
-        weight = self._source_tensor(entry.name).float().to(self.device)
-        return weight.T.contiguous() if entry.transposed else weight
+        weight = self._source_tensor(entry.name).float()
+        weight = self.run.channel_scales(entry.name).apply(weight.T.contiguous() if entry.transposed else weight)
+        return weight.to(self.device)
 
     def _revised(self, part: str, tuned: dict[str, Tensor | QuantizedTensor]) -> dict[str, Tensor | QuantizedTensor]:
         """A part with what the whole-model stage has tuned."""
@@ -404,7 +437,7 @@ class _Job:
         return tensors
 
     def _floats(self, part: str) -> dict[str, Tensor]:
-        """The parameters of a part that stay floats, bit for bit as in the source."""
+        """The source's float parameters of a part, bit for bit; a transform may put others in their place."""
         return {t.name: self._source_tensor(t.name) for t in self.plan.of_part(part) if t.format is None}
 
     def _source_tensor(self, name: str) -> Tensor:

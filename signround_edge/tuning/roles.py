@@ -34,3 +34,9 @@ def model_traits(config: Any) -> ModelTraits:
         return ModelTraits(config.num_hidden_layers, heads // key_heads, falcon=True)
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
     return ModelTraits(config.num_hidden_layers, heads // key_heads, experts=experts)
+
+
+def head_size(config: Any) -> int:
+    """Channels of an attention head, from the Hugging Face config."""
+    given = getattr(config, "head_dim", None)
+    return int(given or config.hidden_size // config.num_attention_heads)

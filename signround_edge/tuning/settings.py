@@ -33,6 +33,7 @@ class TuningSettings:
         whole_model_batch_size: samples a step there.
         whole_model_lr: relative learning rate of scales, norms and biases there, falling linearly to 0.
         whole_model_code_lr: learning rate of the codes there, in codes, falling linearly to 0; 0 freezes the codes.
+        transforms: what is done to the full-precision weights first; names of `signround_edge.transforms`.
         seed: seeds sample order.
     """
 
@@ -55,6 +56,7 @@ class TuningSettings:
     whole_model_batch_size: int = 4
     whole_model_lr: float = 2e-4
     whole_model_code_lr: float = 5e-4
+    transforms: tuple[str, ...] = ()
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -72,7 +74,7 @@ class TuningSettings:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready dictionary, as stored in the manifest."""
-        return {**asdict(self), "scale_range": list(self.scale_range)}
+        return {**asdict(self), "scale_range": list(self.scale_range), "transforms": list(self.transforms)}
 
 
 # Published: arXiv 2309.05516, version 1 (no clip tuning, absmax scales) and version 2 (clip tuning, 200 steps).

@@ -105,7 +105,7 @@ def tune_unit(
     best = {name: state.quantized() for name, state in states.items()}
     _install(unit, best)
     autocast = compute_context(settings, (m.grid for m in unit.matrices), device)
-    rounded = best_loss = _held_out_loss(unit, settings, autocast)
+    rounded = best_loss = held_out_loss(unit, settings, autocast)
     best_step = 0
     check_at = check_steps(settings.steps, settings.checks)
     dtype = compute_dtype(settings, (m.grid for m in unit.matrices), device)
@@ -128,9 +128,9 @@ def tune_unit(
             weight.grad = None
         if step + 1 in check_at:
             candidate = {name: state.quantized() for name, state in states.items()}
-            held_out_loss = _held_out_loss(unit, settings, autocast)
-            if held_out_loss < best_loss:
-                best, best_loss, best_step = candidate, held_out_loss, step + 1
+            found = held_out_loss(unit, settings, autocast)
+            if found < best_loss:
+                best, best_loss, best_step = candidate, found, step + 1
     _install(unit, best)
     return best, UnitReport(rounded, best_loss, best_step)
 
@@ -188,7 +188,7 @@ def _install(unit: Unit, tensors: dict[str, QuantizedTensor]) -> None:
         matrix.install(tensors[matrix.name].dequantize())
 
 
-def _held_out_loss(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -> float:
+def held_out_loss(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -> float:
     """Loss over the held-out samples, computed as in the training steps but summed in f64."""
     total, count = 0.0, 0
     with torch.no_grad():

@@ -44,8 +44,8 @@ from signround_edge.tuning.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.settings import TuningSettings
 from signround_edge.tuning.signround import (
     Matrix,
+    TunedUnit,
     Unit,
-    UnitReport,
     compute_context,
     compute_dtype,
     initial_scales,
@@ -254,33 +254,34 @@ class _Job:
             for matrix in matrices:
                 matrix.install(self.run.quantized(matrix.name).dequantize().to(self.device))
         else:
-            tensors, reports = self._tune(shell, index, matrices, quantized, target)
-            floats = self._floats(part)
-            self.run.write_part(part, {**floats, **tensors}, {name: asdict(r) for name, r in reports.items()})
-            for name, report in reports.items():
-                self.progress.line(f"{index + 1}/{len(self.decoder.blocks)} {name}: {report}")
+            units = self._tune(shell, index, matrices, quantized, target)
+            tensors = {name: tensor for unit in units.values() for name, tensor in unit.tensors.items()}
+            statistics = {name: s.tensors() for unit in units.values() for name, s in unit.statistics.items()}
+            reports = {name: asdict(unit.report) for name, unit in units.items()}
+            self.run.write_part(part, {**self._floats(part), **tensors}, reports, statistics)
+            for name, unit in units.items():
+                self.progress.line(f"{index + 1}/{len(self.decoder.blocks)} {name}: {unit.report}")
         following = self._run(shell, index, quantized)
         unload_parameters(block)
         return target, following
 
     def _tune(
         self, shell: Shell, index: int, matrices: list[Matrix], inputs: Tensor, target: Tensor
-    ) -> tuple[dict[str, QuantizedTensor], dict[str, UnitReport]]:
+    ) -> dict[str, TunedUnit]:
+        """The block's units by name: "block", or each matrix's own."""
         if not matrices:
-            return {}, {}
+            return {}
         if self.settings.granularity == "block":
-            tensors, report = self._tune_block(shell, index, matrices, inputs, target)
-            return tensors, {"block": report}
-        tensors, reports = {}, {}
+            return {"block": self._tune_block(shell, index, matrices, inputs, target)}
+        tuned = {}
         for matrix in matrices:
             unit = self._layer_unit(shell, index, matrix, inputs)
-            tuned, reports[matrix.name] = tune_unit(unit, self.settings, self._batches(index, unit.train), self.device)
-            tensors |= tuned
-        return tensors, reports
+            tuned[matrix.name] = tune_unit(unit, self.settings, self._batches(index, unit.train), self.device)
+        return tuned
 
     def _tune_block(
         self, shell: Shell, index: int, matrices: list[Matrix], inputs: Tensor, target: Tensor
-    ) -> tuple[dict[str, QuantizedTensor], UnitReport]:
+    ) -> TunedUnit:
         block = self.decoder.blocks[index]
 
         def forward(samples: Tensor) -> Tensor:

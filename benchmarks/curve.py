@@ -21,7 +21,21 @@ import numpy as np
 
 from benchmarks.table import RESULTS, steps_of
 from signround_edge.run_directory import write_atomically
-from signround_edge.svg import HEIGHT, WIDTH, frame, label_below, legend, points, scale_x, scale_y, standing_alone
+from signround_edge.svg import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    frame,
+    label_below,
+    legend,
+    points,
+    scale_x,
+    scale_y,
+    standing_alone,
+)
 from signround_edge.tuning.settings import RECIPES
 
 TARGET = Path(__file__).parent.parent / "docs" / "recipes.svg"
@@ -31,8 +45,8 @@ OURS = "signround-edge"
 def chart(rows: list[dict[str, Any]], title: str) -> str:
     """One picture; both axes are logarithmic."""
     costs, divergences = ([math.log10(max(float(r[k]), 1e-9)) for r in rows] for k in ("cpu_s", "kld_mean"))
-    x = scale_x(min(costs) - 0.1, max(costs) + 0.35)
-    y = scale_y(min(divergences) - 0.05, max(divergences) + 0.05)
+    x = scale_x(min(costs) - 0.1, max(costs) + 0.1)
+    y = scale_y(min(divergences) - 0.05, max(divergences) + 0.07)
     at = {id(r): (x(c), float(y(np.array(d)))) for r, c, d in zip(rows, costs, divergences, strict=True)}
     front = sorted(at[id(r)] for r in frontier([r for r in rows if r["tool"] == OURS]))
     body = f'<polyline class="line" points="{points(front)}"/>'
@@ -40,14 +54,34 @@ def chart(rows: list[dict[str, Any]], title: str) -> str:
         across, down = at[id(row)]
         kind = "dot" if row["tool"] == OURS else "dot other"
         body += f'<circle class="{kind}" cx="{across:.1f}" cy="{down:.1f}" r="3.5"/>'
-        body += f'<text x="{across + 6:.1f}" y="{down - 4:.1f}">{escape(_name(row))}</text>'
+    body += _labels([(*at[id(row)], _name(row)) for row in rows])
     for seconds in (1, 10, 60, 300, 1800):
-        if min(costs) - 0.1 <= math.log10(seconds) <= max(costs) + 0.35:
+        if min(costs) - 0.1 <= math.log10(seconds) <= max(costs) + 0.1:
             body += label_below(x(math.log10(seconds)), f"{seconds} s")
     values = [10 ** (min(divergences) + (max(divergences) - min(divergences)) * i / 3) for i in range(4)]
     ticks = [(float(y(np.array(math.log10(v)))), f"{v:.2g}") for v in values]
     body += legend((("bar", "ours (samples × tokens, steps)"), ("bar other", "peers")))
     return frame(f"{title}: CPU time of quantizing against mean KL divergence", body, ticks)
+
+
+def _labels(named: list[tuple[float, float, str]]) -> str:
+    """A text beside each point (x, y, text), where no other text is if there is such a place."""
+    taken: list[tuple[float, float, float]] = []
+    drawn = ""
+    for across, down, name in named:
+        width = 6.1 * len(name)
+        places = [(x, down + dy) for dy in (-4, 13, -16, 25) for x in (across + 6, across - 6 - width)]
+        free = (
+            (x, y)
+            for x, y in places
+            if LEFT < x < WIDTH - RIGHT - width
+            and TOP + 6 < y < HEIGHT - BOTTOM
+            and all(abs(y - v) > 10 or x > u + w or u > x + width for u, v, w in taken)
+        )
+        x, y = next(free, places[0])
+        taken.append((x, y, width))
+        drawn += f'<text x="{x:.1f}" y="{y:.1f}">{escape(name)}</text>'
+    return drawn
 
 
 def frontier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

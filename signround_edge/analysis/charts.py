@@ -25,6 +25,7 @@ from signround_edge.svg import (
 
 _FLOOR = HEIGHT - BOTTOM
 _LABELS = 12  # at most, below a picture
+_HEADROOM = 1.12  # above the highest bar, for the legend
 TWO = (("bar", "raised"), ("bar other", "lowered"))
 
 
@@ -47,7 +48,7 @@ def pictures(analysis: Analysis) -> dict[str, tuple[str, str]]:
 def altered(groups: dict[str, Roundings], axis: str) -> str:
     """Share of codes raised and lowered, a pair of bars a group (the paper's figure 2)."""
     highest = max(max(r.raised, r.lowered) for r in groups.values()) or 0.01
-    y = scale_y(0, highest)
+    y = scale_y(0, highest * _HEADROOM)
     bars = [
         (name, [("bar", r.raised, f"raised {r.raised:.2%}"), ("bar other", r.lowered, f"lowered {r.lowered:.2%}")])
         for name, r in groups.items()
@@ -91,7 +92,10 @@ def v_distribution(counts: Sequence[int]) -> str:
         f"<title>{a:+.3f} to {b:+.3f}: {share:.2%}</title></rect>"
         for a, b, t, share in zip(edges, edges[1:], y(shares), shares, strict=False)
     )
-    body += "".join(label_below(x(v), f"{v:+.2f}" if v else "0") for v in (-0.5, -0.25, 0.0, 0.25, 0.5))
+    anchors = {-0.5: "start", 0.5: "end"}
+    body += "".join(
+        label_below(x(v), f"{v:+.2f}" if v else "0", anchors.get(v, "middle")) for v in (-0.5, -0.25, 0.0, 0.25, 0.5)
+    )
     ticks = [(float(y(np.array(v))), f"{v:.1%}") for v in (0.0, top / 2, top)]
     return frame("V of all weights at the step that was kept (bars: share of weights)", body, ticks)
 
@@ -101,7 +105,7 @@ def losses(units: Sequence[UnitLoss]) -> str:
     values = [max(v, 1e-30) for u in units for v in (u.rounded, u.tuned)]
     low, high = math.log10(min(values)), math.log10(max(values))
     room = max(0.05 * (high - low), 0.05)
-    y = scale_y(low - room, high)
+    y = scale_y(low - room, high + 2 * room)
     body = ""
     for slot, u in enumerate(units):
         pair = [
@@ -112,7 +116,7 @@ def losses(units: Sequence[UnitLoss]) -> str:
     names = [str(u.block) if u.unit == "block" else f"{u.block} {u.unit.split('.')[-2]}" for u in units]
     ticks = [(float(y(np.array(e))), f"{10**e:.1e}") for e in (low, (low + high) / 2, high)]
     body += _group_labels(names) + legend((("bar other", "rounded to nearest"), ("bar", "tuned")))
-    return frame("held-out loss by decoder block, logarithmic; the lower bar is never the rounded one", body, ticks)
+    return frame("held-out loss by decoder block, on a logarithmic scale", body, ticks)
 
 
 def _bars(slot: int, slots: int, name: str, pair: Sequence[tuple[str, float, str]]) -> str:

@@ -41,6 +41,7 @@ def write_report(analysis: Analysis, out: Path) -> list[Path]:
 def render(analysis: Analysis) -> RenderableType:
     """A line for each decoder block and the total, and the notes."""
     from rich.console import Group
+    from rich.markup import escape as as_it_is
     from rich.table import Table
 
     table = Table(title=f"{analysis.model}, {analysis.scheme}")
@@ -55,7 +56,7 @@ def render(analysis: Analysis) -> RenderableType:
     if analysis.total is not None:
         table.add_section()
         table.add_row("all", *_figures(analysis.total), "", "")
-    return Group(table, *_sentences(analysis))
+    return Group(table, *map(as_it_is, _sentences(analysis)))
 
 
 def _sentences(analysis: Analysis) -> list[str]:

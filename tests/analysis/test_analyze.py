@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from support import make_run
 
@@ -105,7 +104,9 @@ def test_folder_holds_pictures_page_and_document(runs: dict[str, Path], tmp_path
     assert page.count("<svg") == len(PICTURES)
     assert "src=" not in page
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
-    assert "worse than plain rounding: none of 5" in run_cli("analyze", runs["tuned"]).stdout
+    shown = " ".join(run_cli("analyze", runs["tuned"]).stdout.split())
+    assert "worse than plain rounding: none of 5" in shown
+    assert "of largest E[x²]" in shown
 
 
 def test_layer_wise_runs_show_each_matrix(tmp_path: Path, tiny_llama: Path, calibration_text: Path) -> None:
@@ -145,8 +146,7 @@ def test_changed_statistics_are_refused(runs: dict[str, Path], tmp_path: Path) -
     with pytest.raises(UserError, match=r"0002\.safetensors is missing or was changed"):
         analyze(RunDirectory.open(run))
     assert "Traceback" not in run_cli("analyze", run, code=2).output
-    torch.testing.assert_close(RunDirectory.open(run).quantized("model.layers.2.mlp.up_proj.weight").codes.sum() > 0,
-                               torch.tensor(True))  # fmt: skip
+    assert RunDirectory.open(run).quantized("model.layers.2.mlp.up_proj.weight").problem() is None  # still exportable
 
 
 def test_bad_input_is_one_sentence(runs: dict[str, Path], tmp_path: Path) -> None:

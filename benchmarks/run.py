@@ -83,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--whole-model-steps", type=int, default=0, help="also of our tuned rows")
+    parser.add_argument("--whole-model-lr", type=float, help="of that stage (default: the program's)")
+    parser.add_argument("--whole-model-code-lr", type=float, help="of that stage (default: the program's)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--n-ctx", type=int, default=512)
@@ -100,7 +102,7 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     tools = args.tool or TOOLS[:1]
     for scheme in args.scheme or DEFAULT_SCHEMES if "signround-edge" in tools else ():
         for steps, whole in dict.fromkeys([(0, 0), (args.steps, args.whole_model_steps)]):
-            of_whole = {"whole_model_steps": whole} if whole else {}
+            of_whole = {"whole_model_steps": whole, **_whole_model_rates(args)} if whole else {}
             rows.append({"tool": "signround-edge", "scheme": scheme, "steps": steps, **of_whole})
     for tool in (t for t in tools if t.startswith("llama-quantize")):
         presets = [s.split(",")[0] for s in args.scheme or DEFAULT_SCHEMES if s.startswith("gguf:")]
@@ -112,6 +114,12 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     if "auto-round" in tools:
         rows.append({"tool": "auto-round", "scheme": "gguf:q4_0", "steps": args.steps})
     return [{"key": f"{r['tool']} {r['scheme']} {steps_of(r)} steps, {common}", **r} for r in rows]
+
+
+def _whole_model_rates(args: argparse.Namespace) -> dict[str, float]:
+    """Rates of the whole-model stage that were given."""
+    rates = {"whole_model_lr": args.whole_model_lr, "whole_model_code_lr": args.whole_model_code_lr}
+    return {name: rate for name, rate in rates.items() if rate is not None}
 
 
 def _planned_onnx_peers(schemes: list[str] | tuple[str, ...], peers: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -218,8 +226,11 @@ def _made(folder: Path) -> Path:
 def _quantize_command(
     args: argparse.Namespace, scheme: str, steps: int, out: Path, whole_model_steps: int = 0
 ) -> list[str]:
-    sizes = {"samples": args.samples, "seqlen": args.seqlen, "steps": steps, "batch-size": args.batch_size}
-    sizes["whole-model-steps"] = whole_model_steps
+    sizes: dict[str, float] = {"samples": args.samples, "seqlen": args.seqlen, "batch-size": args.batch_size}
+    sizes["steps"] = steps
+    if whole_model_steps:
+        rates = {name.replace("_", "-"): rate for name, rate in _whole_model_rates(args).items()}
+        sizes |= {"whole-model-steps": whole_model_steps, **rates}
     flags = [str(x) for name, value in sizes.items() for x in (f"--{name}", value)]
     command = [sys.executable, "-m", "signround_edge.cli", "quantize", str(args.model), "--scheme", scheme]
     return [*command, "-o", str(out), "--calibration", str(args.calibration), *flags]

@@ -38,9 +38,12 @@ def main() -> None:
 
 
 def steps_of(row: dict[str, Any]) -> str:
-    """Steps a block, and those of the whole-model stage where there is one: "100 + 300"."""
+    """Steps a block, and those of the whole-model stage where there is one, with its rates if given: "100 + 300"."""
     whole = row.get("whole_model_steps")
-    return str(row["steps"]) if whole is None else f"{row['steps']} + {whole}"
+    if whole is None:
+        return str(row["steps"])
+    rates = [f"{row[rate]:g}" for rate in ("whole_model_lr", "whole_model_code_lr") if rate in row]
+    return f"{row['steps']} + {whole}" + (f" at {', '.join(rates)}" if rates else "")
 
 
 def _decode_section(name: str, found: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from exporters.onnx.bindings import Binding
 from exporters.onnx.run_weights import RunWeights
+from exporters.onnx.staging import stand_in_container, stand_in_numbers
 from signround_edge.errors import CheckFailed
 
 _WORDS = {"weight": "codes", "scales": "scales", "zero_points": "zero points"}
@@ -58,6 +59,25 @@ def check_quantized(graph: ir.Graph, node: ir.Node, binding: Binding, weights: R
         if role not in binding.initializers:
             raise CheckFailed(f"tensor {_title(binding)} has no {what} in node {node.name}")
         _compare(binding, what, _array(graph, binding.initializers[role]).reshape(-1), array.reshape(-1))
+
+
+def check_stand_ins(graph: ir.Graph, bindings: list[Binding], weights: RunWeights) -> None:
+    """CheckFailed unless every stand-in is where its parameter's operands belong, as the builder was given it."""
+    numbers, nodes = stand_in_numbers(weights.run), {node.name: node for node in graph}
+    for binding in bindings:
+        rows = [weights.run.entry(weights.owner(p)).shape[0] for p in binding.parameters]
+        node, container = nodes[binding.node], stand_in_container(weights, binding.parameters[0])
+        found = tuple(node.attributes[name].as_int() for name in ("bits", "block_size"))
+        for role in ("weight", "scales", "zero_points"):
+            stored = _array(graph, binding.initializers[role]).reshape(-1)
+            wanted = np.repeat([float(numbers[p]) for p in binding.parameters], rows)
+            wanted = wanted if role == "scales" else np.zeros(len(stored) // len(wanted) * len(wanted))
+            differing = int(np.count_nonzero(stored != wanted)) if len(stored) == len(wanted) else len(stored)
+            if differing or found != container:
+                raise CheckFailed(
+                    f"{_WORDS[role]} of tensor {_title(binding)} in node {binding.node} differ from what the graph "
+                    f"builder was given in {differing} of {len(stored)} values ({found[0]} bits, blocks of {found[1]})"
+                )
 
 
 def _array(graph: ir.Graph, initializer: str) -> NDArray[Any]:

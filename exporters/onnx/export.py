@@ -18,7 +18,7 @@ from onnx_ir.passes import common
 from exporters.interface import ExportOptions, LevelCost
 from exporters.onnx.bindings import Binding, find_bindings
 from exporters.onnx.card import write_card
-from exporters.onnx.check import check_bindings, check_complete
+from exporters.onnx.check import check_bindings, check_complete, check_stand_ins
 from exporters.onnx.families import EMBEDDING, builder_knows, check_rope, check_traceable
 from exporters.onnx.graph_builder import build_graph
 from exporters.onnx.graph_edit import drop_unused_initializers
@@ -36,7 +36,7 @@ from exporters.onnx.passes.operands import set_operands
 from exporters.onnx.passes.provenance import provenance, set_provenance
 from exporters.onnx.run_weights import RunWeights
 from exporters.onnx.sidecar import Sidecar, hash_files
-from exporters.onnx.staging import can_pack_qkv, write_float_checkpoint, write_olive_checkpoint
+from exporters.onnx.staging import can_pack_qkv, write_float_checkpoint, write_stand_in_checkpoint
 from exporters.onnx.template import copy_companions, match_template, open_template
 from exporters.onnx.tracing import trace_graph
 from signround_edge.errors import UserError
@@ -133,10 +133,9 @@ def _build(
     from onnxruntime_genai import __version__ as builder_version
 
     staging, built = scratch / "staging", scratch / "built"
-    staged = RunWeights(weights.run)  # the builder reads scales in f32 only
     options.log("onnx: building the graph with onnxruntime-genai's model builder")
     if options.dtype is None:
-        write_olive_checkpoint(staged, config, staging)
+        write_stand_in_checkpoint(weights, config, staging)
         build_graph(staging, built, "int4", pack_qkv=can_pack_qkv(weights.run))
     else:
         write_float_checkpoint(weights.run, config, staging)
@@ -147,7 +146,7 @@ def _build(
             shutil.move(file, companions / file.name)
     model = ir.load(built / MODEL_FILE)
     options.log("onnx: checking every tensor of the graph against the run directory")
-    _check_built(model.graph, staged, control=options.dtype is not None)
+    _check_built(model.graph, weights, control=options.dtype is not None)
     return FinishedGraph(model, _finish(model, weights, options), f"onnxruntime-genai {builder_version}", True)
 
 
@@ -202,16 +201,17 @@ def _replace_weights(
 
 
 def _check_built(graph: ir.Graph, weights: RunWeights, control: bool) -> None:
-    """The builder's own integers and floats must be the run's, which also proves the mapping of names.
+    """What the builder stores must be what it was given, each under its name: that proves the mapping of names.
 
-    In a quantized graph the placeholders of `staging` are left out.
+    A control holds the run's floats, a quantized graph the stand-ins of `staging` and small floats.
     """
     bindings = find_bindings(graph)
-    if not control:
-        bindings = [
-            b for b in bindings if b.parameters != (EMBEDDING,) and b.quantized == weights.is_quantized(b.parameters)
-        ]
-    check_bindings(graph, bindings, weights)
+    if control:
+        check_bindings(graph, bindings, weights)
+        return
+    bindings = [b for b in bindings if b.parameters != (EMBEDDING,)]
+    check_bindings(graph, [b for b in bindings if not b.quantized], weights)
+    check_stand_ins(graph, [b for b in bindings if b.quantized], weights)
 
 
 def _finish(model: ir.Model, weights: RunWeights, options: ExportOptions) -> list[Binding]:

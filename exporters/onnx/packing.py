@@ -44,9 +44,15 @@ class Operands:
 
 
 def pack_bits(values: Bytes, bits: int) -> Bytes:
-    """Pack uint8 [R, C] of `bits`-bit values into uint8 [R, ceil(C·bits/8)], lowest bits first, rows padded with 0."""
+    """Pack uint8 [R, C] of `bits`-bit values into uint8 [R, ceil(C·bits/8)], lowest bits first, rows padded with 0.
+
+    Values of 8 bits are returned as they are, without a copy: an embedding of them is the largest matrix there is.
+    """
     per_byte = 8 // bits
-    padded = np.pad(values, ((0, 0), (0, -values.shape[1] % per_byte)))
+    if per_byte == 1:
+        return values
+    missing = -values.shape[1] % per_byte
+    padded = np.pad(values, ((0, 0), (0, missing))) if missing else values
     packed = np.zeros((values.shape[0], padded.shape[1] // per_byte), dtype=np.uint8)
     for i in range(per_byte):
         packed |= padded[:, i::per_byte] << (i * bits)

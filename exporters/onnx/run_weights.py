@@ -48,6 +48,7 @@ class RunWeights:
     def operands(self, parameters: tuple[str, ...]) -> Operands:
         """Packed operands of quantized parameters, stacked in order."""
         if self._last is None or self._last[0] != parameters:
+            self._last = None  # not in memory while the next one is made
             packed = [self._pack(p) for p in parameters]
             self._last = (parameters, packed[0] if len(packed) == 1 else stack_rows(packed))
         return self._last[1]

@@ -1,10 +1,15 @@
-"""The checkpoint that the model builder reads: a pre-quantized one in Olive's layout, or a plain one in f32.
+"""The checkpoint that the model builder reads: one of stand-ins in Olive's layout, or a plain one in f32.
 
 Olive's layout (onnxruntime_genai/models/loaders/olive.py, 0.18.0), for a linear layer `<base>` of shape [N, K]:
 `<base>.qweight` uint8 [N, K·bits/8], `<base>.scales` [N, K/g], `<base>.qzeros` uint8 [N, ceil(K/g·bits/8)], and in
-config.json `quantization_config` with an override of bits and group size per layer. That is MatMulNBits' own bit order,
-so writing it is a reshape. Zero points are always written: without them the builder crashes when it packs Q, K and V.
-The head is always written quantized, as the builder would otherwise round it by itself.
+config.json `quantization_config` with an override of bits and group size per layer. Zero points are always written:
+without them the builder crashes when it packs Q, K and V. The head is always written quantized, as the builder would
+otherwise round it by itself.
+
+The builder makes the graph and nothing else, so each matrix is a stand-in whose rows are one block long, and the passes
+put the run's operands in its place: the builder holds a whole model in memory, several times over, and the integers
+would only pass through it. The number of rows is the real one, since widths in the graph come from it. All scales of a
+stand-in are its parameter's number, by which the exporter sees that every matrix is where it belongs.
 """
 
 from __future__ import annotations
@@ -15,40 +20,53 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from exporters.onnx.families import EMBEDDING, HEAD, decoder_config
+from exporters.onnx.packing import container_of
 from exporters.onnx.run_weights import RunWeights
+from signround_edge.formats import get_grid
+from signround_edge.formats.matmul_nbits import ONNX_BLOCKS
 from signround_edge.run_directory import RunDirectory
 
 _PLACEHOLDER_BITS = 8
 
 
-def write_olive_checkpoint(weights: RunWeights, config: dict[str, Any], folder: Path) -> None:
-    """Write a pre-quantized checkpoint of the run at `folder`, one file per part of the run.
+def stand_in_numbers(run: RunDirectory) -> dict[str, int]:
+    """Parameter → the number that its stand-in carries as its scale: from 1, in model order, a tied head last."""
+    return {name: number for number, name in enumerate([*run.names(), HEAD], start=1)}
 
-    Matrices that the run keeps in floats get a placeholder of zeros with one block a row, and the embedding one of
-    shape [1, 1] (the builder never looks at its values); the passes put the real ones into the graph.
+
+def stand_in_container(weights: RunWeights, name: str) -> tuple[int, int]:
+    """(bits, block size) of a matrix's stand-in: those of its operands; any for one that the run keeps in floats."""
+    format_ = weights.run.entry(weights.owner(name)).format
+    container = None if format_ is None else container_of(get_grid(format_))
+    return container or (_PLACEHOLDER_BITS, ONNX_BLOCKS[0])
+
+
+def write_stand_in_checkpoint(weights: RunWeights, config: dict[str, Any], folder: Path) -> None:
+    """Write the checkpoint at `folder`: stand-ins of the matrices, and norm weights and biases as they are.
+
+    The embedding has the shape [1, 1]; the builder never looks at its values.
     """
     run = weights.run
     overrides: dict[str, dict[str, int]] = {}
+    numbers = stand_in_numbers(run)
     _copy_config(run, folder)
-    for part in run.manifest.parts:
-        tensors: dict[str, Tensor] = {}
-        for name in _names_of_part(run, part):
-            shape = run.entry(name).shape
-            if name == EMBEDDING:
-                tensors[name] = torch.zeros(1, 1)
-                if HEAD in run.manifest.tied:
-                    overrides["lm_head"] = _stage_matrix(weights, HEAD, tensors)
-            elif len(shape) == 2:
-                overrides[name.removesuffix(".weight")] = _stage_matrix(weights, name, tensors)
-            else:
-                tensors[name] = run.float_tensor(name).float()
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"model-{part}.safetensors")
+    tensors: dict[str, Tensor] = {}
+    for name in run.names():
+        shape = run.entry(name).shape
+        if name == EMBEDDING:
+            tensors[name] = torch.zeros(1, 1)
+        elif len(shape) == 2:
+            overrides[name.removesuffix(".weight")] = _stage_matrix(weights, name, numbers[name], tensors)
+        else:
+            tensors[name] = run.float_tensor(name).float().contiguous()
+    if HEAD in run.manifest.tied:
+        overrides["lm_head"] = _stage_matrix(weights, HEAD, numbers[HEAD], tensors)
+    save_file(tensors, folder / "model.safetensors")
     quantization = {"quant_method": "olive", "bits": 4, "group_size": 32, "symmetric": False, "overrides": overrides}
     _write_config({**decoder_config(config), "quantization_config": quantization}, folder)
 
@@ -77,20 +95,15 @@ def can_pack_qkv(run: RunDirectory) -> bool:
     return all(len(kinds) == 1 for kinds in attention.values())
 
 
-def _stage_matrix(weights: RunWeights, name: str, tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Add one matrix's tensors in Olive's layout and return its override of bits and group size."""
+def _stage_matrix(weights: RunWeights, name: str, number: int, tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Add one matrix's stand-in and return its override of bits and group size."""
     base = name.removesuffix(".weight")
-    if not weights.is_quantized((name,)):
-        rows, cols = weights.run.entry(weights.owner(name)).shape
-        tensors[f"{base}.qweight"] = torch.zeros(rows, cols, dtype=torch.uint8)
-        tensors[f"{base}.scales"] = torch.zeros(rows, 1)
-        tensors[f"{base}.qzeros"] = torch.zeros(rows, 1, dtype=torch.uint8)
-        return {"bits": _PLACEHOLDER_BITS, "group_size": cols}
-    operands = weights.operands((name,))
-    tensors[f"{base}.qweight"] = torch.from_numpy(operands.weight.reshape(operands.weight.shape[0], -1))
-    tensors[f"{base}.scales"] = torch.from_numpy(operands.scales)
-    tensors[f"{base}.qzeros"] = torch.from_numpy(np.ascontiguousarray(operands.zero_points))
-    return {"bits": operands.bits, "group_size": operands.block_size}
+    bits, block_size = stand_in_container(weights, name)
+    rows = weights.run.entry(weights.owner(name)).shape[0]
+    tensors[f"{base}.qweight"] = torch.zeros(rows, block_size * bits // 8, dtype=torch.uint8)
+    tensors[f"{base}.scales"] = torch.full((rows, 1), float(number))
+    tensors[f"{base}.qzeros"] = torch.zeros(rows, 1, dtype=torch.uint8)
+    return {"bits": bits, "group_size": block_size}
 
 
 def _names_of_part(run: RunDirectory, part: str) -> Iterator[str]:

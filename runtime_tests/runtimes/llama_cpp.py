@@ -20,6 +20,7 @@ from runtime_tests.runtimes.worker_runtime import WorkerRuntime
 from runtime_tests.runtimes.worker_session import WorkerSession
 from runtime_tests.transports.interface import Worker, WorkerFailure
 from runtime_tests.transports.local import LocalTransport
+from runtime_tests.transports.reconnecting import ReconnectingWorker
 from signround_edge.errors import UserError
 from signround_edge.metrics import FloatArray
 
@@ -76,7 +77,7 @@ class LlamaCppRuntime(WorkerRuntime):
 
     def stored_tensors(self, artifact: Path) -> Iterator[StoredTensor]:
         """Every tensor through libggml's `to_float`: f32 [rows, values a row] (a vector is one row)."""
-        with self.transport.start(str(artifact), self.timeout) as worker:
+        with ReconnectingWorker(self.transport, str(artifact), self.timeout) as worker:
             file = GgufFile.open(artifact)
             for name, info in file.tensors.items():
                 data = file.raw(name)
@@ -95,7 +96,9 @@ def dequantize(type_number: int, data: bytes, rows: int, cols: int) -> FloatArra
         return _dequantize(worker, type_number, rows, cols, np.frombuffer(data, dtype=np.uint8))
 
 
-def _dequantize(worker: Worker, type_number: int, rows: int, cols: int, data: NDArray[np.uint8]) -> FloatArray:
+def _dequantize(
+    worker: Worker | ReconnectingWorker, type_number: int, rows: int, cols: int, data: NDArray[np.uint8]
+) -> FloatArray:
     """In chunks of whole rows, so that neither side holds a large tensor twice."""
     row_bytes = data.size // max(1, rows)
     if row_bytes * rows != data.size:

@@ -13,8 +13,8 @@ from runtime_tests.interface import StoredTensor
 from runtime_tests.runtimes.onnx_dequantize import NodeModel, dequantize_through_runtime
 from runtime_tests.runtimes.worker_runtime import WorkerRuntime
 from runtime_tests.runtimes.worker_session import WorkerSession
-from runtime_tests.transports.interface import Worker
 from runtime_tests.transports.local import LocalTransport
+from runtime_tests.transports.reconnecting import ReconnectingWorker
 from signround_edge.metrics import FloatArray
 
 
@@ -50,14 +50,14 @@ class OnnxRuntime(WorkerRuntime):
         from exporters.onnx.reader import read_tensors
 
         types = {name: kind for name, kind, _, _ in read_tensors(artifact)}
-        with self.transport.start(str(artifact), self.timeout) as worker:
+        with ReconnectingWorker(self.transport, str(artifact), self.timeout) as worker:
             for name, weights in dequantize_through_runtime(
                 artifact, lambda node: _dequantize(worker, self.name, node)
             ):
                 yield StoredTensor(name, weights, types.get(name, "unknown"))
 
 
-def _dequantize(worker: Worker, runtime: str, node: NodeModel) -> FloatArray:
+def _dequantize(worker: ReconnectingWorker, runtime: str, node: NodeModel) -> FloatArray:
     model = {"model": np.frombuffer(node.model, dtype=np.uint8)}
     header = {"node_op": node.op, "rows": node.rows, "cols": node.cols, "dtype": node.dtype}
     return worker.call("dequantize_node", model, runtime=runtime, **header).arrays["weights"]

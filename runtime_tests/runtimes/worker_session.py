@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime_tests.digest import DEFAULT_TOP, Digest
-from runtime_tests.transports.interface import ConnectionLost, Transport, Worker
+from runtime_tests.transports.interface import Transport, Worker
 from runtime_tests.transports.protocol import Message
+from runtime_tests.transports.reconnecting import patiently
 from signround_edge.errors import UserError
 from signround_edge.metrics import FloatArray, TokenArray, Windows
-
-_T = TypeVar("_T")
-_TRIES = 5  # connections that may break in the middle of one request
-_FIRST_WAIT = 0.5  # seconds before the second try; doubled each time
 
 
 class WorkerSession:
@@ -64,7 +58,7 @@ class WorkerSession:
         self.seconds = 0.0
         self.peak_memory_bytes: int | None = None
         self.reconnections = 0
-        self._patiently(self._connect)
+        patiently(self._connect, self._lost)
 
     @property
     def _worker(self) -> Worker:
@@ -132,7 +126,7 @@ class WorkerSession:
         self.close()
 
     def _call(self, op: str, arrays: dict[str, NDArray[Any]] | None = None, **header: Any) -> Message:
-        reply = self._patiently(lambda: self._connected().call(op, arrays, **header))
+        reply = patiently(lambda: self._connected().call(op, arrays, **header), self._lost)
         self.seconds += float(reply.header.get("seconds") or 0.0)
         peak = reply.header.get("peak_memory_bytes")
         if peak:
@@ -155,16 +149,6 @@ class WorkerSession:
         self.vocab_size = self.facts["vocab_size"]
         return worker
 
-    def _patiently(self, act: Callable[[], _T]) -> _T:
-        """`act()`, tried again after a pause when the connection breaks."""
-        for attempt in range(_TRIES):
-            try:
-                return act()
-            except ConnectionLost:
-                with contextlib.suppress(UserError):
-                    self.close()
-                if attempt == _TRIES - 1:
-                    raise
-                self.reconnections += 1
-                time.sleep(_FIRST_WAIT * 2**attempt)
-        raise AssertionError("unreachable")
+    def _lost(self) -> None:
+        self.reconnections += 1
+        self.close()

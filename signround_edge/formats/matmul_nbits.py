@@ -154,7 +154,7 @@ def as_matmul_nbits(tensor: QuantizedTensor) -> NBitsView | None:
     elif _scale_times_integer(grid):
         scales, zeros = grid.affine_view(fields)
         offset = -grid.code_min if grid.code_dtype == torch.int8 else 0
-        codes = (codes.to(torch.int16) + offset).to(torch.uint8)
+        codes = codes.view(torch.uint8) + offset  # modulo 256, so that no wider copy is made
         zeros = (zeros + offset).to(torch.uint8)
     else:
         return None

@@ -1,4 +1,5 @@
-"""Disturb `verify` at random moments: kill workers or the command itself, change or remove its files, fill its disk.
+"""Disturb `verify` at random moments: kill workers or the command itself, change or remove its files, fill its disk,
+cut its connection to another machine (an sshd of our own here).
 
     python -m tests.runtime_tests.disturbance [RUNS] [SEED]
 
@@ -21,15 +22,18 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from runtime_tests.temporary import remove_abandoned
+from runtime_tests.transports.ssh import OPTIONS_VARIABLE
 from runtime_tests.verify import verify  # noqa: F401  imported before the fork
 from signround_edge.cli import main as main_command
-from tests.runtime_tests.sshd import descendants
+from tests.runtime_tests.sshd import Sshd, command_of, descendants, running_sshd
 
 KINDS = (
     "kill a worker",
@@ -40,7 +44,10 @@ KINDS = (
     "change the file",
     "remove the file",
     "disk",
+    "cut the connection",
+    "kill a worker there",
 )
+OVER_SSH = ("cut the connection", "kill a worker there")
 FIGURES = ("ppl", "kld_mean", "control_kld_mean", "status")
 _SMALL_DISK = "12m"  # the control of the small model does not fit beside what the disturbance writes
 _PATIENCE = 900.0  # seconds
@@ -50,14 +57,30 @@ _MARK = "SIGNROUND_EDGE_DISTURBED"  # in the environment of everything that a di
 
 @dataclass(frozen=True)
 class Place:
-    """What is verified: a folder with run, model.gguf, onnx and text.txt."""
+    """What is verified: a folder with run, model.gguf, onnx and text.txt; on this machine, or over ssh."""
 
     folder: Path
+    sshd: Sshd | None = None
 
     def arguments(self) -> list[str]:
         inputs = [str(self.folder / name) for name in ("run", "model.gguf", "onnx")]
         options = ["--text", str(self.folder / "text.txt"), "--n-ctx", "64", "--windows", "3", "--json"]
-        return ["verify", *inputs, *options]
+        device = ["--device", f"raspberry-pi-5={self.sshd.address}"] if self.sshd else []
+        return ["verify", *inputs, *options, *device]
+
+    def environment(self) -> dict[str, str]:
+        return {OPTIONS_VARIABLE: self.sshd.options} if self.sshd else {}
+
+    def sessions(self) -> list[int]:
+        """Processes that serve connections on the other machine."""
+        return [pid for pid in self._there() if command_of(pid).startswith("sshd")]
+
+    def workers_there(self) -> list[int]:
+        found = [pid for pid in self._there() if "runtime_tests.worker" in command_of(pid)]
+        return [pid for pid in found if "sh -c" not in command_of(pid)]
+
+    def _there(self) -> list[int]:
+        return self.sshd.children() if self.sshd else []
 
 
 @dataclass(frozen=True)
@@ -126,7 +149,7 @@ class Command:
             for number, path in ((1, self._out), (2, self._err)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
             sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115  pytest's are elsewhere
-            os.environ |= {_MARK: mark, "TMPDIR": str(temporary)}
+            os.environ |= {_MARK: mark, "TMPDIR": str(temporary), **place.environment()}
             tempfile.tempdir = None
             signal.signal(signal.SIGINT, signal.default_int_handler)
             main_command(place.arguments())
@@ -164,7 +187,7 @@ def disturb(place: Place, sound: Sound, kind: str, generator: random.Random) -> 
     pause = share * (sound.moments[line + 1] - sound.moments[line])
     with tempfile.TemporaryDirectory(prefix="disturbed-") as name:
         folder = Path(name)
-        copy, temporary = Place(folder / "place"), folder / "tmp"
+        copy, temporary = replace(place, folder=folder / "place"), folder / "tmp"
         shutil.copytree(place.folder, copy.folder)
         temporary.mkdir()
         mark = f"{os.getpid()}-{time.monotonic_ns()}"
@@ -172,16 +195,22 @@ def disturb(place: Place, sound: Sound, kind: str, generator: random.Random) -> 
             command = Command(copy, folder, temporary, mark)
             command.wait(lambda: len(command.lines()) >= line)
             moment = time.monotonic() + pause
-            wants_worker = kind in ("kill a worker", "crash a worker")
-            command.wait(lambda: time.monotonic() >= moment and (not wants_worker or bool(descendants(command.pid))))
+            command.wait(lambda: time.monotonic() >= moment and _has_victim(kind, command, copy))
             _do(kind, command, copy, temporary, generator)
             command.wait()
-            _check_nothing_runs(mark)
+            _check_nothing_runs(mark, copy)
             _check_temporary(kind, temporary)
         assert command.code is not None
         said = " ".join(command.lines()[-3:])
         outcome = Outcome(kind, line + share, command.code, _status(command.output()), said)
         return _checked(outcome, command.output(), sound.document)
+
+
+def _has_victim(kind: str, command: Command, copy: Place) -> bool:
+    """Whether there is a process to kill, for the kinds that kill one below the command or on the other machine."""
+    if kind in ("kill a worker", "crash a worker"):
+        return bool(descendants(command.pid))
+    return kind not in OVER_SSH or bool(copy.workers_there())
 
 
 def _do(kind: str, command: Command, copy: Place, temporary: Path, generator: random.Random) -> None:
@@ -195,6 +224,11 @@ def _do(kind: str, command: Command, copy: Place, temporary: Path, generator: ra
         elif kind in ("interrupt", "terminate", "kill"):
             number = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM, "kill": signal.SIGKILL}[kind]
             os.kill(command.pid, number)
+        elif kind == "cut the connection":
+            for pid in copy.sessions():
+                os.kill(pid, signal.SIGKILL)
+        elif kind == "kill a worker there":
+            os.kill(generator.choice(copy.workers_there()), signal.SIGKILL)
         elif kind == "change the file":
             with artifact.open("r+b") as file:
                 file.truncate(artifact.stat().st_size // 2)
@@ -226,6 +260,8 @@ def _checked(outcome: Outcome, stdout: str, sound: dict[str, Any]) -> Outcome:
         assert any(reasons), outcome
     if outcome.kind == "disk":
         assert outcome.status != "fail", (outcome, stdout)
+    if outcome.kind == "cut the connection":  # it is made anew, and the run goes on
+        assert outcome.status == "pass", (outcome, stdout)
     return outcome
 
 
@@ -233,9 +269,9 @@ def _status(stdout: str) -> str:
     return str(json.loads(stdout)["status"]) if stdout.strip() else "none"
 
 
-def _check_nothing_runs(mark: str) -> None:
+def _check_nothing_runs(mark: str, place: Place) -> None:
     deadline = time.monotonic() + 20
-    while found := _marked(mark):
+    while found := [*_marked(mark), *place.workers_there(), *place.sessions()]:
         assert time.monotonic() < deadline, f"left running: {found}"
         time.sleep(0.1)
 
@@ -300,14 +336,18 @@ def main() -> None:
         (int(argument) for argument in [*sys.argv[1:], "50", "0"][:2]) if len(sys.argv) != 2 else (int(sys.argv[1]), 0)
     )
     generator = random.Random(seed)
-    with tempfile.TemporaryDirectory(prefix="disturbance-") as name:
-        place = tiny_llama_place(Path(name))
-        sound = undisturbed(place)
-        print(f"undisturbed: {sound.document['status']} in {sound.moments[-1]:.1f} s", flush=True)
-        kinds, counts = kinds_here(), Counter[tuple[str, str]]()
+    with tempfile.TemporaryDirectory(prefix="disturbance-") as name, _sshd(Path(name)) as sshd:
+        here = tiny_llama_place(Path(name))
+        places = [here] if sshd is None else [here, replace(here, sshd=sshd)]
+        sounds = [undisturbed(place) for place in places]
+        for sound in sounds:
+            print(f"undisturbed: {sound.document['status']} in {sound.moments[-1]:.1f} s", flush=True)
+        kinds = [kind for kind in kinds_here() if sshd is not None or kind not in OVER_SSH]
+        counts = Counter[tuple[str, str]]()
         for number in range(runs):
             kind = kinds[number % len(kinds)]
-            outcome = disturb(place, sound, kind, generator)
+            where = -1 if kind in OVER_SSH else 0
+            outcome = disturb(places[where], sounds[where], kind, generator)
             counts[kind, outcome.status] += 1
             last = outcome.said.splitlines()[-1][:110] if outcome.said else ""
             print(
@@ -316,6 +356,20 @@ def main() -> None:
             )
     for (kind, status), count in sorted(counts.items()):
         print(f"{kind:16} {status:8} {count}")
+
+
+@contextlib.contextmanager
+def _sshd(folder: Path) -> Iterator[Sshd | None]:
+    """The other machine, or None with a line that says why there is none."""
+    keys = folder / "sshd"
+    keys.mkdir()
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(running_sshd(keys))
+        except pytest.skip.Exception as reason:
+            print(f"nothing over ssh: {reason}", flush=True)
+            server = None
+        yield server
 
 
 if __name__ == "__main__":

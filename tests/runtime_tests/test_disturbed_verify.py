@@ -5,12 +5,24 @@ from __future__ import annotations
 import random
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from runtime_tests.temporary import PREFIX, temporary_folder
-from tests.runtime_tests.disturbance import KINDS, Place, Sound, disturb, kinds_here, tiny_llama_place, undisturbed
+from tests.runtime_tests.disturbance import (
+    KINDS,
+    OVER_SSH,
+    Place,
+    Sound,
+    disturb,
+    kinds_here,
+    tiny_llama_place,
+    undisturbed,
+)
+from tests.runtime_tests.sshd import running_sshd
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc, which is not here")
 HERE = kinds_here() if sys.platform == "linux" else []
@@ -28,13 +40,26 @@ def sound(place: Place) -> Sound:
     return undisturbed(place)
 
 
+@pytest.fixture(scope="module")
+def far_place(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with running_sshd(tmp_path_factory.mktemp("sshd")) as sshd:
+        yield replace(place, sshd=sshd)
+
+
+@pytest.fixture(scope="module")
+def far_sound(far_place: Place) -> Sound:
+    return undisturbed(far_place)
+
+
 @pytest.mark.parametrize(
     ("kind", "seed"),
     [pytest.param(k, s, marks=() if k in ALWAYS and s < len(KINDS) else pytest.mark.full) for k, s in EVERY_KIND],
 )
-def test_a_disturbed_verify_is_right_or_honest(kind: str, seed: int, place: Place, sound: Sound) -> None:
+def test_a_disturbed_verify_is_right_or_honest(kind: str, seed: int, request: pytest.FixtureRequest) -> None:
     if kind not in HERE:
         pytest.skip("only root can make a small file system")
+    far = "far_" if kind in OVER_SSH else ""
+    place, sound = request.getfixturevalue(f"{far}place"), request.getfixturevalue(f"{far}sound")
     disturb(place, sound, kind, random.Random(seed))
 
 

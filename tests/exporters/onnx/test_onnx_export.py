@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
+from exporters.onnx import export as export_module
 from exporters.onnx.reader import changed_files, iter_expected, open_artifact, read_tensors
 from runtime_tests.runtimes.onnx_dequantize import dequantize_through_runtime
 from signround_edge.formats.schemes import parse_scheme
@@ -260,6 +261,29 @@ def test_the_builder_leaves_no_trace(
     assert len(lines) >= 3
     assert sys.path == paths
     assert logging.getLogger().handlers == handlers
+
+
+def test_the_builder_gets_stand_ins_and_no_weights(
+    llama_run: RunDirectory, llama_export: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would hold all of them in memory, several times over."""
+    build, sizes = export_module.build_graph, []
+
+    def build_and_weigh(checkpoint: Path, out: Path, precision: str, pack_qkv: bool = True) -> None:
+        build(checkpoint, out, precision, pack_qkv)
+        sizes.extend(sum(f.stat().st_size for f in folder.glob("model*")) for folder in (checkpoint, out))
+
+    monkeypatch.setattr(export_module, "build_graph", build_and_weigh)
+    out = export(llama_run, tmp_path / "out")
+    data = (out / "model.onnx.data").stat().st_size
+    assert max(sizes) < data / 3
+    assert data == (llama_export.folder / "model.onnx.data").stat().st_size
+    graph = open_artifact(out).graph
+    for node in graph:
+        if node.op_type == "MatMulNBits":  # the length is that of the run, not the stand-in's
+            rows, blocks, _ = graph.initializers[node.inputs[1].name].const_value.shape.numpy()
+            assert node.attributes["N"].as_int() == rows == node.outputs[0].shape[-1]
+            assert node.attributes["K"].as_int() == blocks * node.attributes["block_size"].as_int()
 
 
 def test_importing_the_exporter_is_cheap() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.table import RESULTS, steps_of
+from benchmarks.table import OURS, RESULTS, steps_of
 from signround_edge.run_directory import write_atomically
 from signround_edge.svg import (
     BOTTOM,
@@ -39,7 +39,6 @@ from signround_edge.svg import (
 from signround_edge.tuning.settings import RECIPES
 
 TARGET = Path(__file__).parent.parent / "docs" / "recipes.svg"
-OURS = "signround-edge"
 
 
 def chart(rows: list[dict[str, Any]], title: str) -> str:

@@ -3,9 +3,10 @@
     python -m benchmarks.onnx_decode --model HF_FOLDER --name NAME ours=FOLDER [other=FOLDER …]
 
 The peer, `genai-int4`, is made from HF_FOLDER as its users make it (level 4, blocks of 32). Each folder is loaded in a
-process of its own, one thread, and decodes after a prompt of its own tokens; rounds alternate between the folders, so
-that what else the machine does meets all alike. The best round counts, and the ratio to the peer's best, in tokens a
-second of CPU time: one thread decodes, and waiting for a busy core is no part of it. Written to
+process of its own, one thread, and decodes after a prompt of its own tokens; rounds alternate between the folders and
+start at another one each, so that what else the machine does meets all alike. The ratio is the median of the rounds'
+ratios to the peer, in tokens a second of CPU time: one thread decodes, and waiting for a busy core is no part of it.
+Written to
 benchmarks/results/decode/NAME.json; `python -m benchmarks.table` renders it.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -41,9 +43,10 @@ def main() -> None:
     folders = {name: Path(path) for name, path in (text.split("=", 1) for text in args.folders)}
     folders = {PEER: _peer(args.model, args.name), **folders}
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
-    for _ in range(args.rounds):
-        for name, folder in folders.items():
-            rounds[name].append(_in_a_process(folder, args.prompt, args.tokens))
+    for first in range(args.rounds):
+        names = list(folders)
+        for name in (*names[first % len(names) :], *names[: first % len(names)]):
+            rounds[name].append(_in_a_process(folders[name], args.prompt, args.tokens))
             print(name, json.dumps(rounds[name][-1]), file=sys.stderr, flush=True)
     rows = [_row(name, folders[name], found, rounds[PEER]) for name, found in rounds.items()]
     what = f"{args.prompt} + {args.tokens} tokens, {args.rounds} rounds, one thread, {platform.machine()}"
@@ -61,14 +64,14 @@ def _peer(model: Path, name: str) -> Path:
 
 
 def _row(name: str, folder: Path, rounds: list[dict[str, float]], peer: list[dict[str, float]]) -> dict[str, Any]:
-    best, best_of_peer = (max(r["tokens_per_cpu_s"] for r in found) for found in (rounds, peer))
+    speeds, of_peer = ([r["tokens_per_cpu_s"] for r in found] for found in (rounds, peer))
     return {
         "folder": name,
         "bytes": inspect(folder).total_bytes,
-        "tokens_per_cpu_s": best,
-        "ratio": best / best_of_peer,
-        "all_tokens_per_cpu_s": [r["tokens_per_cpu_s"] for r in rounds],
-        "tokens_per_s": max(r["tokens_per_s"] for r in rounds),
+        "tokens_per_cpu_s": statistics.median(speeds),
+        "ratio": statistics.median(ours / theirs for ours, theirs in zip(speeds, of_peer, strict=True)),
+        "all_tokens_per_cpu_s": speeds,
+        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rounds),
         "resident_mb": min(r["resident_mb"] for r in rounds),
         "peak_mb": min(r["peak_mb"] for r in rounds),
         "load_cpu_s": min(r["load_cpu_s"] for r in rounds),

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from exporters.onnx.third_party_logging import logging_restored
 from signround_edge.errors import UserError
 
 
@@ -66,23 +66,20 @@ def _contained() -> Iterator[None]:
     """Silence the builder, keep it off the network, and restore sys.path and the root logger."""
     import huggingface_hub.constants as hub
 
-    root = logging.getLogger()
-    handlers, level, paths, offline = list(root.handlers), root.level, list(sys.path), hub.HF_HUB_OFFLINE
-    quantizer_log = logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer")
-    quantizer_level = quantizer_log.level
+    paths, offline = list(sys.path), hub.HF_HUB_OFFLINE
     # The builder imports its neighbours as top-level modules; they must win over a user's folder of the same name.
     sys.path.insert(0, str(_builder_folder()))
     hub.HF_HUB_OFFLINE = True
-    quantizer_log.setLevel(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            logging_restored("onnxruntime.quantization.matmul_nbits_quantizer"),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             yield
     finally:
         hub.HF_HUB_OFFLINE = offline
-        quantizer_log.setLevel(quantizer_level)
         sys.path[:] = paths
-        root.handlers[:] = handlers
-        root.setLevel(level)
 
 
 def _builder_folder() -> Path:

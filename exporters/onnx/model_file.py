@@ -38,7 +38,7 @@ class _DataFiles:
             self._count += 1
             self._file, start = self._open(), 0
         self._file.write(b"\0" * (start - self._file.tell()))
-        self._file.write(tensor.tobytes())
+        tensor.tofile(self._file)  # without another copy in memory
         return _external(value, Path(self._file.name).name, start, self._file.tell() - start, self.model)
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ f32) and change no node of ours. Codes that embedding and head share are in it t
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from exporters.onnx.third_party_logging import logging_restored
 from signround_edge.errors import UserError
 
 ORT_FILE = "model.ort"
@@ -147,15 +147,9 @@ def _array(tensor: Any) -> Any:
 @contextlib.contextmanager
 def _contained() -> Iterator[None]:
     """Importing ONNX Runtime's tools configures the root logger; they log what they do."""
-    root = logging.getLogger()
-    handlers, level, paths = list(root.handlers), root.level, list(sys.path)
-    quiet = logging.getLogger("ort_format_model.utils")
-    before = quiet.level
-    quiet.setLevel(logging.WARNING)
+    paths = list(sys.path)
     try:
-        yield
+        with logging_restored("ort_format_model.utils"):
+            yield
     finally:
-        quiet.setLevel(before)
-        root.handlers[:] = handlers
-        root.setLevel(level)
         sys.path[:] = [*paths, *(p for p in sys.path if p not in paths and p.endswith("ort_format_model"))]

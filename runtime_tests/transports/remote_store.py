@@ -33,8 +33,8 @@ from typing import Any
 def store() -> Path:
     """Where pushed files are kept: under the cache folder that `runtime_tests.cache` names."""
     chosen = os.environ.get("SIGNROUND_EDGE_CACHE")
-    base = Path(chosen) if chosen else Path(os.path.expanduser("~/.cache/signround-edge"))
-    folder = base / "pushed"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = (Path(chosen) if chosen else Path(caches) / "signround-edge") / "pushed"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

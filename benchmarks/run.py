@@ -24,25 +24,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks import auto_round, llama_quantize, onnx_peers
 from benchmarks.float_gguf import write_float_gguf
 from benchmarks.gguf_in_torch import load_llama_gguf
 from benchmarks.measure import run_measured
+from benchmarks.scoring import RememberingSession
 from benchmarks.table import steps_of
 from exporters.gguf.imatrix import read_imatrix
 from signround_edge.decoder import set_parameter
 from signround_edge.demo import calibration_text_path, evaluation_text_path, tiny_llama_path
 from signround_edge.evaluation import TorchSession, evaluate, load_run_model, load_source_model, text_windows
 from signround_edge.inspection import inspect
-from signround_edge.metrics import FloatArray, TokenArray
 from signround_edge.run_directory import RunDirectory, write_atomically
 from signround_edge.tuning.plan import entry_bytes
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent.parent / ".cache"
-TOOLS = ("signround-edge", "auto-round", "llama-quantize", "llama-quantize-imatrix", "onnx-peers")
+TOOLS = ("signround-edge", "auto-round", "gptq", "llama-quantize", "llama-quantize-imatrix", "onnx-peers")
 ONNX_PEERS = (*(f"ort-{name}" for name in onnx_peers.QUANTIZERS), *onnx_peers.BUILDER_METHODS)
 DEFAULT_SCHEMES = ("gguf:q4_0,onnx:w4g32", "gguf:q4_1", "onnx:w4g128-asym")
 
@@ -106,6 +107,8 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     for tool in (t for t in tools if t.startswith("llama-quantize")):
         presets = [s.split(",")[0] for s in args.scheme or DEFAULT_SCHEMES if s.startswith("gguf:")]
         rows += [{"tool": tool, "scheme": preset, "steps": 0} for preset in presets]
+    if "gptq" in tools:
+        rows += [{"tool": "gptq", "scheme": scheme, "steps": 0} for scheme in args.scheme or DEFAULT_SCHEMES]
     peers = ONNX_PEERS if "onnx-peers" in tools else tuple(t for t in tools if t in ONNX_PEERS)
     rows += _planned_onnx_peers(args.scheme or DEFAULT_SCHEMES, peers)
     if "auto-round" in tools:
@@ -136,6 +139,8 @@ def _measure(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
         return _ours(args, scheme, row["steps"], row.get("whole_model_steps", 0))
     if tool == "auto-round":
         return _auto_round(args)
+    if tool == "gptq":
+        return _gptq(args, scheme)
     if tool.startswith(("ort-", "genai-")):
         return _onnx_peer(args, tool, scheme)
     return _llama_quantize(args, scheme, with_imatrix=tool.endswith("-imatrix"))
@@ -146,12 +151,16 @@ def _ours(args: argparse.Namespace, scheme: str, steps: int, whole_model_steps: 
     if (out / "manifest.json").is_file():
         raise SystemExit(f"{out} is there already; remove it to measure anew")
     cost = run_measured(_quantize_command(args, scheme, steps, out, whole_model_steps), Path(f"{out}.log"))
-    run, found = RunDirectory.open(out), inspect(out)
-    scores = _score(args, TorchSession(load_run_model(run)))
+    run = RunDirectory.open(out)
+    return {**_size(run), **_score(args, TorchSession(load_run_model(run))), **asdict(cost)}
+
+
+def _size(run: RunDirectory) -> dict[str, Any]:
+    found = inspect(run.path)
     size = {"bytes": found.total_bytes, "bits_per_weight": found.bits_per_weight}
     if "onnx" in run.manifest.targets[1:]:
         size["onnx_bytes"] = sum(entry_bytes(t, "onnx") for t in run.manifest.tensors)
-    return {**size, **scores, **asdict(cost)}
+    return size
 
 
 def _run_folder(args: argparse.Namespace, scheme: str, steps: str) -> Path:
@@ -183,6 +192,22 @@ def _onnx_peer(args: argparse.Namespace, tool: str, scheme: str) -> dict[str, An
     parameters = sum(math.prod(t.shape) for t in run.manifest.tensors)
     scores = _score(args, TorchSession(model))
     return {"bytes": size, "bits_per_weight": 8 * size / parameters, **scores, **asdict(cost)}
+
+
+def _gptq(args: argparse.Namespace, scheme: str) -> dict[str, Any]:
+    """GPTQ's decoder matrices on the grids of our run, among the run's embedding and head."""
+    run = _rounded_run(args, scheme)
+    with tempfile.TemporaryDirectory(dir=_made(CACHE / "gptq")) as temporary:
+        weights = Path(temporary) / "weights.safetensors"
+        sizes = ["--samples", str(args.samples), "--seqlen", str(args.seqlen)]
+        command = [sys.executable, "-m", "benchmarks.gptq", str(run.path), "--model", str(args.model), *sizes]
+        command += ["--calibration", str(args.calibration), "-o", str(weights)]
+        cost = run_measured(command, Path(temporary) / "log.txt")
+        model: nn.Module = load_run_model(run)
+        for name, weight in load_file(weights).items():
+            value = weight.T.contiguous() if run.entry(name).transposed else weight
+            set_parameter(model, name, nn.Parameter(value, requires_grad=False))
+    return {**_size(run), **_score(args, TorchSession(model)), **asdict(cost)}
 
 
 def _rounded_run(args: argparse.Namespace, scheme: str) -> RunDirectory:
@@ -253,24 +278,9 @@ def _score(args: argparse.Namespace, session: TorchSession) -> dict[str, Any]:
     return asdict(evaluate(session, windows, _reference(args.model)))
 
 
-class _Remembering:
-    """A session that computes the logits of a window once: every row of a command is scored on the same ones."""
-
-    def __init__(self, session: TorchSession) -> None:
-        self._session = session
-        self._known: dict[bytes, FloatArray] = {}
-
-    def logits(self, tokens: TokenArray) -> FloatArray:
-        """See `TorchSession.logits`."""
-        key = tokens.tobytes()
-        if key not in self._known:
-            self._known[key] = self._session.logits(tokens)
-        return self._known[key]
-
-
 @functools.cache
-def _reference(model: Path) -> _Remembering:
-    return _Remembering(TorchSession(load_source_model(model)))
+def _reference(model: Path) -> RememberingSession:
+    return RememberingSession(TorchSession(load_source_model(model)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from benchmarks.onnx_peers import block_scheme
 
 RESULTS = Path(__file__).parent / "results"
 DECODE = RESULTS / "decode"
+OURS = "signround-edge"
 TARGET = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 HEAD = """# Measured results
 
@@ -21,8 +22,9 @@ and peak memory are of the whole quantizing process.
 Tables "ONNX beside ONNX Runtime's quantizers" hold rows of one number of bits and block size, best first. Rows `ort-…`
 are onnxruntime's `matmul_nbits_quantizer` on the float graph that our export starts from, its decoder matrices among
 our run's embedding and head; bytes differ by what each stores as zero points (none, integers, floats). Rows `genai-…`
-are the folders of onnxruntime-genai's int4 builder as they come, embedding and head included. KL is compared with the
-best of the peers that takes no more bytes than the row plus 1 %.
+are the folders of onnxruntime-genai's int4 builder as they come, embedding and head included. Rows `gptq` are a
+reference implementation (benchmarks/gptq.py) on our grids, with our embedding and head. KL is compared with the best of
+the peers that takes no more bytes than the row plus 1 %.
 """
 
 
@@ -88,15 +90,15 @@ def _onnx_section(name: str, kind: tuple[int, int], rows: list[dict[str, Any]]) 
     lines += ["| tool | scheme | steps | bytes | PPL | mean KL | same top-1 | KL over the best peer's |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for r in sorted(rows, key=lambda r: float(r["kld_mean"])):
-        scheme = "" if _is_onnx_peer(r) else r["scheme"]
+        scheme = "" if _is_onnx_peer(r) else r["scheme"]  # GPTQ's are on our grids
         figures = f"{r['ppl']:.3f} | {r['kld_mean']:.4f} ± {r['kld_stderr']:.4f} | {100 * r['top1_agreement']:.1f} %"
-        ratio = "" if _is_onnx_peer(r) else _ratio(r, rows)
+        ratio = _ratio(r, rows) if r["tool"] == OURS else ""
         lines.append(f"| {r['tool']} | {scheme} | {steps_of(r)} | {_onnx_bytes(r):,} | {figures} | {ratio} |")
     return "\n".join([*lines, ""])
 
 
 def _ratio(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    peers = [r for r in rows if _is_onnx_peer(r) and _onnx_bytes(r) <= 1.01 * _onnx_bytes(row)]
+    peers = [r for r in rows if r["tool"] != OURS and _onnx_bytes(r) <= 1.01 * _onnx_bytes(row)]
     if not peers:
         return "–"
     best = min(peers, key=lambda r: float(r["kld_mean"]))

@@ -298,6 +298,25 @@ def inspect(path: Path, as_json: bool) -> None:
 
 
 @main.command()
+@_run
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for pictures, page and analysis.json.")
+@_json
+def analyze(run: Path, out: Path | None, as_json: bool) -> None:
+    """What tuning did to RUN: altered roundings, salient channels, V, losses (arXiv 2309.05516, figures 2 to 4)."""
+    from signround_edge.analysis.report import render, write_report
+    from signround_edge.analysis.roundings import analyze as run_analyze
+    from signround_edge.run_directory import RunDirectory
+
+    analysis = run_analyze(RunDirectory.open(run))
+    for path in write_report(analysis, out) if out is not None else ():
+        _say(f"wrote {path}")
+    if as_json:
+        _print_json(analysis.to_json())
+    else:
+        _render(render(analysis))
+
+
+@main.command()
 @click.argument("path")
 @click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to score.")
 @click.option("--tasks", help="Zero-shot tasks of lm-evaluation-harness instead: hellaswag,piqa,…")

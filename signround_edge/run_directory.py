@@ -4,6 +4,7 @@
     run/blocks/0007.safetensors       one decoder block: codes, scale fields and float tensors
     run/blocks/outside.safetensors    embeddings, output head, final norm: all that is outside the decoder blocks
     run/blocks/*.whole-model.safetensors   the same parts after the whole-model stage; they take the others' place
+    run/statistics/0007.safetensors   what tuning did to the roundings of that block, for `analyze`
     run/config/                       config.json, tokenizer and generation files of the source model
 
 Keys in a part file: `<parameter>` for float tensors, `<parameter>#codes` and `<parameter>#<field>` for quantized ones;
@@ -18,7 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -62,11 +63,12 @@ class TensorEntry:
 
 @dataclass
 class PartRecord:
-    """A complete part: its file's hash, and what tuning and transforms report about it."""
+    """A complete part: its file's hash, what tuning and transforms report about it, the hash of its statistics."""
 
     sha256: str
     report: dict[str, Any] = field(default_factory=dict)
     transforms: dict[str, Any] = field(default_factory=dict)
+    statistics_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,22 @@ class RunDirectory:
         """Whether that part is written."""
         return part in self.manifest.complete
 
+    def statistics(self, name: str) -> dict[str, Tensor] | None:
+        """What tuning did to the roundings of a matrix (see `tuning.statistics`); None where that was not recorded.
+
+        It is of the block-wise stage: the whole-model stage leaves it as it is.
+        """
+        part = self._entries[name].part
+        record, path = self.manifest.complete[part], self._statistics_path(part)
+        if record.statistics_sha256 is None:
+            return None
+        if not path.is_file() or sha256_of(path) != record.statistics_sha256:
+            raise UserError(f"{path} is missing or was changed after `quantize` wrote it; restore it or quantize again")
+        prefix = f"{name}{_SEPARATOR}"
+        with safe_open(path, framework="pt") as file:
+            found = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
+        return found or None
+
     def write_part(
         self,
         part: str,
@@ -286,17 +304,25 @@ class RunDirectory:
         report: dict[str, Any],
         scales: Mapping[str, ChannelScales] = MappingProxyType({}),
         transforms: dict[str, Any] | None = None,
+        statistics: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
     ) -> None:
         """Write one part atomically and record it; `tensors` must be exactly the manifest's for that part.
 
         Args:
             scales: name → how a transform scaled that matrix.
             transforms: what transforms report about the part.
+            statistics: of its tuned matrices, by name.
         """
         expected = {t.name for t in self.manifest.tensors if t.part == part}
         assert set(tensors) == expected, (part, set(tensors) ^ expected)
+        counted = None
+        if statistics:
+            flat = {f"{name}{_SEPARATOR}{key}": t for name, own in statistics.items() for key, t in own.items()}
+            path = self._statistics_path(part)
+            path.parent.mkdir(exist_ok=True)
+            counted = _save_atomically(flat, path)
         digest = self._write_tensors(self._part_path(part), tensors, scales)
-        self.manifest.complete[part] = PartRecord(digest, report, transforms or {})
+        self.manifest.complete[part] = PartRecord(digest, report, transforms or {}, counted)
         self._write_manifest()
 
     def write_whole_model(
@@ -305,10 +331,9 @@ class RunDirectory:
         """Put every part, tuned by the whole-model stage, in the place of the block-wise one, all at one moment."""
         records = {}
         for part, tensors in parts:
-            before = self.manifest.complete[part]
             scales = {name: self.channel_scales(name) for name in tensors if self.is_quantized(name)}
             digest = self._write_tensors(self._part_path(part, whole_model=True), tensors, scales)
-            records[part] = PartRecord(digest, before.report, before.transforms)
+            records[part] = replace(self.manifest.complete[part], sha256=digest)
         assert set(records) == set(self.manifest.parts)
         self.manifest.complete, self.manifest.whole_model = records, report
         self._write_manifest()
@@ -336,19 +361,7 @@ class RunDirectory:
                 flat |= {f"{name}{_SEPARATOR}{f}": v.cpu().contiguous() for f, v in tensor.fields.items()}
             else:
                 flat[name] = tensor.detach().cpu().contiguous()
-        temporary = target.with_name(target.name + ".partial")
-        try:
-            save_file(flat, temporary)
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-            digest = sha256_of(temporary)
-            os.replace(temporary, target)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(
-                f"{target} could not be written ({error}); free some disk space and run the same command with --resume"
-            ) from error
-        return digest
+        return _save_atomically(flat, target)
 
     def _write_manifest(self) -> None:
         write_atomically(self.path / "manifest.json", self.manifest.to_json().encode())
@@ -357,6 +370,9 @@ class RunDirectory:
         """The file of a part as it is now, or as it was before or will be after the whole-model stage."""
         revised = self.manifest.whole_model is not None if whole_model is None else whole_model
         return self.path / "blocks" / f"{part}{'.whole-model' if revised else ''}.safetensors"
+
+    def _statistics_path(self, part: str) -> Path:
+        return self.path / "statistics" / f"{part}.safetensors"
 
     def _open_part(self, part: str) -> Any:
         return safe_open(self._part_path(part), framework="pt")
@@ -374,6 +390,23 @@ class RunDirectory:
             ) from error
         if sha256_of(path) != record.sha256:
             raise UserError(f"{path} was changed after `quantize` wrote it; restore it or quantize again")
+
+
+def _save_atomically(tensors: dict[str, Tensor], target: Path) -> str:
+    """Write a safetensors file under a temporary name, flush, rename; returns its sha256."""
+    temporary = target.with_name(target.name + ".partial")
+    try:
+        save_file(tensors, temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        digest = sha256_of(temporary)
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{target} could not be written ({error}); free some disk space and run the same command with --resume"
+        ) from error
+    return digest
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -47,8 +47,8 @@ from signround_edge.tuning.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.settings import TuningSettings
 from signround_edge.tuning.signround import (
     Matrix,
+    TunedUnit,
     Unit,
-    UnitReport,
     compute_context,
     compute_dtype,
     held_out_loss,
@@ -259,51 +259,63 @@ class _Job:
             Matrix(name, module, self._grid(name), _out_in(self.run.entry(name).transposed, module), importance[name])
             for name, module in modules.items()
         ]
-        complete = self.run.is_complete(part)
         transform, found = BlockTransform(), None
-        if scaling is not None and complete:
-            transform = stored_transform(self.run, part, prefix).to(self.device)
-        elif scaling is not None and matrices:
-            unit = self._block_unit(shell, index, matrices, quantized, target)
-            autocast = compute_context(self.settings, (m.grid for m in matrices), self.device)
-            loss = functools.partial(held_out_loss, unit, self.settings, autocast)
-            transform, found = scaling.choose(index, matrices, loss, self.settings.scale_init)
         if scaling is not None:
+            unit = self._block_unit(shell, index, matrices, quantized, target)
+            transform, found = self._transform(scaling, index, unit)
             scaling.install(index, transform)
             matrices = [transformed_matrix(m, transform.of(m.name.removeprefix(prefix))) for m in matrices]
-        if complete:
+        if self.run.is_complete(part):
             for matrix in matrices:
                 matrix.install(self.run.quantized(matrix.name).dequantize().to(self.device))
         else:
-            tensors, reports = self._tune(shell, index, matrices, quantized, target)
+            tuned = self._tune(shell, index, matrices, quantized, target)
+            tensors = {name: tensor for unit in tuned.values() for name, tensor in unit.tensors.items()}
             floats = {**self._floats(part), **{prefix + name: vector for name, vector in transform.vectors.items()}}
-            scales = {prefix + name: scales for name, scales in transform.scales.items()}
-            report = {name: asdict(r) for name, r in reports.items()}
-            self.run.write_part(part, {**floats, **tensors}, report, scales, found)
-            for name, said in reports.items():
-                self.progress.line(f"{index + 1}/{len(self.decoder.blocks)} {name}: {said}")
+            self.run.write_part(
+                part,
+                {**floats, **tensors},
+                report={name: asdict(unit.report) for name, unit in tuned.items()},
+                scales={prefix + name: scales for name, scales in transform.scales.items()},
+                transforms=found,
+                statistics={name: s.tensors() for unit in tuned.values() for name, s in unit.statistics.items()},
+            )
+            for name, unit in tuned.items():
+                self.progress.line(f"{index + 1}/{len(self.decoder.blocks)} {name}: {unit.report}")
         following = self._run(shell, index, quantized)
         unload_parameters(block)
         return target, following
 
+    def _transform(
+        self, scaling: ChannelScaling, index: int, unit: Unit
+    ) -> tuple[BlockTransform, dict[str, Any] | None]:
+        """What to make of a block's weights before they are tuned, and what to report; read where it is complete."""
+        part = part_of_block(index)
+        if self.run.is_complete(part):
+            return stored_transform(self.run, part, self.decoder.block_prefix(index)).to(self.device), None
+        if not unit.matrices:
+            return BlockTransform(), None
+        autocast = compute_context(self.settings, (m.grid for m in unit.matrices), self.device)
+        loss = functools.partial(held_out_loss, unit, self.settings, autocast)
+        return scaling.choose(index, unit.matrices, loss, self.settings.scale_init)
+
     def _tune(
         self, shell: Shell, index: int, matrices: list[Matrix], inputs: Tensor, target: Tensor
-    ) -> tuple[dict[str, QuantizedTensor], dict[str, UnitReport]]:
+    ) -> dict[str, TunedUnit]:
+        """The block's units by name: "block", or each matrix's own."""
         if not matrices:
-            return {}, {}
+            return {}
         if self.settings.granularity == "block":
-            tensors, report = self._tune_block(shell, index, matrices, inputs, target)
-            return tensors, {"block": report}
-        tensors, reports = {}, {}
+            return {"block": self._tune_block(shell, index, matrices, inputs, target)}
+        tuned = {}
         for matrix in matrices:
             unit = self._layer_unit(shell, index, matrix, inputs)
-            tuned, reports[matrix.name] = tune_unit(unit, self.settings, self._batches(index, unit.train), self.device)
-            tensors |= tuned
-        return tensors, reports
+            tuned[matrix.name] = tune_unit(unit, self.settings, self._batches(index, unit.train), self.device)
+        return tuned
 
     def _tune_block(
         self, shell: Shell, index: int, matrices: list[Matrix], inputs: Tensor, target: Tensor
-    ) -> tuple[dict[str, QuantizedTensor], UnitReport]:
+    ) -> TunedUnit:
         unit = self._block_unit(shell, index, matrices, inputs, target)
         return tune_unit(unit, self.settings, self._batches(index, unit.train), self.device)
 

@@ -87,7 +87,7 @@ class RoundingState:
     def quantized(self) -> QuantizedTensor:
         """Codes and fields of the current state."""
         codes = torch.empty(self.blocks.shape, dtype=self.grid.code_dtype, device=self.blocks.device)
-        for part in _row_chunks(self.blocks):
+        for part in row_chunks(self.blocks):
             state = self.rows(part)
             codes[part] = self.grid.round_codes(state.blocks, state.fields(), state.v).to(codes.dtype)
         return self.grid.pack_tensor(codes, self.fields())
@@ -120,7 +120,7 @@ def fused_step(
         tensors = [torch.tensor(float(x), device=gradient.device) for x in (*rates, step)]
         _compiled_update()(state, gradient, out, *tensors, settings)
         return
-    for part in _row_chunks(state.blocks):
+    for part in row_chunks(state.blocks):
         _update(state.rows(part), gradient[part], out[part], *rates, step, settings)
 
 
@@ -187,7 +187,7 @@ def _write_weight(state: RoundingState, out: Tensor) -> None:
     state.grid.blocked(out).copy_(state.grid.from_offsets(offsets, fields))
 
 
-def _row_chunks(blocks: Tensor) -> list[slice]:
+def row_chunks(blocks: Tensor) -> list[slice]:
     """Slices of rows that fit the cache on CPU; one slice on a GPU."""
     rows = blocks.shape[0]
     at_once = rows if blocks.is_cuda else max(1, _CHUNK_VALUES // max(1, blocks[0].numel()))

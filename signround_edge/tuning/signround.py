@@ -14,6 +14,7 @@ from signround_edge.formats import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.scale_search import extreme_scales
 from signround_edge.tuning.settings import TuningSettings, check_steps
 from signround_edge.tuning.sign_step import RoundingState, fused_step
+from signround_edge.tuning.statistics import RoundingStatistics, rounding_statistics, v_histogram
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,21 @@ class UnitReport:
         return f"held-out loss {self.rounded:.3e} → {self.tuned:.3e} ({less:.0%} less) at step {self.best_step}"
 
 
+@dataclass(frozen=True)
+class TunedUnit:
+    """What tuning a unit gives.
+
+    Attributes:
+        tensors: matrix name → codes and scales.
+        report: losses before and after.
+        statistics: matrix name → what became of its roundings.
+    """
+
+    tensors: dict[str, QuantizedTensor]
+    report: UnitReport
+    statistics: dict[str, RoundingStatistics]
+
+
 def initial_scales(grid: Grid, weight: Tensor, importance: Tensor, method: str) -> BlockScales:
     """Scales before tuning, by weighted search or from each block's extremes."""
     blocks = grid.blocked(weight)
@@ -88,9 +104,7 @@ def initial_scales(grid: Grid, weight: Tensor, importance: Tensor, method: str) 
     return grid.search(blocks, importance.clamp_min(floor).view(1, -1, grid.block_size))
 
 
-def tune_unit(
-    unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], device: torch.device
-) -> tuple[dict[str, QuantizedTensor], UnitReport]:
+def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], device: torch.device) -> TunedUnit:
     """Tune V, α, β of all matrices of a unit; on return the modules hold the kept dequantized weights.
 
     Args:
@@ -103,6 +117,7 @@ def tune_unit(
         for m in unit.matrices
     }
     best = {name: state.quantized() for name, state in states.items()}
+    histograms = {name: v_histogram(state) for name, state in states.items()}
     _install(unit, best)
     autocast = compute_context(settings, (m.grid for m in unit.matrices), device)
     rounded = best_loss = held_out_loss(unit, settings, autocast)
@@ -131,8 +146,13 @@ def tune_unit(
             found = held_out_loss(unit, settings, autocast)
             if found < best_loss:
                 best, best_loss, best_step = candidate, found, step + 1
+                histograms = {name: v_histogram(state) for name, state in states.items()}
     _install(unit, best)
-    return best, UnitReport(rounded, best_loss, best_step)
+    statistics = {
+        m.name: rounding_statistics(states[m.name], best[m.name], histograms[m.name], m.importance)
+        for m in unit.matrices
+    }
+    return TunedUnit(best, UnitReport(rounded, best_loss, best_step), statistics)
 
 
 def _loss_gradient(unit: Unit, output: Tensor, index: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -261,8 +262,9 @@ class _Job:
         ]
         transform, found = BlockTransform(), None
         if scaling is not None:
-            unit = self._block_unit(shell, index, matrices, quantized, target)
-            transform, found = self._transform(scaling, index, unit)
+            transform, found = self._transform(
+                scaling, index, self._block_unit(shell, index, matrices, quantized, target)
+            )
             scaling.install(index, transform)
             matrices = [transformed_matrix(m, transform.of(m.name.removeprefix(prefix))) for m in matrices]
         if self.run.is_complete(part):

@@ -49,14 +49,21 @@ class Host(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def leashed(command: Sequence[str], environment: dict[str, str]) -> str:
-    """A shell line that runs a command until it ends, or until the shell's stdin does."""
+def leashed(command: Sequence[str], environment: dict[str, str], output: str | None = None) -> str:
+    """A shell line that runs a command until it ends, or until the shell's stdin does.
+
+    Args:
+        command: the program and its arguments.
+        environment: set for it besides what is there.
+        output: file there that takes what it says on both streams, shown when it has ended; None: said at once.
+    """
     setting = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
     line = f"{setting} {shlex.join(command)}".strip()
+    to_file, show = (f" >{shlex.quote(output)} 2>&1", f"cat {shlex.quote(output)}; ") if output else ("", "")
     return (
-        f"exec 3<&0; {line} </dev/null & p=$!; "
+        f"exec 3<&0; {line} </dev/null{to_file} & p=$!; "
         "(cat <&3 >/dev/null 2>&1; kill -9 $p) >/dev/null 2>&1 & w=$!; "
-        "wait $p; c=$?; kill $w 2>/dev/null; exit $c"
+        f"wait $p; c=$?; kill $w 2>/dev/null; {show}exit $c"
     )
 
 
@@ -106,7 +113,7 @@ class SshHost:
 
     def run(self, command: Sequence[str], environment: dict[str, str], timeout: float) -> Finished:
         for _ in range(_TRIES):
-            done = _run([*self._ssh, leashed(command, environment)], timeout)
+            done = _run([*self._ssh, leashed(command, environment, f"{self._folder}/said")], timeout)
             if done.code != CONNECTION_LOST:
                 return done
         raise UserError(f"the ssh connection was lost {_TRIES} times ({_last_line(done.output.encode())})")
@@ -147,7 +154,7 @@ class AdbHost:
         return path
 
     def run(self, command: Sequence[str], environment: dict[str, str], timeout: float) -> Finished:
-        return _run([*self._adb, "shell", leashed(command, environment)], timeout)
+        return _run([*self._adb, "shell", leashed(command, environment, f"{self._folder}/said")], timeout)
 
     def __enter__(self) -> Self:
         return self

@@ -23,6 +23,11 @@ _LINES = {
 _LAST_LINES = 4
 
 
+def has_statistics(output: str) -> bool:
+    """Whether the program got to its end: the line of the last figure is there."""
+    return re.search(rf"^{_LINES['same_top'][0]}\s*:", output, re.MULTILINE) is not None
+
+
 def read_statistics(output: str, tokens: int) -> Scores:
     """The figures, as our own `ScoreKeeper` would give them (their standard errors divide by n − 1 twice: as there).
 

@@ -259,4 +259,4 @@ def test_the_real_program_runs_over_ssh(
         monkeypatch.setenv(OPTIONS_VARIABLE, sshd.options)
         monkeypatch.setattr(perplexity, "host_of", lambda _profile: SshHost(sshd.address))
         report = verify(run, [gguf_file], text, llama_bin=cached_folder(), log=str, **SIZE)
-    assert [r.status for r in report.runtimes] == ["pass", "pass"]
+    assert [(r.status, r.reason) for r in report.runtimes] == [("pass", None), ("pass", None)]

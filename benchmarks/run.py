@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--positions", default="fixed", help="of our tuned rows: fixed or follow")
     parser.add_argument("--whole-model-steps", type=int, default=0, help="also of our tuned rows")
     parser.add_argument("--whole-model-lr", type=float, help="of that stage (default: the program's)")
     parser.add_argument("--whole-model-code-lr", type=float, help="of that stage (default: the program's)")
@@ -102,8 +103,9 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     tools = args.tool or TOOLS[:1]
     for scheme in args.scheme or DEFAULT_SCHEMES if "signround-edge" in tools else ():
         for steps, whole in dict.fromkeys([(0, 0), (args.steps, args.whole_model_steps)]):
-            of_whole = {"whole_model_steps": whole, **_whole_model_rates(args)} if whole else {}
-            rows.append({"tool": "signround-edge", "scheme": scheme, "steps": steps, **of_whole})
+            special = {"whole_model_steps": whole, **_whole_model_rates(args)} if whole else {}
+            special |= {"positions": "follow"} if steps and args.positions == "follow" else {}
+            rows.append({"tool": "signround-edge", "scheme": scheme, "steps": steps, **special})
     for tool in (t for t in tools if t.startswith("llama-quantize")):
         presets = [s.split(",")[0] for s in args.scheme or DEFAULT_SCHEMES if s.startswith("gguf:")]
         rows += [{"tool": tool, "scheme": preset, "steps": 0} for preset in presets]
@@ -136,7 +138,7 @@ def _planned_onnx_peers(schemes: list[str] | tuple[str, ...], peers: tuple[str, 
 def _measure(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     tool, scheme = row["tool"], row["scheme"]
     if tool == "signround-edge":
-        return _ours(args, scheme, row["steps"], row.get("whole_model_steps", 0))
+        return _ours(args, row)
     if tool == "auto-round":
         return _auto_round(args)
     if tool == "gptq":
@@ -146,11 +148,13 @@ def _measure(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     return _llama_quantize(args, scheme, with_imatrix=tool.endswith("-imatrix"))
 
 
-def _ours(args: argparse.Namespace, scheme: str, steps: int, whole_model_steps: int) -> dict[str, Any]:
-    out = _run_folder(args, scheme, f"{steps}+{whole_model_steps}" if whole_model_steps else str(steps))
+def _ours(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
+    whole = row.get("whole_model_steps", 0)
+    suffix = ("+" + str(whole) if whole else "") + ("-follow" if "positions" in row else "")
+    out = _run_folder(args, row["scheme"], f"{row['steps']}{suffix}")
     if (out / "manifest.json").is_file():
         raise SystemExit(f"{out} is there already; remove it to measure anew")
-    cost = run_measured(_quantize_command(args, scheme, steps, out, whole_model_steps), Path(f"{out}.log"))
+    cost = run_measured(_quantize_command(args, row, out), Path(f"{out}.log"))
     run = RunDirectory.open(out)
     return {**_size(run), **_score(args, TorchSession(load_run_model(run))), **asdict(cost)}
 
@@ -214,7 +218,7 @@ def _rounded_run(args: argparse.Namespace, scheme: str) -> RunDirectory:
     """Our run of the scheme without tuning, for what a peer leaves alone."""
     folder = _run_folder(args, scheme, "0")
     if not (folder / "manifest.json").is_file():
-        run_measured(_quantize_command(args, scheme, 0, folder), Path(f"{folder}.log"))
+        run_measured(_quantize_command(args, {"scheme": scheme, "steps": 0}, folder), Path(f"{folder}.log"))
     return RunDirectory.open(folder)
 
 
@@ -223,16 +227,12 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _quantize_command(
-    args: argparse.Namespace, scheme: str, steps: int, out: Path, whole_model_steps: int = 0
-) -> list[str]:
-    sizes: dict[str, float] = {"samples": args.samples, "seqlen": args.seqlen, "batch-size": args.batch_size}
-    sizes["steps"] = steps
-    if whole_model_steps:
-        rates = {name.replace("_", "-"): rate for name, rate in _whole_model_rates(args).items()}
-        sizes |= {"whole-model-steps": whole_model_steps, **rates}
-    flags = [str(x) for name, value in sizes.items() for x in (f"--{name}", value)]
-    command = [sys.executable, "-m", "signround_edge.cli", "quantize", str(args.model), "--scheme", scheme]
+def _quantize_command(args: argparse.Namespace, row: dict[str, Any], out: Path) -> list[str]:
+    settings = {"samples": args.samples, "seqlen": args.seqlen, "batch_size": args.batch_size}
+    chosen = ("steps", "positions", "whole_model_steps", "whole_model_lr", "whole_model_code_lr")
+    settings |= {name: row[name] for name in chosen if name in row}
+    flags = [str(x) for name, value in settings.items() for x in (f"--{name.replace('_', '-')}", value)]
+    command = [sys.executable, "-m", "signround_edge.cli", "quantize", str(args.model), "--scheme", row["scheme"]]
     return [*command, "-o", str(out), "--calibration", str(args.calibration), *flags]
 
 
@@ -256,7 +256,7 @@ def _plain_imatrix(args: argparse.Namespace, folder: Path) -> Path:
     file = folder / f"imatrix-{args.samples}x{args.seqlen}-{args.calibration.stem}.gguf"
     if not file.is_file():
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            command = _quantize_command(args, "gguf:q8_0", 0, Path(temporary) / "run")
+            command = _quantize_command(args, {"scheme": "gguf:q8_0", "steps": 0}, Path(temporary) / "run")
             run_measured([*command, "--loss", "mse", "--save-imatrix", str(file)], Path(temporary) / "log.txt")
     return file
 

@@ -41,11 +41,12 @@ def main() -> None:
 
 def steps_of(row: dict[str, Any]) -> str:
     """Steps a block, and those of the whole-model stage where there is one, with its rates if given: "100 + 300"."""
+    blocks = str(row["steps"]) + (" (codes follow)" if row.get("positions") == "follow" else "")
     whole = row.get("whole_model_steps")
     if whole is None:
-        return str(row["steps"])
+        return blocks
     rates = [f"{row[rate]:g}" for rate in ("whole_model_lr", "whole_model_code_lr") if rate in row]
-    return f"{row['steps']} + {whole}" + (f" at {', '.join(rates)}" if rates else "")
+    return f"{blocks} + {whole}" + (f" at {', '.join(rates)}" if rates else "")
 
 
 def _decode_section(name: str, found: dict[str, Any]) -> str:

@@ -101,9 +101,16 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--seqlen", type=int, help="Tokens a sample.")
 @click.option("--steps", type=int, help="Gradient steps a block; 0 rounds to nearest.")
 @click.option("--batch-size", type=int, help="Samples a step.")
-@click.option("--lr", type=float, help="Learning rate of the rounding (default 1/steps, falling linearly to 0).")
-@click.option("--scale-lr", type=float, help="Learning rate of the clip factors (default: half of --lr).")
-@click.option("--tune-scales/--no-tune-scales", default=None, help="Clip tuning: let scales and minima move.")
+@click.option("--lr", type=float, help="Learning rate of the rounding (default 0.7/steps, falling linearly to 0).")
+@click.option(
+    "--scale-lr", type=float, help="Learning rate of scales (default: --lr over the range of codes)."
+)
+@click.option("--tune-scales/--no-tune-scales", default=None, help="Let scales and minima move.")
+@click.option(
+    "--positions",
+    type=click.Choice(["fixed", "follow"]),
+    help="Codes are taken on the initial scales, or follow the tuned ones (the paper's clip tuning).",
+)
 @click.option("--scale-init", type=click.Choice(["search", "absmax"]), help="Initial scales.")
 @click.option("--loss", type=click.Choice(["relative", "mse"]), help="Squared error of tokens: relative or plain.")
 @click.option("--granularity", type=click.Choice(["block", "layer"]), help="Reconstruct blocks, or each layer alone.")

@@ -84,6 +84,7 @@ class Grid(ABC):
         anchor: the code that does not move when the scale changes: the code of weight zero for symmetric
             grids; 0, the code of the minimum, for affine ones.
         affine: whether there is a minimum (or zero point) besides the scale.
+        integer_zero: whether affine codes have an integer zero point in the place of a minimum.
         minimum_at_most_zero: whether the minimum of a block cannot be positive.
         field_ranges: inclusive range of each integer field that does not use all values of its dtype.
         bits_per_weight: stored bits a weight, scale fields included.
@@ -97,6 +98,7 @@ class Grid(ABC):
     code_dtype: torch.dtype = torch.uint8
     anchor: int
     affine: bool
+    integer_zero: bool = False
     minimum_at_most_zero: bool = False
     field_ranges: Mapping[str, tuple[int, int]] = MappingProxyType({})
     bits_per_weight: float

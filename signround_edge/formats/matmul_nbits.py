@@ -33,6 +33,7 @@ class MatMulNBitsAsymmetric(Grid):
     """
 
     affine = True
+    integer_zero = True
     anchor = 0
     code_min = 0
 

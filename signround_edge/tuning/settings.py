@@ -7,6 +7,9 @@ from typing import Any
 
 from signround_edge.errors import UserError
 
+# The codes that V may travel in all: the sum of its falling rates is half of this.
+V_TRAVEL = 0.7
+
 
 @dataclass(frozen=True)
 class TuningSettings:
@@ -16,9 +19,12 @@ class TuningSettings:
         steps: gradient steps per decoder block; 0 rounds to nearest with the same scale search.
         samples, seqlen: calibration samples and their length in tokens.
         batch_size: samples a step.
-        lr: learning rate of V; None is 1/steps. It falls linearly to 0.
-        scale_lr: learning rate of α and β; None is half of V's.
-        tune_scales: whether α and β (clip tuning) move at all.
+        lr: learning rate of V; None is V_TRAVEL/steps. It falls linearly to 0.
+        scale_lr: learning rate of α and β; None is V's over the number of codes from the anchor to the farthest one, so
+            that no weight is moved further by its scale than by V.
+        tune_scales: whether α and β move at all.
+        positions: where codes are taken: "fixed" (on the initial scales, so that α and β change no code) or "follow"
+            (on the current ones, the clip tuning of the paper).
         scale_range: bounds of α and β around 1.
         scale_init: "search" (weighted search) or "absmax" (the block's extremes).
         loss: "relative" (each token's squared error over its mean square; see `relative_weights`) or "mse" (as in
@@ -44,6 +50,7 @@ class TuningSettings:
     lr: float | None = None
     scale_lr: float | None = None
     tune_scales: bool = True
+    positions: str = "fixed"
     scale_range: tuple[float, float] = (0.5, 1.5)
     scale_init: str = "search"
     loss: str = "relative"
@@ -99,6 +106,7 @@ RECIPES: dict[str, TuningSettings] = {
         scale_init="absmax",
         lr=1 / 200,
         scale_lr=1 / 200,
+        positions="follow",
         scale_range=(0.0, 1.0),
         loss="mse",
         held_out=0.02,

@@ -1,13 +1,20 @@
 """The fused SignRound step of one weight matrix: from the gradient G = ∂L/∂ŵ to the next ŵ, without autograd.
 
 With s, m the block's scale and minimum, u = w/s + z the code position, V the tuned rounding, q = clip(round(u + V)) and
-mask = (u + V rounds to inside the code range), the straight-through estimator gives (arXiv 2309.05516, equations 2–5):
+mask = (u + V rounds to inside the code range), ŵ = s·level(q) + m and level(u) = u − the grid's anchor (IQ4's table has
+its own levels). α and β scale the initial s and m. Only signs of gradients are needed, so s enters by its sign.
 
-    ∂ŵ/∂V = s·mask
-    ∂ŵ/∂s = level(q) − mask·level(u)    with level(u) = u − the grid's anchor; IQ4's table has its own levels
-    ∂ŵ/∂m = 1 − mask                    (affine grids; the integer zero point of MatMulNBits follows the minimum)
+Code positions are fixed: u is taken once, on the initial scales, and α and β change what a code is worth:
 
-Only signs are needed, so s enters by its sign. α and β scale the initial s and m.
+    ∂ŵ/∂V = s·mask      ∂ŵ/∂s = level(q)      ∂ŵ/∂m = 1
+
+An integer zero point z (MatMulNBits) stays what it is, ŵ = s·(q − z), and there is no β.
+
+Or they follow the scales, as in the paper (arXiv 2309.05516, equations 2–5), where the straight-through estimator gives
+
+    ∂ŵ/∂V = s·mask      ∂ŵ/∂s = level(q) − mask·level(u)      ∂ŵ/∂m = 1 − mask
+
+and every step of α and β moves all codes of a block past V, whether or not they are to move: see docs/LOG.md.
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ from torch import Tensor
 
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.grid import Fields
-from signround_edge.tuning.settings import TuningSettings
+from signround_edge.tuning.settings import V_TRAVEL, TuningSettings
 
 # Values a chunk on CPU: all temporaries of a chunk stay in the L2 cache.
 _CHUNK_VALUES = 1 << 18
@@ -44,26 +51,39 @@ class RoundingState:
         grid: the target grid.
         blocks: original weights f32 [R, B, S].
         initial: scales before tuning, [R, B].
+        positions: stored fields of the scales that code positions are taken on; None where positions follow the scales.
         v: rounding shift f32 [R, B, S] in [−0.5, 0.5].
-        alpha, beta: factors of scale and minimum, f32 [R, B]; beta is None on symmetric grids.
+        alpha, beta: factors of scale and minimum, f32 [R, B]; beta is None where the minimum is not tuned.
         moments: Adam moments per tuned tensor name; empty with SignSGD.
     """
 
     grid: Grid
     blocks: Tensor
     initial: BlockScales
+    positions: Fields | None
     v: Tensor
     alpha: Tensor
     beta: Tensor | None
     moments: dict[str, AdamMoments]
 
     @classmethod
-    def start(cls, grid: Grid, weight: Tensor, initial: BlockScales) -> RoundingState:
-        """The state that rounds weight f32 [R, K] to nearest on the initial scales."""
+    def start(
+        cls, grid: Grid, weight: Tensor, initial: BlockScales, positions: str = TuningSettings.positions
+    ) -> RoundingState:
+        """The state that rounds weight f32 [R, K] to nearest on the initial scales.
+
+        Args:
+            positions: "fixed" or "follow"; see `TuningSettings`.
+        """
         blocks = grid.blocked(weight)
-        alpha = torch.ones_like(initial.scale)
-        beta = torch.ones_like(alpha) if grid.affine else None
-        return cls(grid, blocks, initial, torch.zeros_like(blocks), alpha, beta, {})
+        alpha, beta = torch.ones_like(initial.scale), None
+        fixed = grid.store(initial) if positions == "fixed" else None
+        if fixed is not None and grid.integer_zero:
+            # The minimum of the integer zero point itself, so that no change of the scale can round it to another.
+            initial = replace(initial, minimum=-grid.affine_view(fixed)[1] * initial.scale)
+        elif grid.affine:
+            beta = torch.ones_like(alpha)
+        return cls(grid, blocks, initial, fixed, torch.zeros_like(blocks), alpha, beta, {})
 
     def rows(self, part: slice) -> RoundingState:
         """The same state for some rows; a view, so updates in place reach this one."""
@@ -71,6 +91,7 @@ class RoundingState:
             self.grid,
             self.blocks[part],
             self.initial.map(lambda t: t[part]),
+            None if self.positions is None else {k: t[part] for k, t in self.positions.items()},
             self.v[part],
             self.alpha[part],
             None if self.beta is None else self.beta[part],
@@ -80,24 +101,27 @@ class RoundingState:
     def fields(self) -> Fields:
         """The scale fields as the format stores them now."""
         minimum = self.initial.minimum
-        if minimum is not None and self.beta is not None:
-            minimum = minimum * self.beta
+        if minimum is not None:
+            minimum = minimum * (self.alpha if self.beta is None else self.beta)
         return self.grid.store(replace(self.initial, scale=self.initial.scale * self.alpha, minimum=minimum))
 
     def quantized(self) -> QuantizedTensor:
         """Codes and fields of the current state."""
         codes = torch.empty(self.blocks.shape, dtype=self.grid.code_dtype, device=self.blocks.device)
+        fields = self.fields()
         for part in row_chunks(self.blocks):
             state = self.rows(part)
-            codes[part] = self.grid.round_codes(state.blocks, state.fields(), state.v).to(codes.dtype)
-        return self.grid.pack_tensor(codes, self.fields())
+            positions = state.positions or {k: t[part] for k, t in fields.items()}
+            codes[part] = self.grid.round_codes(state.blocks, positions, state.v).to(codes.dtype)
+        return self.grid.pack_tensor(codes, fields)
 
 
-def learning_rates(settings: TuningSettings, step: int) -> tuple[float, float]:
-    """Rates of (V, scales) at step 0, 1, …: falling linearly to 0 from 1/steps and half of that, unless given."""
-    base = settings.lr or 1 / settings.steps
+def learning_rates(settings: TuningSettings, grid: Grid, step: int) -> tuple[float, float]:
+    """Rates of (V, scales) at step 0, 1, …, falling linearly to 0; see `TuningSettings` for where they start."""
+    base = settings.lr or V_TRAVEL / settings.steps
     decay = 1 - step / settings.steps
-    return base * decay, (settings.scale_lr or base / 2) * decay
+    farthest = max(map(abs, grid.offset_range))
+    return base * decay, (settings.scale_lr or base / farthest) * decay
 
 
 def fused_step(
@@ -114,7 +138,7 @@ def fused_step(
         state.moments = {
             k: AdamMoments(torch.zeros_like(t), torch.zeros_like(t)) for k, t in tuned.items() if t is not None
         }
-    rates = learning_rates(settings, step)
+    rates = learning_rates(settings, state.grid, step)
     if compiled:
         # Rates and step go in as tensors: as Python numbers they would be compiled in, anew at every step.
         tensors = [torch.tensor(float(x), device=gradient.device) for x in (*rates, step)]
@@ -144,24 +168,31 @@ def _update(
     grid = state.grid
     gradient = grid.blocked(gradient).float()
     fields = state.fields()
-    scale, _ = grid.affine_view(fields)
-    offset = grid.offsets(state.blocks, fields)  # u less the anchor, and so are the codes here
+    scale, zero = grid.affine_view(fields)
+    offset = grid.offsets(state.blocks, state.positions or fields)  # u less the anchor, and so are the codes here
     code = (offset + state.v).round_()
     clipped = code.clamp(*grid.offset_range)
     inside = torch.eq(code, clipped, out=torch.empty_like(code))  # 1.0 or 0.0; nine times as fast as a bool cast to f32
     if settings.tune_scales:
-        change = torch.addcmul(grid.levels(clipped), inside, grid.levels(offset), value=-1)
-        slope = torch.linalg.vecdot(change, gradient).mul_(state.initial.scale)
-        _descend(state, "alpha", state.alpha, slope, lr_scale, step)
+        slope = torch.linalg.vecdot(_slope_of_scale(state, clipped, offset, inside, zero), gradient)
+        _descend(state, "alpha", state.alpha, slope.mul_(state.initial.scale), lr_scale, step)
         state.alpha.clamp_(*settings.scale_range)
         if state.beta is not None and state.initial.minimum is not None:
-            slope = torch.linalg.vecdot(gradient, 1 - inside).mul_(state.initial.minimum)
-            _descend(state, "beta", state.beta, slope, lr_scale, step)
+            slope = gradient.sum(-1) if state.positions else torch.linalg.vecdot(gradient, 1 - inside)
+            _descend(state, "beta", state.beta, slope.mul_(state.initial.minimum), lr_scale, step)
             state.beta.clamp_(*settings.scale_range)
     direction = inside.mul_(gradient).mul_(scale.unsqueeze(-1))
     _descend(state, "v", state.v, direction, lr_v, step)
     state.v.clamp_(-0.5, 0.5)
     _write_weight(state, out)
+
+
+def _slope_of_scale(state: RoundingState, clipped: Tensor, offset: Tensor, inside: Tensor, zero: Tensor) -> Tensor:
+    """∂ŵ/∂s [R, B, S]; the integer zero point `zero` [R, B] counts where positions are fixed."""
+    levels = state.grid.levels(clipped)
+    if state.positions is None:
+        return torch.addcmul(levels, inside, state.grid.levels(offset), value=-1)
+    return levels - zero.unsqueeze(-1) if state.grid.integer_zero else levels
 
 
 def _descend(
@@ -183,7 +214,7 @@ def _descend(
 
 def _write_weight(state: RoundingState, out: Tensor) -> None:
     fields = state.fields()
-    offsets = state.grid.round_offsets(state.blocks, fields, state.v)
+    offsets = state.grid.round_offsets(state.blocks, state.positions or fields, state.v)
     state.grid.blocked(out).copy_(state.grid.from_offsets(offsets, fields))
 
 

@@ -112,7 +112,7 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
     """
     states = {
         m.name: RoundingState.start(
-            m.grid, m.weight, initial_scales(m.grid, m.weight, m.importance, settings.scale_init)
+            m.grid, m.weight, initial_scales(m.grid, m.weight, m.importance, settings.scale_init), settings.positions
         )
         for m in unit.matrices
     }

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from signround_edge.formats import BlockScales, get_grid
+from signround_edge.formats import get_grid
 from signround_edge.formats.grid import safe_reciprocal
-from signround_edge.tuning.settings import TuningSettings
+from signround_edge.tuning.settings import V_TRAVEL, TuningSettings
 from signround_edge.tuning.sign_step import RoundingState, fused_step, learning_rates
 
-GRIDS = ["Q4_0", "Q4_1", "Q8_0", "w4g64", "w4g128-asym", "Q6_K"]
+GRIDS = ["Q4_0", "Q4_1", "Q8_0", "w4g64", "w4g128-asym", "Q6_K", "Q4_K"]
+POSITIONS = ["fixed", "follow"]
 
 
-def make_state(name: str, shrink: float = 0.7) -> tuple[RoundingState, Tensor]:
+def make_state(name: str, positions: str = "fixed", shrink: float = 0.7) -> tuple[RoundingState, Tensor]:
     """A state with some weights clipped (scales shrunk below the search's) and V, α, β away from their start."""
     grid = get_grid(name)
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(6, 2 * grid.row_multiple, generator=generator)
     scales = grid.search(grid.blocked(weight), torch.ones(1))
     minimum = None if scales.minimum is None else scales.minimum * shrink
-    state = RoundingState.start(grid, weight, BlockScales(scales.scale * shrink, minimum))
+    state = RoundingState.start(grid, weight, replace(scales, scale=scales.scale * shrink, minimum=minimum), positions)
     state.v.uniform_(-0.4, 0.4, generator=generator)
     return state, torch.randn(weight.shape, generator=generator)
+
+
+def tuned_tensors(state: RoundingState) -> dict[str, Tensor | None]:
+    return {"v": state.v, "alpha": state.alpha, "beta": state.beta}
 
 
 def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
@@ -33,54 +40,67 @@ def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
 def autograd_signs(state: RoundingState, gradient: Tensor) -> dict[str, Tensor]:
     """Signs of the gradients of V, α, β from autograd, with the stored (rounded) scales in the forward pass."""
     grid = state.grid
-    v = state.v.clone().requires_grad_()
-    alpha = state.alpha.clone().requires_grad_()
+    tuned = {name: value.clone().requires_grad_() for name, value in tuned_tensors(state).items() if value is not None}
     stored_scale, stored_zero = grid.affine_view(state.fields())
-    scale = straight_through(state.initial.scale * alpha, stored_scale).unsqueeze(-1)
-    tuned = {"v": v, "alpha": alpha}
-    if grid.affine:
-        assert state.beta is not None
+    scale = straight_through(state.initial.scale * tuned["alpha"], stored_scale).unsqueeze(-1)
+    if "beta" in tuned:
         assert state.initial.minimum is not None
-        beta = state.beta.clone().requires_grad_()
-        tuned["beta"] = beta
-        stored_minimum = -stored_zero * stored_scale
-        minimum = straight_through(state.initial.minimum * beta, stored_minimum).unsqueeze(-1)
-        position = (state.blocks - minimum) * safe_reciprocal(scale)
+        minimum = straight_through(state.initial.minimum * tuned["beta"], -stored_zero * stored_scale).unsqueeze(-1)
+    else:  # the code of weight zero stays; a symmetric grid's is its anchor
+        minimum = (grid.anchor - stored_zero).unsqueeze(-1) * scale
+    if state.positions is not None:
+        position = grid.offsets(state.blocks, state.positions)
     else:
-        minimum = -grid.anchor * scale
-        position = state.blocks * safe_reciprocal(scale) + grid.anchor
-    shifted = position + v
-    code = straight_through(shifted, shifted.detach().round()).clamp(grid.code_min, grid.code_max)
-    weight = scale * code + minimum
+        position = (state.blocks - minimum if grid.affine else state.blocks) * safe_reciprocal(scale)
+    shifted = position + tuned["v"]
+    offset = straight_through(shifted, shifted.detach().round()).clamp(*grid.offset_range)
+    weight = scale * offset + minimum
     (weight * grid.blocked(gradient)).sum().backward()
     return {name: t.grad.sign() for name, t in tuned.items() if t.grad is not None}
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("name", GRIDS)
-def test_step_follows_the_sign_of_autograd(name: str) -> None:
-    state, gradient = make_state(name)
+def test_step_follows_the_sign_of_autograd(name: str, positions: str) -> None:
+    state, gradient = make_state(name, positions)
     settings = TuningSettings(steps=10)
     expected = autograd_signs(state, gradient)
-    before = {"v": state.v.clone(), "alpha": state.alpha.clone(), "beta": state.beta}
-    if state.beta is not None:
-        before["beta"] = state.beta.clone()
+    before = {name: None if t is None else t.clone() for name, t in tuned_tensors(state).items()}
     fused_step(state, gradient, torch.empty(gradient.shape), 0, settings)
-    lr, scale_lr = learning_rates(settings, 0)
-    moved = (before["v"] - lr * expected["v"]).clamp(-0.5, 0.5)
-    assert torch.allclose(state.v, moved, atol=1e-6)
-    for key, after in (("alpha", state.alpha), ("beta", state.beta)):
-        if after is not None:
-            agree = torch.isclose(after, before[key] - scale_lr * expected[key], atol=1e-6).float().mean()
-            assert agree > 0.99, key  # sums near zero may differ in sign by the order of addition
+    lr, scale_lr = learning_rates(settings, state.grid, 0)
+    for key, after in tuned_tensors(state).items():
+        start = before[key]
+        if after is None or start is None:
+            assert key not in expected
+            continue
+        moved = start - (lr if key == "v" else scale_lr) * expected[key]
+        agree = torch.isclose(after, moved.clamp(-0.5, 0.5) if key == "v" else moved, atol=1e-6).float().mean()
+        assert agree == 1 if key == "v" else agree > 0.99, key  # sums near 0 differ in sign by the order of addition
 
 
-@pytest.mark.parametrize("name", GRIDS)
-def test_forward_weight_is_the_dequantized_codes_bit_for_bit(name: str) -> None:
-    state, gradient = make_state(name)
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("name", [*GRIDS, "IQ4_NL"])
+def test_forward_weight_is_the_dequantized_codes_bit_for_bit(name: str, positions: str) -> None:
+    state, gradient = make_state(name, positions)
     out = torch.empty(gradient.shape)
     for step in range(3):
         fused_step(state, gradient, out, step, TuningSettings(steps=3))
         assert torch.equal(out, state.quantized().dequantize())
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K", "w4g128-asym", "w8g32-asym"])
+def test_fixed_positions_keep_the_codes_and_the_zero_point_while_scales_move(name: str) -> None:
+    state, _ = make_state(name)
+    before = state.quantized()
+    state.alpha.uniform_(0.6, 1.4)
+    if state.beta is not None:
+        state.beta.uniform_(0.6, 1.4)
+    after = state.quantized()
+    assert torch.equal(before.codes, after.codes)
+    assert not all(torch.equal(before.fields[k], after.fields[k]) for k in before.fields)
+    if state.grid.integer_zero:
+        assert state.beta is None
+        assert torch.equal(before.fields["zero_point"], after.fields["zero_point"])
 
 
 @pytest.mark.parametrize("optimizer", ["signsgd", "adam"])
@@ -106,7 +126,10 @@ def test_no_scale_tuning_leaves_scales_alone() -> None:
     assert torch.equal(state.beta, torch.ones_like(state.beta))
 
 
-def test_rates_fall_to_zero_and_scales_move_at_half_the_rate() -> None:
-    rates = [learning_rates(TuningSettings(steps=4), step) for step in range(4)]
-    assert rates == [(0.25, 0.125), (0.1875, 0.09375), (0.125, 0.0625), (0.0625, 0.03125)]
-    assert learning_rates(TuningSettings(steps=4, lr=0.1, scale_lr=0.2), 0) == (0.1, 0.2)
+def test_rates_fall_to_zero_and_no_scale_moves_a_code_further_than_v() -> None:
+    grid = get_grid("Q4_0")
+    rates = [learning_rates(TuningSettings(steps=4), grid, step) for step in range(4)]
+    first = V_TRAVEL / 4
+    assert rates == [(first * left, first / 8 * left) for left in (1, 0.75, 0.5, 0.25)]
+    assert learning_rates(TuningSettings(steps=4), get_grid("Q4_1"), 0) == (first, first / 15)
+    assert learning_rates(TuningSettings(steps=4, lr=0.1, scale_lr=0.2), grid, 0) == (0.1, 0.2)

@@ -28,7 +28,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from signround_edge.decoder import Decoder, build_decoder, checkpoint_name, is_transposed, set_parameter, set_weight
+from signround_edge.decoder import (
+    Decoder,
+    build_decoder,
+    checkpoint_name,
+    is_transposed,
+    out_in,
+    set_parameter,
+    set_weight,
+)
 from signround_edge.formats import Grid, QuantizedTensor
 from signround_edge.formats.grid import Fields
 from signround_edge.run_directory import RunDirectory
@@ -156,11 +164,10 @@ def quantize(model: Path, rounded: RunDirectory, tokens: Tensor, options: Option
             with _hessians(stage) as hessians:
                 _forward(decoder, shell, index, tokens, hidden)
             for name, module in stage.items():
-                grid, weight = rounded.quantized(name).grid, module._parameters["weight"].detach()  # type: ignore[union-attr]
-                transposed = is_transposed(module)
-                found[name] = gptq(weight.T.contiguous() if transposed else weight, hessians[name], grid, options)
+                grid = rounded.quantized(name).grid
+                found[name] = gptq(out_in(module).contiguous(), hessians[name], grid, options)
                 value = found[name].dequantize()
-                set_weight(module, value.T.contiguous() if transposed else value)
+                set_weight(module, value.T.contiguous() if is_transposed(module) else value)
         hidden = _forward(decoder, shell, index, tokens, hidden)
     return found
 

@@ -28,7 +28,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from benchmarks.measure import Cost, run_measured
-from benchmarks.synthetic_run import Shape, write_synthetic_run
+from benchmarks.synthetic_run import Shape, finite_logits, write_synthetic_run
 from exporters.gguf.container_reader import GgufFile
 from exporters.gguf.families import canonical_config, read_config
 from exporters.gguf.naming import Placement, builtin_placements
@@ -79,7 +79,7 @@ def _measure(folder: Path, shape: Shape, load: bool) -> list[dict[str, Any]]:
             row = {"export": kind, "layers": shape.layers, "weights": shape.parameters(), "file_bytes": size}
             row |= {**asdict(cost), "values_compared": _compare(run, path)}
             if load and kind != "f16":  # 16 GB of f16 would not fit beside everything else
-                logits[kind] = _logits(path, shape.vocab)
+                logits[kind] = finite_logits(LlamaCppRuntime(), path, shape.vocab)
         _say(json.dumps(row))
         rows.append(row)
     if logits and not np.array_equal(logits["packed"], logits["split"]):
@@ -129,14 +129,6 @@ def _compare_rows(run: RunDirectory, file: GgufFile, placement: Placement, rng: 
     if not np.array_equal(found.reshape(expected.shape), expected):
         raise AssertionError(f"{file.path}: tensor {placement.gguf_name} does not hold the run's weights")
     return int(expected.size)
-
-
-def _logits(path: Path, vocab: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    with LlamaCppRuntime().open(path) as session:
-        logits = session.logits(np.array([0, 5, 6], dtype=np.int32))
-    assert logits.shape == (3, vocab)
-    assert np.isfinite(logits).all()
-    return logits
 
 
 def _say(line: str) -> None:

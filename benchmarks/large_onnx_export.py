@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import Cost, run_measured
-from benchmarks.synthetic_run import Shape, write_synthetic_run
+from benchmarks.synthetic_run import Shape, finite_logits, write_synthetic_run
 from exporters.onnx.reader import read_tensors
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 
@@ -59,7 +59,7 @@ def _measure(folder: Path, shape: Shape) -> list[dict[str, Any]]:
         with _exported(run.path, folder / "out", flags) as (out, size, cost):
             stored = sum(row[3] for row in read_tensors(out))
             shards = [file.stat().st_size for file in out.glob("model.onnx.data*")]
-            logits.append(_logits(out, shape.vocab))
+            logits.append(finite_logits(OnnxRuntime(), out, shape.vocab))
         rows.append(
             {
                 "export": kind,
@@ -87,14 +87,6 @@ def _exported(run: Path, folder: Path, flags: list[str]) -> Iterator[tuple[Path,
         yield folder, sum(file.stat().st_size for file in folder.iterdir()), cost
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _logits(folder: Path, vocab: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    with OnnxRuntime().open(folder) as session:
-        logits = session.logits(np.array([0, 5, 6], dtype=np.int32))
-    assert logits.shape == (3, vocab)
-    assert np.isfinite(logits).all()
-    return logits
 
 
 if __name__ == "__main__":

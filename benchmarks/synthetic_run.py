@@ -1,7 +1,11 @@
-"""A run directory of a large Llama-shaped model with random codes, written part by part without a model behind it."""
+"""A run directory of a large Llama-shaped model with random codes, written part by part without a model behind it.
+
+What it is exported to must load, and compute something.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -12,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime_tests.interface import Runtime
 from signround_edge.demo import tiny_llama_path
 from signround_edge.formats import QuantizedTensor, get_grid
+from signround_edge.metrics import FloatArray
 from signround_edge.run_directory import OUTSIDE, Manifest, RunDirectory, TensorEntry
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -116,6 +122,15 @@ def write_synthetic_run(out: Path, shape: Shape, seed: int = 0) -> RunDirectory:
     for part in parts:
         run.write_part(part, {e.name: _random(e, rng) for e in entries if e.part == part}, {})
     return run
+
+
+def finite_logits(runtime: Runtime, artifact: Path, vocab: int) -> FloatArray:
+    """f32 [3, vocab] of three tokens, from an exported file of such a run; AssertionError where one is not finite."""
+    with contextlib.closing(runtime.open(artifact)) as session:
+        logits = session.logits(np.array([0, 5, 6], dtype=np.int32))
+    assert logits.shape == (3, vocab)
+    assert np.isfinite(logits).all()
+    return logits
 
 
 def _random(entry: TensorEntry, rng: np.random.Generator) -> Tensor | QuantizedTensor:

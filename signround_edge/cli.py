@@ -102,9 +102,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--steps", type=int, help="Gradient steps a block; 0 rounds to nearest.")
 @click.option("--batch-size", type=int, help="Samples a step.")
 @click.option("--lr", type=float, help="Learning rate of the rounding (default 0.7/steps, falling linearly to 0).")
-@click.option(
-    "--scale-lr", type=float, help="Learning rate of scales (default: --lr over the range of codes)."
-)
+@click.option("--scale-lr", type=float, help="Learning rate of scales (default: --lr over the range of codes).")
 @click.option("--tune-scales/--no-tune-scales", default=None, help="Let scales and minima move.")
 @click.option(
     "--positions",

@@ -78,6 +78,19 @@ def is_transposed(module: nn.Module) -> bool:
     return not isinstance(module, nn.Linear | nn.Embedding)
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """The detached weight of a norm, linear layer or embedding, in the module's own orientation."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight.detach()
+
+
+def out_in(module: nn.Module) -> Tensor:
+    """The detached weight matrix as [out, in]; a view, so not contiguous where `is_transposed`."""
+    weight = weight_of(module)
+    return weight.T if is_transposed(module) else weight
+
+
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Within, modules are built with parameters on the meta device but real buffers (RoPE tables and the like)."""

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from signround_edge.errors import UserError
@@ -59,6 +59,11 @@ class TensorEntry:
     format: str | None = None
     transposed: bool = False
     fallback_from: str | None = None
+
+    @property
+    def out_in_shape(self) -> tuple[int, ...]:
+        """[out, in] of a matrix, which is also the shape of its codes; [n] of a vector."""
+        return tuple(self.shape[::-1] if self.transposed else self.shape)
 
 
 @dataclass
@@ -242,7 +247,7 @@ class RunDirectory:
         entry = self._entries[name]
         assert entry.format is not None, name
         grid = get_grid(entry.format)
-        rows, cols = entry.shape[::-1] if entry.transposed else entry.shape
+        rows, cols = entry.out_in_shape
         with self._open_part(entry.part) as part:
             codes = part.get_tensor(f"{name}{_SEPARATOR}codes")
             fields = {f: part.get_tensor(f"{name}{_SEPARATOR}{f}") for f in grid.field_shapes(rows, cols)}
@@ -281,21 +286,21 @@ class RunDirectory:
         """Whether that part is written."""
         return part in self.manifest.complete
 
-    def statistics(self, name: str) -> dict[str, Tensor] | None:
-        """What tuning did to the roundings of a matrix (see `tuning.statistics`); None where that was not recorded.
+    def statistics(self, part: str) -> dict[str, dict[str, Tensor]]:
+        """Name → what tuning did to the roundings of that matrix (see `tuning.statistics`), where it was recorded.
 
         It is of the block-wise stage: the whole-model stage leaves it as it is.
         """
-        part = self._entries[name].part
         record, path = self.manifest.complete[part], self._statistics_path(part)
         if record.statistics_sha256 is None:
-            return None
+            return {}
         if not path.is_file() or sha256_of(path) != record.statistics_sha256:
             raise UserError(f"{path} is missing or was changed after `quantize` wrote it; restore it or quantize again")
-        prefix = f"{name}{_SEPARATOR}"
-        with safe_open(path, framework="pt") as file:
-            found = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
-        return found or None
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in load_file(path).items():
+            name, _, field_name = key.rpartition(_SEPARATOR)
+            found.setdefault(name, {})[field_name] = tensor
+        return found
 
     def write_part(
         self,

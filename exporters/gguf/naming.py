@@ -87,8 +87,7 @@ def candidate_names(run: RunDirectory, block_count: int, arch: str) -> dict[str,
 
 def matrix_shape(run: RunDirectory, hf_name: str) -> tuple[int, ...]:
     """Shape in the file's orientation: [out, in] for matrices, [n] for vectors."""
-    entry = run.entry(hf_name)
-    return tuple(entry.shape[::-1] if entry.transposed else entry.shape)
+    return run.entry(hf_name).out_in_shape
 
 
 def float_data(run: RunDirectory, hf_name: str) -> Tensor:

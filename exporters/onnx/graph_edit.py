@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporters.onnx.bindings import Binding
-from exporters.onnx.packing import Operands
+from exporters.onnx.packing import OperandLayout
 from exporters.onnx.run_weights import RunWeights
 
 # Key in `ir.Value.meta`: the initializer whose bytes in the data file this one is another view of.
@@ -57,19 +57,18 @@ def set_operand_initializers(
         What a node is to read: scales in f16 go through a Cast, as ONNX Runtime wants them in the dtype of the
         activations. It folds that Cast when it loads the model, so scales are constants to its kernels all the same.
     """
-    packed = weights.operands(parameters)
+    layout = weights.layout(parameters)
     # They are written one after the other, so `weights` packs each matrix once.
     codes = set_initializer(
-        graph, f"{base}.qweight", "uint8", packed.weight.shape, lambda: weights.operands(parameters).weight
+        graph, f"{base}.qweight", "uint8", layout.weight_shape, lambda: weights.operands(parameters).weight
     )
-    dtype = str(packed.scales.dtype)
     scales = set_initializer(
-        graph, f"{base}.scales", dtype, packed.scales.shape, lambda: weights.operands(parameters).scales
+        graph, f"{base}.scales", layout.scale_dtype, layout.scales_shape, lambda: weights.operands(parameters).scales
     )
     zeros = set_initializer(
-        graph, f"{base}.qzeros", "uint8", packed.zero_points.shape, lambda: weights.operands(parameters).zero_points
+        graph, f"{base}.qzeros", "uint8", layout.zero_points_shape, lambda: weights.operands(parameters).zero_points
     )
-    return [codes, cast_to_float(graph, scales) if dtype == "float16" else scales, zeros]
+    return [codes, cast_to_float(graph, scales) if layout.scale_dtype == "float16" else scales, zeros]
 
 
 def cast_to_float(graph: ir.Graph, value: ir.Value) -> ir.Value:
@@ -98,8 +97,7 @@ def set_gather_operands(
         shared: operands of a MatMulNBits of the same parameters: the codes are another view of its bytes. Empty where
             there is none.
     """
-    packed = weights.operands(parameters)
-    shape = (packed.shape[0], packed.shape[1] * packed.bits // 8)
+    shape = weights.layout(parameters).gathered_shape
     _, scales, zeros = shared or set_operand_initializers(graph, base, parameters, weights)
 
     def codes() -> NDArray[np.uint8]:
@@ -111,9 +109,9 @@ def set_gather_operands(
     return [value, scales, zeros]
 
 
-def gather_attributes(packed: Operands) -> dict[str, int]:
-    """Attributes of a GatherBlockQuantized that takes rows of these operands."""
-    return {"bits": packed.bits, "block_size": packed.block_size, "gather_axis": 0, "quantize_axis": 1}
+def gather_attributes(layout: OperandLayout) -> dict[str, int]:
+    """Attributes of a GatherBlockQuantized that takes rows of such operands."""
+    return {"bits": layout.bits, "block_size": layout.block_size, "gather_axis": 0, "quantize_axis": 1}
 
 
 def set_float_initializer(graph: ir.Graph, binding: Binding, dtype: str, weights: RunWeights) -> ir.Value:

@@ -7,7 +7,8 @@ GatherBlockQuantized reads the same bytes, with B seen as [N, K·bits/8].
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,8 +16,48 @@ from numpy.typing import NDArray
 
 from signround_edge.formats import Grid, QuantizedTensor, as_matmul_nbits
 from signround_edge.formats.matmul_nbits import scales_are_fp16
+from signround_edge.run_directory import dtype_name
 
 Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class OperandLayout:
+    """Shapes and dtypes of the operands of a weight matrix [N, K], known without packing it.
+
+    Attributes:
+        rows: N.
+        cols: K.
+        bits: bits of a code (2, 4 or 8).
+        block_size: g, input features that share a scale.
+        scale_dtype: "float32" or "float16".
+    """
+
+    rows: int
+    cols: int
+    bits: int
+    block_size: int
+    scale_dtype: str
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int]:
+        """[N, K/g, g·bits/8], as MatMulNBits reads the codes."""
+        return *self.scales_shape, self.block_size * self.bits // 8
+
+    @property
+    def gathered_shape(self) -> tuple[int, int]:
+        """[N, K·bits/8], as GatherBlockQuantized reads them."""
+        return self.rows, self.cols * self.bits // 8
+
+    @property
+    def scales_shape(self) -> tuple[int, int]:
+        """[N, K/g]."""
+        return self.rows, self.cols // self.block_size
+
+    @property
+    def zero_points_shape(self) -> tuple[int, int]:
+        """[N, ceil(K/g·bits/8)]."""
+        return self.rows, math.ceil(self.scales_shape[1] * self.bits / 8)
 
 
 @dataclass(frozen=True)
@@ -76,7 +117,7 @@ def pack_operands(tensor: QuantizedTensor, half_scales: bool = False) -> Operand
     if view is None:
         return None
     rows, blocks = view.scales.shape
-    scales = view.scales.half() if half_scales and scales_are_fp16(tensor.grid) else view.scales
+    scales = view.scales.to(_scale_dtype(tensor.grid, half_scales))
     return Operands(
         bits=view.bits,
         block_size=view.block_size,
@@ -102,6 +143,20 @@ def stack_rows(parts: list[Operands]) -> Operands:
     )
 
 
+def layout_of(grid: Grid, rows: int, cols: int, half_scales: bool = False) -> OperandLayout | None:
+    """The layout of what `pack_operands` makes of a matrix [rows, cols] on that grid."""
+    container = container_of(grid)
+    if container is None:
+        return None
+    return OperandLayout(rows, cols, *container, dtype_name(_scale_dtype(grid, half_scales)))
+
+
+def stack_layouts(parts: list[OperandLayout]) -> OperandLayout:
+    """The layout of what `stack_rows` makes of such parts."""
+    dtype = "float32" if any(p.scale_dtype == "float32" for p in parts) else "float16"
+    return replace(parts[0], rows=sum(p.rows for p in parts), scale_dtype=dtype)
+
+
 def container_of(grid: Grid) -> tuple[int, int] | None:
     """(bits, block size) of the MatMulNBits operands of that grid, or None where it has no such form."""
     codes = torch.zeros((1, grid.row_multiple), dtype=grid.code_dtype)
@@ -109,3 +164,7 @@ def container_of(grid: Grid) -> tuple[int, int] | None:
     fields = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
     view = as_matmul_nbits(QuantizedTensor(grid, codes, fields))
     return None if view is None else (view.bits, view.block_size)
+
+
+def _scale_dtype(grid: Grid, half_scales: bool) -> torch.dtype:
+    return torch.float16 if half_scales and scales_are_fp16(grid) else torch.float32

@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 
 from exporters.onnx.bindings import Binding
-from exporters.onnx.packing import Operands, pack_operands, stack_rows
+from exporters.onnx.packing import OperandLayout, Operands, layout_of, pack_operands, stack_layouts, stack_rows
 from signround_edge.errors import UserError
+from signround_edge.formats import get_grid
 from signround_edge.formats.grid import to_fp16
-from signround_edge.run_directory import RunDirectory
+from signround_edge.run_directory import RunDirectory, TensorEntry
 
 FloatArray = NDArray[np.float32]
 
@@ -44,6 +45,10 @@ class RunWeights:
     def is_quantized(self, parameters: tuple[str, ...]) -> bool:
         """Whether the run stores these parameters as codes. A packed projection is never mixed (see `staging`)."""
         return all(self.run.is_quantized(self.owner(p)) for p in parameters)
+
+    def layout(self, parameters: tuple[str, ...]) -> OperandLayout:
+        """The layout of their `operands`."""
+        return stack_layouts([self._layout(p) for p in parameters])
 
     def operands(self, parameters: tuple[str, ...]) -> Operands:
         """Packed operands of quantized parameters, stacked in order."""
@@ -83,11 +88,21 @@ class RunWeights:
             weights = to_fp16(weights)
         return np.ascontiguousarray(weights.numpy())
 
+    def _layout(self, parameter: str) -> OperandLayout:
+        entry = self.run.entry(self.owner(parameter))
+        rows, cols = entry.out_in_shape
+        layout = layout_of(get_grid(str(entry.format)), rows, cols, self.half_scales)
+        if layout is None:
+            raise _cannot_hold(entry)
+        return layout
+
     def _pack(self, parameter: str) -> Operands:
         name = self.owner(parameter)
         operands = pack_operands(self.run.quantized(name), self.half_scales)
         if operands is None:
-            raise UserError(
-                f"tensor {name} is {self.run.entry(name).format}, which MatMulNBits cannot hold; use --dtype f32"
-            )
+            raise _cannot_hold(self.run.entry(name))
         return operands
+
+
+def _cannot_hold(entry: TensorEntry) -> UserError:
+    return UserError(f"tensor {entry.name} is {entry.format}, which MatMulNBits cannot hold; use --dtype f32")

@@ -77,7 +77,7 @@ class LlamaCppRuntime(WorkerRuntime):
 
     def stored_tensors(self, artifact: Path) -> Iterator[StoredTensor]:
         """Every tensor through libggml's `to_float`: f32 [rows, values a row] (a vector is one row)."""
-        with ReconnectingWorker(self.transport, str(artifact), self.timeout) as worker:
+        with self.worker(artifact) as worker:
             file = GgufFile.open(artifact)
             for name, info in file.tensors.items():
                 data = file.raw(name)

@@ -50,7 +50,7 @@ class OnnxRuntime(WorkerRuntime):
         from exporters.onnx.reader import read_tensors
 
         types = {name: kind for name, kind, _, _ in read_tensors(artifact)}
-        with ReconnectingWorker(self.transport, str(artifact), self.timeout) as worker:
+        with self.worker(artifact) as worker:
             for name, weights in dequantize_through_runtime(
                 artifact, lambda node: _dequantize(worker, self.name, node)
             ):

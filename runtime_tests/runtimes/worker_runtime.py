@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Self
 
 from devices import DeviceProfile
 from runtime_tests.transports.interface import DEFAULT_TIMEOUT, Transport
 from runtime_tests.transports.local import LocalTransport
+from runtime_tests.transports.reconnecting import ReconnectingWorker
 
 
 @dataclass(frozen=True)
@@ -28,3 +30,8 @@ class WorkerRuntime:
         """The same runtime on a device."""
         digest = profile.logits == "digest"
         return replace(self, timeout=profile.timeout_s, transport=transport, digest=digest)
+
+    def worker(self, artifact: Path) -> ReconnectingWorker:
+        """A worker without a session, for requests about an artifact that need nothing of the ones before them."""
+        subject = str(artifact)
+        return ReconnectingWorker(subject, lambda: self.transport.start(subject, self.timeout))

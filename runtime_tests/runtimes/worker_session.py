@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 from runtime_tests.digest import DEFAULT_TOP, Digest
 from runtime_tests.transports.interface import Transport, Worker
 from runtime_tests.transports.protocol import Message
-from runtime_tests.transports.reconnecting import patiently
-from signround_edge.errors import UserError
+from runtime_tests.transports.reconnecting import ReconnectingWorker
 from signround_edge.metrics import FloatArray, TokenArray, Windows
 
 
-class WorkerSession:
+class WorkerSession(ReconnectingWorker):
     """Use as a context manager, or call `close`; nothing is left running after either.
 
     A connection that breaks is made anew, the artifact opened again (its bytes are there already), and the request
@@ -35,7 +34,6 @@ class WorkerSession:
         facts: what the engine tells about the file.
         seconds: time that the device has computed for us.
         peak_memory_bytes: of the process that computes, where it can say it.
-        reconnections: how often the connection was made anew.
     """
 
     def __init__(
@@ -47,24 +45,17 @@ class WorkerSession:
         options: dict[str, Any] | None = None,
         digest: bool = False,
     ) -> None:
+        super().__init__(str(artifact), self._connect)
         self._runtime, self._transport, self._artifact, self._timeout = runtime, transport, artifact, timeout
         self._options = options or {}
         self._digest = digest
-        self._open_worker: Worker | None = None
         self._computed: dict[bytes, FloatArray | Digest] = {}
         self._progress: tuple[float | None, str] = (None, "")  # for a person who watches a page
         self.facts: dict[str, Any] = {}
         self.vocab_size: int | None = None
         self.seconds = 0.0
         self.peak_memory_bytes: int | None = None
-        self.reconnections = 0
-        patiently(self._connect, self._lost)
-
-    @property
-    def _worker(self) -> Worker:
-        if self._open_worker is None:
-            raise UserError(f"{self._artifact}: the session is closed")
-        return self._open_worker
+        self._patiently(self._started)
 
     def logits(self, tokens: TokenArray) -> FloatArray:
         """f32 [n, vocab] next-token logits at every position of int32 [n], from an empty cache.
@@ -113,42 +104,22 @@ class WorkerSession:
         reply = self._call("hidden_states", {"tokens": tokens.astype(np.int32)}, width=width)
         return {name: reply.arrays[str(i)] for i, name in enumerate(reply.header["names"])}
 
-    def close(self) -> None:
-        """End the worker. May be repeated."""
-        worker, self._open_worker = self._open_worker, None
-        if worker is not None:
-            worker.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _call(self, op: str, arrays: dict[str, NDArray[Any]] | None = None, **header: Any) -> Message:
-        reply = patiently(lambda: self._connected().call(op, arrays, **header), self._lost)
+        reply = self.call(op, arrays, **header)
         self.seconds += float(reply.header.get("seconds") or 0.0)
         peak = reply.header.get("peak_memory_bytes")
         if peak:
             self.peak_memory_bytes = max(int(peak), self.peak_memory_bytes or 0)
         return reply
 
-    def _connected(self) -> Worker:
-        return self._connect() if self._open_worker is None and self.reconnections else self._worker
-
     def _connect(self) -> Worker:
         worker = self._transport.start(str(self._artifact), self._timeout)
         try:
             name = worker.push(self._artifact)
             reply = worker.call("open", runtime=self._runtime, artifact=name, options=self._options)
+            self.facts = reply.header["facts"]
+            self.vocab_size = self.facts["vocab_size"]
         except BaseException:
             worker.close()
             raise
-        self._open_worker = worker
-        self.facts = reply.header["facts"]
-        self.vocab_size = self.facts["vocab_size"]
         return worker
-
-    def _lost(self) -> None:
-        self.reconnections += 1
-        self.close()

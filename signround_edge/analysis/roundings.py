@@ -145,10 +145,11 @@ def analyze(run: RunDirectory) -> Analysis:
     manifest = run.manifest
     tensors: list[TensorRoundings] = []
     counts: list[_Counts] = []
+    statistics = {n: s for part in manifest.parts if part != OUTSIDE for n, s in run.statistics(part).items()}
     for entry in manifest.tensors:
-        stored = run.statistics(entry.name) if entry.format is not None and entry.part != OUTSIDE else None
-        if stored is None:
+        if entry.name not in statistics:
             continue
+        stored = statistics[entry.name]
         try:
             found = _Counts(entry.name, int(entry.part), **{k: t.numpy() for k, t in stored.items()})
         except TypeError as error:

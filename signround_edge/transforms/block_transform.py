@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from signround_edge.decoder import is_transposed, set_parameter, set_weight
+from signround_edge.decoder import is_transposed, out_in, set_parameter, set_weight
 from signround_edge.run_directory import ChannelScales
 from signround_edge.transforms.folds import Fold, scaled_vectors
 
@@ -47,10 +47,8 @@ class BlockTransform:
         """Put the transformed weights into a block that holds the source's."""
         for name, scales in self.scales.items():
             module = block.get_submodule(name.removesuffix(".weight"))
-            weight: Tensor = module._parameters["weight"].detach()  # type: ignore[union-attr]
-            transposed = is_transposed(module)
-            changed = scales.apply(weight.T if transposed else weight)
-            set_weight(module, (changed.T if transposed else changed).contiguous())
+            changed = scales.apply(out_in(module))
+            set_weight(module, (changed.T if is_transposed(module) else changed).contiguous())
         self.install_vectors(block)
 
     def install_vectors(self, block: nn.Module) -> None:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from signround_edge.decoder import set_parameter
+from signround_edge.decoder import out_in, set_parameter
 from signround_edge.transforms.block_transform import BlockTransform
-from signround_edge.transforms.folds import Fold, is_norm, linear_layers, out_in, output_count
+from signround_edge.transforms.folds import Fold, is_norm, linear_layers, output_count
 
 # Relative change of a block's contribution that is rounding of f32. What is no fold changes it by a hundredth or more.
 _TOLERANCE = 2e-5

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from signround_edge.decoder import is_transposed
+from signround_edge.decoder import out_in, weight_of
 from signround_edge.experts import Experts
 
 
@@ -59,12 +59,6 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D) and m not in hidden}
 
 
-def out_in(module: nn.Module) -> Tensor:
-    """A layer's weight as [out, in]."""
-    weight: Tensor = module._parameters["weight"].detach()  # type: ignore[union-attr]
-    return weight.T if is_transposed(module) else weight
-
-
 def scaled_vectors(block: nn.Module, fold: Fold, scales: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
     """What a fold makes of its producer.
 
@@ -93,4 +87,4 @@ def is_norm(module: nn.Module) -> bool:
 
 def output_count(module: nn.Module) -> int:
     """Output channels of a norm or linear layer."""
-    return int(module._parameters["weight"].shape[0] if is_norm(module) else out_in(module).shape[0])  # type: ignore[union-attr]
+    return int((weight_of(module) if is_norm(module) else out_in(module)).shape[0])

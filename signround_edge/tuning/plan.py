@@ -64,7 +64,7 @@ def entry_bytes(entry: TensorEntry, target: str) -> int:
         own = entry.fallback_from is not None and target == "gguf"
         width = getattr(torch, entry.dtype).itemsize if own else 4
         return math.prod(entry.shape) * int(width)
-    rows, cols = entry.shape[::-1] if entry.transposed else entry.shape
+    rows, cols = entry.out_in_shape
     grid = get_grid(entry.format)
     in_onnx = matmul_nbits_bytes(grid, rows, cols) if target == "onnx" else None
     return grid.stored_bytes(rows, cols) if in_onnx is None else in_onnx

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from signround_edge import __version__
 from signround_edge.decoder import (
     Decoder,
     build_decoder,
     checkpoint_name,
     load_parameters,
+    out_in,
     set_parameter,
     set_weight,
     unload_parameters,
+    weight_of,
 )
 from signround_edge.errors import UserError
 from signround_edge.formats import Grid, QuantizedTensor, get_grid
@@ -45,6 +44,7 @@ from signround_edge.tuning.divergence import TopProbabilities
 from signround_edge.tuning.importance import Importance, ImportanceSink, ImportanceSource, given_importance
 from signround_edge.tuning.plan import Plan, listing, make_plan, part_of_block
 from signround_edge.tuning.rms_norm import use_cached_rms_norm
+from signround_edge.tuning.run_opening import open_or_create, versions
 from signround_edge.tuning.settings import TuningSettings
 from signround_edge.tuning.signround import (
     Matrix,
@@ -116,12 +116,12 @@ def quantize(
             "calibration_sha256": tokens_hash(tokens),
             "imatrix_sha256": None if imatrix is None else imatrix.sha256,
         },
-        versions=_versions(torch_device),
+        versions=versions(torch_device),
         parts=plan.parts,
         tied=plan.tied,
         tensors=plan.tensors,
     )
-    run = _open_or_create(out, manifest, source, resume)
+    run = open_or_create(out, manifest, source, resume)
     importance = Importance(given, save_imatrix)
     _Job(source, decoder, plan, tokens, settings, torch_device, run, progress, importance).execute()
     return RunDirectory.open(out)
@@ -135,53 +135,10 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _versions(device: torch.device) -> dict[str, str]:
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors", "numpy")}
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    return {"signround_edge": __version__, **packages, "python": platform.python_version(), "machine": machine}
-
-
 def _matrix_names(decoder: Decoder, plan: Plan) -> list[str]:
     """The matrices whose inputs are activations: those of the blocks, and a head that is not the embedding."""
     names = [name for index in range(len(decoder.blocks)) for name in decoder.matrices(index)]
     return names if plan.head == plan.embedding else [*names, plan.head]
-
-
-def _open_or_create(out: Path, manifest: Manifest, source: SourceModel, resume: bool) -> RunDirectory:
-    if (out / "manifest.json").is_file():
-        if not resume:
-            raise UserError(f"{out} already holds a run; add --resume to continue it, or give another -o")
-        run = RunDirectory.open(out, allow_incomplete=True)
-        difference = _difference(run.manifest, manifest)
-        if difference:
-            raise UserError(f"{out} cannot be resumed: {difference}; use the same arguments, or give another -o")
-        run.remove_superseded()
-        return run
-    if out.exists() and (not out.is_dir() or _has_foreign_files(out)):
-        raise UserError(f"{out} exists and is not a run directory; give another -o")
-    source.copy_config(out / "config")
-    return RunDirectory.create(out, manifest)
-
-
-def _has_foreign_files(out: Path) -> bool:
-    """Anything but what a run that was killed before its first manifest leaves behind."""
-    return any(p.name not in ("config", "blocks", "manifest.json.partial") for p in out.iterdir())
-
-
-def _difference(old: Manifest, new: Manifest) -> str | None:
-    """What differs between a run on disk and the one asked for, in a few words; None when they are the same."""
-    if old.scheme != new.scheme:
-        return f"its scheme is {old.scheme}, not {new.scheme}"
-    for file in sorted({*old.source["files"], *new.source["files"]}):
-        if old.source["files"].get(file) != new.source["files"].get(file):
-            return f"it was made from another model ({file} differs)"
-    for name, value in new.settings.items():
-        if old.settings.get(name) != value:
-            return f"its {name} is {old.settings.get(name)}, not {value}"
-    for name, version in new.versions.items():
-        if old.versions.get(name) != version:
-            return f"it was made with {name} {old.versions.get(name)}, not {version}"
-    return None if old.tensors == new.tensors else "its list of tensors differs"
 
 
 @dataclass
@@ -234,7 +191,7 @@ class _Job:
         if not self.run.is_quantized(self.plan.embedding):
             return shell, None, exact, exact, scaling
         grid = self._grid(self.plan.embedding)
-        weight = _out_in(False, self.decoder.embedding)
+        weight = weight_of(self.decoder.embedding)
         importance = self.importance.given.get(self.plan.embedding, torch.ones(weight.shape[1]))
         tensor = grid.quantize(weight, initial_scales(grid, weight, importance, "search"))
         set_weight(self.decoder.embedding, tensor.dequantize())
@@ -257,7 +214,7 @@ class _Job:
             target = self._run(shell, index, exact, moments)
         importance = self.importance.settle(moments.result(), self.device)
         matrices = [
-            Matrix(name, module, self._grid(name), _out_in(self.run.entry(name).transposed, module), importance[name])
+            Matrix(name, module, self._grid(name), out_in(module).contiguous(), importance[name])
             for name, module in modules.items()
         ]
         transform, found = BlockTransform(), None
@@ -372,7 +329,7 @@ class _Job:
             return
         if to_quantize:
             load_parameters(head, name.removesuffix("weight"), self.source, _CPU, self.decoder.base_prefix)
-            weight, grid = _out_in(False, head), self._grid(name)
+            weight, grid = weight_of(head), self._grid(name)
             tensors[name] = grid.quantize(weight, initial_scales(grid, weight, importance[name], "search"))
         found = {}
         if scaling is not None:
@@ -506,8 +463,3 @@ def _load_own(module: torch.nn.Module, name: str, source: SourceModel, base_pref
 
 def _frozen(tensor: Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(tensor, requires_grad=False)
-
-
-def _out_in(transposed: bool, module: torch.nn.Module) -> Tensor:
-    weight: Tensor = module._parameters["weight"].detach()  # type: ignore[union-attr]
-    return weight.T.contiguous() if transposed else weight

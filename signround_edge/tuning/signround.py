@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from signround_edge.decoder import is_transposed, set_weight
+from signround_edge.decoder import is_transposed, set_weight, weight_of
 from signround_edge.experts import split_expert
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.scale_search import extreme_scales
@@ -190,10 +190,7 @@ def _tunable_weights(unit: Unit, dtype: torch.dtype) -> dict[str, nn.Parameter]:
 
     It has the dtype of the products, so that neither it nor its gradient is converted at every step.
     """
-    return {
-        m.name: set_weight(m.module, m.module._parameters["weight"].detach().to(dtype, copy=True), True)  # type: ignore[union-attr]
-        for m in unit.matrices
-    }
+    return {m.name: set_weight(m.module, weight_of(m.module).to(dtype, copy=True), True) for m in unit.matrices}
 
 
 def _transposed_step(state: RoundingState, gradient: Tensor, out: Tensor, step: int, settings: TuningSettings) -> None:

@@ -33,7 +33,8 @@ from runtime_tests.temporary import remove_abandoned
 from runtime_tests.transports.ssh import OPTIONS_VARIABLE
 from runtime_tests.verify import verify  # noqa: F401  imported before the fork
 from signround_edge.cli import main as main_command
-from tests.runtime_tests.sshd import Sshd, command_of, descendants, running_sshd
+from tests.runtime_tests.processes import command_of, descendants
+from tests.runtime_tests.sshd import Sshd, running_sshd
 
 KINDS = (
     "kill a worker",
@@ -296,7 +297,7 @@ def _check_temporary(kind: str, temporary: Path) -> None:
 
 
 @contextlib.contextmanager
-def _small_disk(folder: Path):  # type: ignore[no-untyped-def]
+def _small_disk(folder: Path) -> Iterator[None]:
     """A file system of a few megabytes; only root can make one."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_SMALL_DISK}", "tmpfs", folder], check=True)
     try:

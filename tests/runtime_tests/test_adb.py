@@ -11,12 +11,11 @@ import pytest
 
 from devices import DeviceProfile, get_device
 from runtime_tests.transports.adb import AdbTransport
-from runtime_tests.transports.browser import Chromium
 from runtime_tests.verify import verify
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 from tests.runtime_tests.adb_server import AdbServer, Phone
-from tests.runtime_tests.javascript_support import ready_device
+from tests.runtime_tests.javascript_support import assert_both_pass, phone_browser, ready_device
 from tests.runtime_tests.sshd import free_port, listens
 
 PORT = "ANDROID_ADB_SERVER_PORT"
@@ -82,25 +81,17 @@ def test_a_phone_on_usb_verifies_in_its_own_browser(
     """`am start` opens headless Chromium at phone size, and the forwarded port is this machine's own."""
     ready_device("pixel-8")
     ready_device("browser-wasm")
-    browsers: list[Chromium] = []
 
     def shell(command: str) -> str:
         assert command.startswith("am start -a android.intent.action.VIEW -d http://127.0.0.1:")
-        browsers.append(Chromium(command.split()[-1], flags=("--window-size=412,915",)))
+        visit(command.split()[-1])
         return "Starting: Intent { act=android.intent.action.VIEW }\n"
 
     phone = Phone(shell=shell)
-    with AdbServer(phone) as server:
+    with AdbServer(phone) as server, phone_browser() as visit:
         monkeypatch.setenv(PORT, str(server.port))
-        try:
-            report = verify(run, [gguf_file, onnx_folder], text, devices=["pixel-8"], n_ctx=32, max_windows=2, log=str)
-        finally:
-            for browser in browsers:
-                browser.close()
-    assert [(r.name, r.status, r.reason) for r in report.runtimes] == [
-        ("wllama", "pass", None),
-        ("onnxruntime-web", "pass", None),
-    ]
+        report = verify(run, [gguf_file, onnx_folder], text, devices=["pixel-8"], n_ctx=32, max_windows=2, log=str)
+    assert_both_pass(report)
     assert phone.reversed == {}
     forwarded = next(r for r in phone.requests if r.startswith("reverse:forward:"))
     assert not listens(urlsplit(f"//x:{forwarded.rpartition(':')[2]}").port or 0)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import re
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,13 +30,10 @@ from runtime_tests.verify import verify
 from signround_edge.errors import UserError
 from signround_edge.metrics import Windows, log_softmax
 from signround_edge.run_directory import RunDirectory
-from tests.runtime_tests.javascript_support import ready_device
-from tests.runtime_tests.sshd import command_of, descendants, listens
+from tests.runtime_tests.javascript_support import assert_both_pass, phone_browser, ready_device
+from tests.runtime_tests.processes import command_of, descendants, wait_until
+from tests.runtime_tests.sshd import listens
 
-PHONE = (
-    "--window-size=412,915",
-    "--user-agent=Mozilla/5.0 (Linux; Android 14; Pixel 8) Chrome/156.0 Mobile Safari/537.36",
-)
 TOKENS = np.random.default_rng(0).integers(0, 300, 32).astype(np.int32)
 
 
@@ -139,10 +136,7 @@ def test_nobody_opens_the_page() -> None:
 def test_both_runtimes_verify_in_chromium(run: RunDirectory, gguf_file: Path, onnx_folder: Path, text: Path) -> None:
     chromium_profile()
     report = verify(run, [gguf_file, onnx_folder], text, devices=["browser-wasm"], n_ctx=32, max_windows=2, log=str)
-    assert [(r.name, r.status, r.reason) for r in report.runtimes] == [
-        ("wllama", "pass", None),
-        ("onnxruntime-web", "pass", None),
-    ]
+    assert_both_pass(report)
     assert report.weights_exact
 
 
@@ -201,25 +195,18 @@ def test_a_phone_verifies_and_nothing_listens_after(
     ready_device("phone-browser")
     chromium_profile()
     said: list[str] = []
-    browsers: list[Chromium] = []
+    with phone_browser() as visit:
 
-    def person(line: str) -> None:
-        said.append(line)
-        if line.startswith("http://"):
-            browsers.append(Chromium(line, flags=PHONE))
+        def person(line: str) -> None:
+            said.append(line)
+            if line.startswith("http://"):
+                visit(line)
 
-    monkeypatch.setattr(browser_module.PhoneTransport.__init__, "__defaults__", (person,))
-    try:
+        monkeypatch.setattr(browser_module.PhoneTransport.__init__, "__defaults__", (person,))
         report = verify(
             run, [gguf_file, onnx_folder], text, devices=["phone-browser=127.0.0.1"], n_ctx=32, max_windows=2, log=str
         )
-    finally:
-        for browser in browsers:
-            browser.close()
-    assert [(r.name, r.status, r.reason) for r in report.runtimes] == [
-        ("wllama", "pass", None),
-        ("onnxruntime-web", "pass", None),
-    ]
+    assert_both_pass(report)
     (address,) = [line for line in said if line.startswith("http://")]
     assert any("█" in line for line in said)
     assert not listens(urlsplit(address).port or 0)
@@ -235,45 +222,36 @@ def test_a_page_that_is_loaded_again_goes_on(onnx_folder: Path) -> None:
     transport = PhoneTransport(profile, say=addresses.append)
     runtime = OnnxRuntimeWeb().on(profile, transport)
     windows = Windows(np.random.default_rng(1).integers(0, 300, (3, 32)).astype(np.int32))
-    opened = threading.Event()
+    opened, reopened = threading.Event(), threading.Event()
 
     def person() -> None:
         wait_until(lambda: any(a.startswith("http") for a in addresses))
         url = next(a for a in addresses if a.startswith("http"))
-        first = Chromium(url, flags=PHONE)
+        first = visit(url)
         opened.wait(60)
         first.close()
         # The browser's cookie went with its profile; a phone's stays.
         transport._server.cookie_given = False  # type: ignore[union-attr]
-        browsers.append(Chromium(url, flags=PHONE))
+        visit(url)
+        reopened.set()
 
-    browsers: list[Chromium] = []
     thread = threading.Thread(target=person)
-    thread.start()
-    try:
-        with runtime.open(onnx_folder) as session:
-            before = session.scored(windows.tokens[0], 16)
+    with contextlib.closing(transport), phone_browser() as visit:
+        thread.start()
+        try:
+            with runtime.open(onnx_folder) as session:
+                before = session.scored(windows.tokens[0], 16)
+                opened.set()
+                wait_until(reopened.is_set)
+                after = session.scored(windows.tokens[0], 16)
+                assert session.reconnections >= 1
+            np.testing.assert_array_equal(before.top_ids, after.top_ids)  # type: ignore[union-attr]
+        finally:
             opened.set()
-            wait_until(lambda: bool(browsers))
-            after = session.scored(windows.tokens[0], 16)
-            assert session.reconnections >= 1
-        np.testing.assert_array_equal(before.top_ids, after.top_ids)  # type: ignore[union-attr]
-    finally:
-        opened.set()
-        thread.join()
-        for browser in browsers:
-            browser.close()
-        transport.close()
+            thread.join()
     assert issubclass(ConnectionLost, WorkerFailure)
 
 
 def keep_computing(session: WorkerSession) -> None:
     for _ in range(1000):
         session.logits(TOKENS)
-
-
-def wait_until(condition: object, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:  # type: ignore[operator]
-        time.sleep(0.05)
-    assert condition()  # type: ignore[operator]

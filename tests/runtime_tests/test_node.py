@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +19,7 @@ from runtime_tests.verify import verify
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 from tests.runtime_tests.javascript_support import ready_device
-from tests.runtime_tests.sshd import command_of, descendants
+from tests.runtime_tests.processes import command_of, descendants, killed_client_of_worker, wait_until
 
 TOKENS = np.random.default_rng(0).integers(0, 300, 48).astype(np.int32)
 
@@ -104,9 +101,7 @@ def test_a_killed_node_is_a_failure_with_its_signal(web: OnnxRuntimeWeb, onnx_fo
 
 def test_a_hanging_node_is_ended(web: OnnxRuntimeWeb) -> None:
     worker = NodeTransport().start("model", timeout=2.0)
-    deadline = time.monotonic() + 30
-    while not descendants(worker.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: descendants(worker.pid))
     (node,) = descendants(worker.pid)
     os.kill(node, signal.SIGSTOP)
     with pytest.raises(WorkerFailure, match="gave no answer to 'logits' within 2 s"):
@@ -115,22 +110,8 @@ def test_a_hanging_node_is_ended(web: OnnxRuntimeWeb) -> None:
 
 
 def test_node_ends_when_its_client_is_killed() -> None:
-    script = (
-        "import time\nfrom runtime_tests.transports.node import NodeTransport\n"
-        "worker = NodeTransport().start('x')\nprint(worker.pid, flush=True)\ntime.sleep(60)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    client = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment, text=True)
-    assert client.stdout is not None
-    leash = int(client.stdout.readline())
-    deadline = time.monotonic() + 30
-    while not descendants(leash) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    (node,) = descendants(leash)
-    client.kill()
-    client.wait()
-    client.stdout.close()
-    while (command_of(node) or command_of(leash)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not command_of(node)
-    assert not command_of(leash)
+    script = "from runtime_tests.transports.node import NodeTransport; worker = NodeTransport().start('x')"
+    with killed_client_of_worker(script) as leash:
+        wait_until(lambda: descendants(leash))
+        (node,) = descendants(leash)
+    wait_until(lambda: not command_of(node) and not command_of(leash))

@@ -6,7 +6,6 @@ import hashlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,8 @@ from runtime_tests.transports.interface import WorkerFailure
 from runtime_tests.transports.ssh import OPTIONS_VARIABLE, SshTransport
 from runtime_tests.verify import verify
 from signround_edge.run_directory import RunDirectory
-from tests.runtime_tests.sshd import Sshd, command_of, free_port, running_sshd
+from tests.runtime_tests.processes import command_of, wait_until
+from tests.runtime_tests.sshd import Sshd, free_port, running_sshd
 
 pytestmark = pytest.mark.full
 TOKENS = np.random.default_rng(0).integers(0, 300, 100).astype(np.int32)
@@ -134,7 +134,7 @@ def test_a_killed_worker_is_a_failure_with_the_signal_and_is_not_tried_again(
 def test_a_hanging_worker_is_ended_there_too(sshd: Sshd, profile: DeviceProfile, gguf_file: Path) -> None:
     runtime = LlamaCppRuntime().on(replace(profile, timeout_s=20), SshTransport(profile))
     with runtime.open(gguf_file) as session:
-        session._open_worker._timeout = 1.0  # type: ignore[union-attr]
+        session._worker._timeout = 1.0  # type: ignore[union-attr]
         (pid,) = workers(sshd)
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(WorkerFailure, match="gave no answer"):
@@ -155,10 +155,7 @@ def test_what_is_not_reachable_is_said(profile: DeviceProfile, monkeypatch: pyte
 
 
 def wait_until_gone(sshd: Sshd) -> None:
-    deadline = time.monotonic() + 10
-    while workers(sshd) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert workers(sshd) == []
+    wait_until(lambda: workers(sshd) == [], 10)
 
 
 def test_a_file_with_another_hash_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

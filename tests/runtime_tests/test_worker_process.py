@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 from runtime_tests.transports.local import LocalWorker, WorkerFailure
 from runtime_tests.transports.protocol import Message, ProtocolError, receive, send
 from signround_edge.errors import UserError
+from tests.runtime_tests.processes import killed_client_of_worker, wait_until
 
 DTYPES = ("<f4", "<i4", "<i8", "|u1")
 
@@ -108,22 +108,12 @@ def test_an_exception_in_the_worker_shows_its_last_lines() -> None:
         worker.call("no such operation")
 
 
-def test_a_worker_leaves_when_its_client_is_killed(tmp_path: Path) -> None:
-    script = (
-        "import time\nfrom runtime_tests.transports.local import LocalWorker\n"
-        "worker = LocalWorker('x')\nprint(worker.pid, flush=True)\ntime.sleep(60)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    client = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment, text=True)
-    assert client.stdout is not None
-    pid = int(client.stdout.readline())
-    client.kill()
-    client.wait()
-    client.stdout.close()
-    deadline = time.monotonic() + 10
-    while is_running(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_running(pid)
+def test_a_worker_leaves_when_its_client_is_killed() -> None:
+    with killed_client_of_worker(
+        "from runtime_tests.transports.local import LocalWorker; worker = LocalWorker('x')"
+    ) as pid:
+        assert is_running(pid)
+    wait_until(lambda: not is_running(pid), 10)
 
 
 def test_peak_memory_is_the_workers_own_and_not_its_parents() -> None:

@@ -32,5 +32,5 @@ def set_embedding(graph: ir.Graph, weights: RunWeights) -> None:
         shared = [value for value in head.inputs[1:4] if value is not None]
     codes, scales, zeros = set_gather_operands(graph, _BASE, (EMBEDDING,), weights, shared)
     inputs = [codes, gather.inputs[1], scales, zeros]
-    attributes = gather_attributes(weights.operands((EMBEDDING,)))
+    attributes = gather_attributes(weights.layout((EMBEDDING,)))
     replace_node(graph, gather, "GatherBlockQuantized", "com.microsoft", inputs, attributes)

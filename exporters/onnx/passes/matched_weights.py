@@ -17,7 +17,7 @@ from exporters.onnx.graph_edit import (
     set_gather_operands,
     set_operand_initializers,
 )
-from exporters.onnx.packing import Operands
+from exporters.onnx.packing import OperandLayout
 from exporters.onnx.run_weights import RunWeights
 from exporters.onnx.weight_uses import WeightUse, weight_uses
 from signround_edge.errors import UserError
@@ -76,7 +76,7 @@ def _quantize(graph: ir.Graph, copies: list[Binding], weights: RunWeights) -> li
             uses.append((use, binding))
     # MatMulNBits first: GatherBlockQuantized then sees the same bytes.
     uses.sort(key=lambda pair: pair[0].node.op_type == "Gather")
-    packed = weights.operands(copies[0].parameters)
+    layout = weights.layout(copies[0].parameters)
     base = _base_name(copies[0])
     operands: list[ir.Value] = []
     result = []
@@ -86,11 +86,11 @@ def _quantize(graph: ir.Graph, copies: list[Binding], weights: RunWeights) -> li
             # Beside a MatMulNBits of the same matrix the codes are a second initializer: another shape of its bytes.
             rows = f"{base}.rows" if operands else base
             node = _to_gather(
-                graph, use, name, set_gather_operands(graph, rows, binding.parameters, weights, operands), packed
+                graph, use, name, set_gather_operands(graph, rows, binding.parameters, weights, operands), layout
             )
         else:
             operands = operands or set_operand_initializers(graph, base, binding.parameters, weights)
-            node = _to_matmul(graph, use, name, operands, packed)
+            node = _to_matmul(graph, use, name, operands, layout)
         initializers = quantized_initializers(node)
         result.append(replace(binding, node=name, op=node.op_type, initializers=initializers, transposed=False))
     return result
@@ -131,11 +131,10 @@ def _base_name(binding: Binding) -> str:
     return name.removesuffix(".weight")
 
 
-def _to_matmul(graph: ir.Graph, use: WeightUse, name: str, operands: list[ir.Value], packed: Operands) -> ir.Node:
+def _to_matmul(graph: ir.Graph, use: WeightUse, name: str, operands: list[ir.Value], layout: OperandLayout) -> ir.Node:
     """MatMulNBits in the place of a MatMul or Gemm, and an Add for the Gemm's bias."""
     old = use.node
-    rows, cols = packed.shape
-    attributes = {"K": cols, "N": rows, "bits": packed.bits, "block_size": packed.block_size}
+    attributes = {"K": layout.cols, "N": layout.rows, "bits": layout.bits, "block_size": layout.block_size}
     half = use.dtype != ir.DataType.FLOAT
     before = [_cast(old.inputs[0], ir.DataType.FLOAT, f"{name}/Cast_input")] if half else []
     inputs = [before[0].outputs[0] if half else old.inputs[0], *operands]
@@ -149,11 +148,11 @@ def _to_matmul(graph: ir.Graph, use: WeightUse, name: str, operands: list[ir.Val
     return node
 
 
-def _to_gather(graph: ir.Graph, use: WeightUse, name: str, operands: list[ir.Value], packed: Operands) -> ir.Node:
+def _to_gather(graph: ir.Graph, use: WeightUse, name: str, operands: list[ir.Value], layout: OperandLayout) -> ir.Node:
     """GatherBlockQuantized in the place of a Gather."""
     old = use.node
     weight, scales, zeros = operands
-    attributes = gather_attributes(packed)
+    attributes = gather_attributes(layout)
     inputs = [weight, old.inputs[1], scales, zeros]
     node = ir.node("GatherBlockQuantized", inputs, attributes, domain=_DOMAIN, name=name, num_outputs=1)
     half = use.dtype != ir.DataType.FLOAT

@@ -22,7 +22,7 @@ def set_operands(graph: ir.Graph, weights: RunWeights) -> None:
             continue
         node = nodes[binding.node]
         base = binding.initializers["weight"].removesuffix(".qweight")
-        node.attributes.add(ir.AttrInt64("K", weights.operands(binding.parameters).shape[1]))
+        node.attributes.add(ir.AttrInt64("K", weights.layout(binding.parameters).cols))
         node.resize_inputs(4)
         for position, value in enumerate(set_operand_initializers(graph, base, binding.parameters, weights), start=1):
             node.replace_input_with(position, value)

@@ -17,7 +17,7 @@ from exporters.gguf.row_orders import interleaved_rows
 from exporters.gguf.tokenizer import add_tokenizer
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from signround_edge.errors import CheckFailed, UserError
-from signround_edge.run_directory import RunDirectory
+from signround_edge.run_directory import OUTSIDE, RunDirectory, TensorEntry
 from tests.exporters.gguf.conftest import BASE, export
 from tests.exporters.gguf.test_gguf_families import kld, torch_logits
 from tests.support import save_random_model
@@ -249,8 +249,8 @@ def test_gemma_norms_are_written_with_their_offset(tmp_path: Path) -> None:
         def float_tensor(self, name: str) -> torch.Tensor:
             return torch.tensor([0.25, -0.5])
 
-        def entry(self, name: str) -> object:
-            return type("Entry", (), {"transposed": False, "shape": [2]})
+        def entry(self, name: str) -> TensorEntry:
+            return TensorEntry(name, OUTSIDE, [2], "float32")
 
     placement = Placement("blk.0.attn_norm.weight", ("norm.weight",), added=1.0)
     assert dequantized_rows(OneVector(), placement).tolist() == [[1.25, 0.5]]  # type: ignore[arg-type]

@@ -6,7 +6,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporters.onnx.packing import container_of, pack_bits, pack_operands, stack_rows, unpack_bits
+from exporters.onnx.packing import (
+    OperandLayout,
+    Operands,
+    container_of,
+    layout_of,
+    pack_bits,
+    pack_operands,
+    stack_layouts,
+    stack_rows,
+    unpack_bits,
+)
 from runtime_tests.runtimes.onnx_dequantize import dequantize_operands
 from signround_edge.formats import GRIDS, get_grid
 from tests.adversarial import ADVERSARIAL, adversarial_matrix, random_fields
@@ -57,6 +67,37 @@ def test_onnx_runtime_dequantizes_to_the_same_bits(name: str) -> None:
     assert np.array_equal(multiplied, expected)
     stored["weight"] = operands.weight.reshape(operands.weight.shape[0], -1)
     assert np.array_equal(dequantize_operands("GatherBlockQuantized", stored, attributes), expected)
+
+
+def assert_laid_out(operands: Operands, layout: OperandLayout) -> None:
+    assert operands.shape == (layout.rows, layout.cols)
+    assert (operands.bits, operands.block_size) == (layout.bits, layout.block_size)
+    assert operands.weight.shape == layout.weight_shape
+    assert operands.weight.reshape(layout.rows, -1).shape == layout.gathered_shape
+    assert (operands.scales.shape, str(operands.scales.dtype)) == (layout.scales_shape, layout.scale_dtype)
+    assert operands.zero_points.shape == layout.zero_points_shape
+
+
+def laid_out_and_packed(name: str, rows: int, cols: int, half_scales: bool) -> tuple[OperandLayout, Operands]:
+    tensor = random_fields(name, rows, cols, torch.Generator().manual_seed(0))
+    layout, operands = layout_of(tensor.grid, rows, cols, half_scales), pack_operands(tensor, half_scales)
+    assert layout is not None
+    assert operands is not None
+    return layout, operands
+
+
+@pytest.mark.parametrize("half_scales", [False, True])
+@pytest.mark.parametrize("name", PACKABLE)
+def test_a_layout_is_that_of_the_packed_matrix(name: str, half_scales: bool) -> None:
+    layout, operands = laid_out_and_packed(name, 7, 3 * get_grid(name).row_multiple, half_scales)
+    assert_laid_out(operands, layout)
+
+
+@pytest.mark.parametrize("other", ["Q6_K", "w8g16-asym"])  # the scales of Q6_K stay f32
+def test_a_stacked_layout_is_that_of_the_stacked_matrices(other: str) -> None:
+    parts = [laid_out_and_packed(name, rows, 512, True) for name, rows in (("w8g16", 2), (other, 3))]
+    layouts, operands = zip(*parts, strict=True)
+    assert_laid_out(stack_rows(list(operands)), stack_layouts(list(layouts)))
 
 
 def test_long_rows_are_multiplied_in_pieces() -> None:

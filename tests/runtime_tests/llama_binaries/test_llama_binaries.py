@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import struct
 import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,18 +17,21 @@ from benchmarks.llama_perplexity import PROGRAM, cached_folder
 from devices import get_device
 from runtime_tests.llama_binaries.hosts import LocalHost, SshHost, host_of
 from runtime_tests.llama_binaries.kl_base import KlBaseWriter, encode
+from runtime_tests.llama_binaries.perplexity import LlamaBinaries, measure
 from runtime_tests.llama_binaries.statistics import read_statistics
 from runtime_tests.transports.ssh import OPTIONS_VARIABLE
 from runtime_tests.verify import verify
 from signround_edge.errors import UserError
 from signround_edge.evaluation import TorchSession, load_run_model, text_windows
-from signround_edge.metrics import Windows, log_softmax
+from signround_edge.metrics import Scores, Windows, log_softmax
 from signround_edge.run_directory import RunDirectory
 from tests.runtime_tests import sabotage
-from tests.runtime_tests.sshd import descendants, running_sshd
+from tests.runtime_tests.processes import descendants, killed_client, wait_until
+from tests.runtime_tests.sshd import running_sshd
 
 SIZE = {"n_ctx": 64, "max_windows": 4}
 HOW = "llama-perplexity is not in the cache (python -m benchmarks.llama_perplexity builds it)"
+OUTPUT = Path(__file__).parent / "b11434.txt"  # of a real run
 needs_program = pytest.mark.skipif(not (cached_folder() / PROGRAM).is_file(), reason=HOW)
 
 
@@ -75,7 +74,7 @@ def test_the_file_begins_with_the_windows(tmp_path: Path) -> None:
 
 def test_the_statistics_of_a_real_run_are_read() -> None:
     """What build 11434 printed for tiny-llama in Q4_0, four windows of 256."""
-    scores = read_statistics((Path(__file__).parent / "b11434.txt").read_text(), 508)
+    scores = read_statistics(OUTPUT.read_text(), 508)
     assert (scores.ppl, scores.ppl_reference) == (31.921469, 31.916038)
     assert (scores.kld_mean, scores.kld_stderr) == (0.000142, 0.000004)
     assert (scores.kld_max, scores.kld_p99, scores.kld_median) == (0.000754, 0.000538, 0.000121)
@@ -87,6 +86,59 @@ def test_the_statistics_of_a_real_run_are_read() -> None:
 def test_output_without_statistics_is_a_sentence_with_its_last_lines(output: str) -> None:
     with pytest.raises(UserError, match=f"no statistics.*{output.strip().splitlines()[-1] if output else ''}"):
         read_statistics(output, 1)
+
+
+# Asking again
+
+
+class Program:
+    """A stand-in for llama-perplexity that ends without statistics at first, as the real one sometimes does.
+
+    Args:
+        folder: where to write it.
+        silent: after how many calls it prints what a real run printed.
+        code: of every call.
+    """
+
+    def __init__(self, folder: Path, silent: int, code: int = 0) -> None:
+        self._calls = folder / "calls"
+        self._folder = folder
+        (folder / PROGRAM).write_text(
+            f"#!/bin/sh\necho >>{self._calls}\necho 'kl_divergence: computing'\n"
+            f'if [ "$(wc -l <{self._calls})" -gt {silent} ]; then cat {OUTPUT}; fi\nexit {code}\n'
+        )
+        (folder / PROGRAM).chmod(0o755)
+
+    @property
+    def calls(self) -> int:
+        return len(self._calls.read_text().splitlines())
+
+    def measure(self) -> Scores:
+        windows = Windows(np.zeros((4, 64), dtype=np.int32))
+        model, base = self._folder / "model.gguf", self._folder / "base"
+        binaries = LlamaBinaries.find(self._folder, windows)
+        return measure(get_device("cpu-x86"), binaries, model, None, windows, base)[0]
+
+
+@pytest.mark.parametrize("silent", [0, 1, 4])
+def test_a_program_that_printed_no_statistics_is_asked_again(silent: int, tmp_path: Path) -> None:
+    program = Program(tmp_path, silent)
+    assert program.measure().ppl == 31.921469
+    assert program.calls == silent + 1
+
+
+def test_a_program_that_never_prints_statistics_is_a_sentence(tmp_path: Path) -> None:
+    program = Program(tmp_path, silent=100)
+    with pytest.raises(UserError, match="printed no statistics; its last lines: kl_divergence: computing"):
+        program.measure()
+    assert program.calls == 5
+
+
+def test_a_program_that_fails_is_not_asked_again(tmp_path: Path) -> None:
+    program = Program(tmp_path, silent=100, code=3)
+    with pytest.raises(UserError, match="ended with code 3"):
+        program.measure()
+    assert program.calls == 1
 
 
 # The hosts
@@ -109,20 +161,11 @@ def running(command: str) -> bool:
 
 
 def test_a_command_dies_with_its_client() -> None:
-    script = "from runtime_tests.llama_binaries.hosts import LocalHost\nLocalHost().run(['sleep', '54322'], {}, 600)\n"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    client = subprocess.Popen([sys.executable, "-c", script], env=environment)
-    wait_until(lambda: running("sleep 54322"))
-    client.send_signal(signal.SIGKILL)
-    client.wait()
+    with killed_client(
+        "from runtime_tests.llama_binaries.hosts import LocalHost; LocalHost().run(['sleep', '54322'], {}, 600)"
+    ):
+        wait_until(lambda: running("sleep 54322"))
     wait_until(lambda: not running("sleep 54322"))
-
-
-def wait_until(holds) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_files_are_pushed_over_ssh_and_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

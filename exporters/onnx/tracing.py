@@ -24,6 +24,7 @@ from signround_edge.run_directory import RunDirectory
 OPSET = 20
 # Shape arithmetic is folded; parameters, even small ones, keep their values (Gemma's 1 + norm weight would vanish).
 _FOLD_AT_MOST = 16
+_STACK_TRACE = "pkg.torch.onnx.stack_trace"
 
 
 class _LogitsOnly(nn.Module):
@@ -81,6 +82,8 @@ def _optimize(model: ir.Model, parameters: set[str]) -> None:
         return False if any(v is not None and v.name in parameters for v in node.inputs) else None
 
     optimizer.optimize_ir(model, input_size_limit=_FOLD_AT_MOST, should_fold=should_fold)
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.pop(_STACK_TRACE, None)  # paths of this machine
 
 
 @contextlib.contextmanager

@@ -296,8 +296,8 @@ class _Job:
         self._run(shell, index, inputs)
         hook.remove()
         layer_inputs = torch.cat(seen)
-        with torch.no_grad():
-            targets = torch.cat([matrix.module(x.to(self.device)).cpu() for x in seen])
+        with torch.no_grad(), compute_context(self.settings, [matrix.grid], self.device):
+            targets = torch.cat([matrix.module(x.to(self.device)).float().cpu() for x in seen])
         train, held_out = self._split()
         return Unit(
             [matrix],

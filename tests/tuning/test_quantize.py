@@ -83,11 +83,13 @@ def test_every_scheme_keeps_float_tensors_bit_for_bit(
     "settings",
     [
         TuningSettings(**{**vars(SMALL), "granularity": "layer"}),
+        TuningSettings(**{**vars(SMALL), "granularity": "layer", "compute_dtype": "bfloat16"}),
         TuningSettings(**{**vars(SMALL), "optimizer": "adam", "lr": 0.01}),
         TuningSettings(**{**vars(SMALL), "tune_scales": False, "scale_init": "absmax"}),
+        TuningSettings(**{**vars(SMALL), "positions": "follow"}),
         TuningSettings(**{**vars(SMALL), "compute_dtype": "bfloat16"}),
     ],
-    ids=["layer-wise", "adam", "no-clip-tuning", "bfloat16"],
+    ids=["layer-wise", "layer-wise bfloat16", "adam", "scales not tuned", "positions follow", "bfloat16"],
 )
 def test_settings_of_the_paper_run_and_help(
     settings: TuningSettings, tmp_path: Path, tiny_llama: Path, calibration_text: Path

@@ -81,6 +81,11 @@ def test_every_stored_weight_equals_the_run_bit_for_bit(traced: Exported) -> Non
     assert changed_files(traced.folder) == []
 
 
+def test_no_path_of_this_machine_is_in_the_graph(traced: Exported) -> None:
+    checkout = Path(export_module.__file__).parents[2]
+    assert str(checkout).encode() not in (traced.folder / "model.onnx").read_bytes()
+
+
 def test_every_quantized_matrix_is_stored_as_codes(traced: Exported) -> None:
     bindings = read_sidecar(traced.folder).bindings
     for name in traced.run.names():

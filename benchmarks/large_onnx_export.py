@@ -38,7 +38,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
-    parser.add_argument("--slack-mb", type=float, default=100, help="by how much the peaks of both sizes may differ")
+    # The same export's peak varies by up to 130 MB; nine layers of Llama 3 8B have 1,900 MB.
+    parser.add_argument("--slack-mb", type=float, default=200, help="by how much the peaks of both sizes may differ")
     args = parser.parse_args()
     shape = Shape(layers=args.layers, block_format="Q4_0", head_format="Q8_0")
     rows = []

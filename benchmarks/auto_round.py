@@ -1,4 +1,4 @@
-"""The yardstick: Intel's auto-round, from PyPI in an environment of its own, to a GGUF Q4_0 file."""
+"""The yardstick: Intel's auto-round, from PyPI in an environment of its own, to a GGUF file."""
 
 from __future__ import annotations
 
@@ -23,10 +23,18 @@ def environment(folder: Path) -> Path:
 
 
 def quantize(
-    command: Path, model: Path, calibration: Path, out: Path, samples: int, seqlen: int, steps: int, batch_size: int
+    command: Path,
+    model: Path,
+    scheme: str,
+    calibration: Path,
+    out: Path,
+    samples: int,
+    seqlen: int,
+    steps: int,
+    batch_size: int,
 ) -> tuple[Path, Cost]:
-    """Quantize to GGUF Q4_0 with the given settings; `calibration` is JSON lines. Returns (file, cost)."""
-    arguments = ["quantize", "--model", model, "--scheme", "gguf:q4_0", "--format", "gguf:q4_0", "--device_map", "cpu"]
+    """Quantize to "gguf:<preset>" with the given settings; `calibration` is JSON lines. Returns (file, cost)."""
+    arguments = ["quantize", "--model", model, "--scheme", scheme, "--format", scheme, "--device_map", "cpu"]
     arguments += ["--dataset", calibration.resolve(), "--nsamples", samples, "--seqlen", seqlen, "--iters", steps]
     arguments += ["--batch_size", batch_size, "--output_dir", out]
     cost = run_measured([str(command), *map(str, arguments)], out / "log.txt", {"HF_HUB_OFFLINE": "1"})

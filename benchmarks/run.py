@@ -2,7 +2,7 @@
 
     python -m benchmarks.run                                        # the shipped tiny model, about 5 minutes
     python -m benchmarks.run --model HF_FOLDER --calibration C.jsonl --text T.txt --tool auto-round
-    python -m benchmarks.run --scheme gguf:q4_k_s --tool signround-edge --tool llama-quantize-imatrix
+    python -m benchmarks.run --scheme gguf:q4_k_s --tool signround-edge --tool llama-quantize-imatrix --tool auto-round
     python -m benchmarks.run --scheme onnx:w4g32 --tool onnx-peers  # what peers have of these bits and block size
 
 Results go to benchmarks/results/<model>.json, one entry per row; a row that is there already is not measured again
@@ -114,7 +114,8 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     peers = ONNX_PEERS if "onnx-peers" in tools else tuple(t for t in tools if t in ONNX_PEERS)
     rows += _planned_onnx_peers(args.scheme or DEFAULT_SCHEMES, peers)
     if "auto-round" in tools:
-        rows.append({"tool": "auto-round", "scheme": "gguf:q4_0", "steps": args.steps})
+        presets = [s.split(",")[0] for s in args.scheme or ("gguf:q4_0",) if s.startswith("gguf:")]
+        rows += [{"tool": "auto-round", "scheme": preset, "steps": args.steps} for preset in presets]
     return [{"key": f"{r['tool']} {r['scheme']} {steps_of(r)} steps, {common}", **r} for r in rows]
 
 
@@ -140,7 +141,7 @@ def _measure(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     if tool == "signround-edge":
         return _ours(args, row)
     if tool == "auto-round":
-        return _auto_round(args)
+        return _auto_round(args, scheme)
     if tool == "gptq":
         return _gptq(args, scheme)
     if tool.startswith(("ort-", "genai-")):
@@ -261,11 +262,11 @@ def _plain_imatrix(args: argparse.Namespace, folder: Path) -> Path:
     return file
 
 
-def _auto_round(args: argparse.Namespace) -> dict[str, Any]:
+def _auto_round(args: argparse.Namespace, scheme: str) -> dict[str, Any]:
     command = auto_round.environment(CACHE / "auto-round-env")
-    out = CACHE / "auto-round" / (args.name or args.model.name)
+    out = CACHE / "auto-round" / f"{args.name or args.model.name}-{scheme.removeprefix('gguf:')}"
     file, cost = auto_round.quantize(
-        command, args.model, args.calibration, out, args.samples, args.seqlen, args.steps, args.batch_size
+        command, args.model, scheme, args.calibration, out, args.samples, args.seqlen, args.steps, args.batch_size
     )
     found = inspect(file)
     scores = _score(args, TorchSession(load_llama_gguf(file, args.model)))

@@ -7,7 +7,7 @@ from typing import Any
 
 from signround_edge.errors import UserError
 
-# The codes that V may travel in all: the sum of its falling rates is half of this.
+# The first rate of V times the number of steps; rates fall linearly to 0, so no V can go further than half of this.
 V_TRAVEL = 0.7
 
 

@@ -20,6 +20,7 @@ def test_frontier_leaves_out_what_is_slower_and_worse() -> None:
 
 def test_rows_of_a_recipe_bear_its_name() -> None:
     assert recipe_of(row(80, 0.005)) == "fast"
+    assert recipe_of(row(80, 0.005, positions="follow")) is None
     assert recipe_of(row(300, 0.004, "128x512", 200)) == "default"
     assert recipe_of(row(900, 0.003, "512x512", 1000)) is None
     assert recipe_of(row(900, 0.003, "512x512", 1000, whole_model_steps=200)) == "best"

@@ -32,10 +32,9 @@ from signround_edge.decoder import (
     Decoder,
     build_decoder,
     checkpoint_name,
-    is_transposed,
     out_in,
+    set_out_in,
     set_parameter,
-    set_weight,
 )
 from signround_edge.formats import Grid, QuantizedTensor
 from signround_edge.formats.grid import Fields
@@ -166,8 +165,7 @@ def quantize(model: Path, rounded: RunDirectory, tokens: Tensor, options: Option
             for name, module in stage.items():
                 grid = rounded.quantized(name).grid
                 found[name] = gptq(out_in(module).contiguous(), hessians[name], grid, options)
-                value = found[name].dequantize()
-                set_weight(module, value.T.contiguous() if is_transposed(module) else value)
+                set_out_in(module, found[name].dequantize())
         hidden = _forward(decoder, shell, index, tokens, hidden)
     return found
 

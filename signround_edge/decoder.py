@@ -213,6 +213,11 @@ def set_weight(module: nn.Module, weight: Tensor, requires_grad: bool = False) -
     return parameter
 
 
+def set_out_in(module: nn.Module, weight: Tensor) -> None:
+    """Replace a module's weight matrix by `weight` [out, in]: the inverse of `out_in`."""
+    set_weight(module, weight.T.contiguous() if is_transposed(module) else weight)
+
+
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Replace a parameter of the model by another one, without copying."""
     owner, _, leaf = name.rpartition(".")

@@ -41,6 +41,11 @@ def zero_position(scale: Tensor, minimum: Tensor) -> Tensor:
     return torch.where(zero.isfinite(), zero, torch.zeros_like(zero))
 
 
+def field_rows(fields: Fields, rows: slice | Tensor) -> Fields:
+    """Some rows (a view where `rows` is a slice) of every scale field."""
+    return {name: field[rows] for name, field in fields.items()}
+
+
 @dataclass(frozen=True)
 class BlockScales:
     """Real-valued scales before storage: weight ≈ scale·level(code) + minimum.
@@ -180,7 +185,7 @@ class Grid(ABC):
         codes = torch.empty(weight.shape, dtype=self.code_dtype, device=weight.device)
         for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
-            found = self.round_codes(self.blocked(weight[rows]), {k: v[rows] for k, v in fields.items()})
+            found = self.round_codes(self.blocked(weight[rows]), field_rows(fields, rows))
             codes[rows] = found.reshape(-1, weight.shape[1]).to(self.code_dtype)
         return self.pack_tensor(self.blocked(codes), fields)
 
@@ -215,7 +220,7 @@ class QuantizedTensor:
 
     def take_rows(self, rows: slice | Tensor) -> QuantizedTensor:
         """Some rows (a view where `rows` is a slice) in the given order; rows are independent of one another."""
-        return QuantizedTensor(self.grid, self.codes[rows], {k: v[rows] for k, v in self.fields.items()})
+        return QuantizedTensor(self.grid, self.codes[rows], field_rows(self.fields, rows))
 
     def dequantize(self) -> Tensor:
         """Weights f32 [R, K], bit for bit what the runtime's own dequantizer returns."""

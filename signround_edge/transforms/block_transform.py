@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from signround_edge.decoder import is_transposed, out_in, set_parameter, set_weight
+from signround_edge.decoder import out_in, set_out_in, set_parameter
 from signround_edge.run_directory import ChannelScales
 from signround_edge.transforms.folds import Fold, scaled_vectors
 
@@ -47,8 +47,7 @@ class BlockTransform:
         """Put the transformed weights into a block that holds the source's."""
         for name, scales in self.scales.items():
             module = block.get_submodule(name.removesuffix(".weight"))
-            changed = scales.apply(out_in(module))
-            set_weight(module, (changed.T if is_transposed(module) else changed).contiguous())
+            set_out_in(module, scales.apply(out_in(module)))
         self.install_vectors(block)
 
     def install_vectors(self, block: nn.Module) -> None:

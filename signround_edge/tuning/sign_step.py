@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
-from signround_edge.formats.grid import Fields
+from signround_edge.formats.grid import Fields, field_rows
 from signround_edge.tuning.settings import V_TRAVEL, TuningSettings
 
 # Values a chunk on CPU: all temporaries of a chunk stay in the L2 cache.
@@ -91,7 +91,7 @@ class RoundingState:
             self.grid,
             self.blocks[part],
             self.initial.map(lambda t: t[part]),
-            None if self.positions is None else {k: t[part] for k, t in self.positions.items()},
+            None if self.positions is None else field_rows(self.positions, part),
             self.v[part],
             self.alpha[part],
             None if self.beta is None else self.beta[part],
@@ -111,7 +111,7 @@ class RoundingState:
         fields = self.fields()
         for part in row_chunks(self.blocks):
             state = self.rows(part)
-            positions = state.positions or {k: t[part] for k, t in fields.items()}
+            positions = state.positions or field_rows(fields, part)
             codes[part] = self.grid.round_codes(state.blocks, positions, state.v).to(codes.dtype)
         return self.grid.pack_tensor(codes, fields)
 
@@ -184,7 +184,7 @@ def _update(
     direction = inside.mul_(gradient).mul_(scale.unsqueeze(-1))
     _descend(state, "v", state.v, direction, lr_v, step)
     state.v.clamp_(-0.5, 0.5)
-    _write_weight(state, out)
+    _write_weight(state, offset, out)
 
 
 def _slope_of_scale(state: RoundingState, clipped: Tensor, offset: Tensor, inside: Tensor, zero: Tensor) -> Tensor:
@@ -212,10 +212,13 @@ def _descend(
     value.sub_(mean.div_(spread).mul_(lr))
 
 
-def _write_weight(state: RoundingState, out: Tensor) -> None:
-    fields = state.fields()
-    offsets = state.grid.round_offsets(state.blocks, state.positions or fields, state.v)
-    state.grid.blocked(out).copy_(state.grid.from_offsets(offsets, fields))
+def _write_weight(state: RoundingState, offset: Tensor, out: Tensor) -> None:
+    """The next ŵ; `offset` [R, B, S] is u less the anchor before the step, and is overwritten."""
+    grid, fields = state.grid, state.fields()
+    if state.positions is None:
+        offset = grid.offsets(state.blocks, fields)
+    rounded = offset.add_(state.v).round_().clamp_(*grid.offset_range)
+    grid.blocked(out).copy_(grid.from_offsets(rounded, fields))
 
 
 def row_chunks(blocks: Tensor) -> list[slice]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from signround_edge.decoder import is_transposed, set_weight, weight_of
+from signround_edge.decoder import is_transposed, set_out_in, set_weight, weight_of
 from signround_edge.experts import split_expert
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.scale_search import extreme_scales
@@ -37,7 +37,7 @@ class Matrix:
 
     def install(self, weight: Tensor) -> None:
         """Put a weight f32 [out, in] into the module."""
-        set_weight(self.module, weight.T.contiguous() if is_transposed(self.module) else weight)
+        set_out_in(self.module, weight)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from signround_edge.formats import QuantizedTensor
+from signround_edge.formats.grid import field_rows
 from signround_edge.tuning.sign_step import RoundingState, row_chunks
 
 # Bins of V's histogram over [−0.5, 0.5]; an odd number, so that V = 0 is in the middle of one.
@@ -64,15 +65,14 @@ def rounding_statistics(
     channels = kept.codes.shape[1]
     raised, lowered = (torch.zeros(channels, dtype=torch.int64) for _ in range(2))
     overruled = torch.zeros(2, dtype=torch.int64)
-    initial = grid.store(state.initial)
+    initial = state.positions or grid.store(state.initial)
     for part in row_chunks(state.blocks):
-        blocks = state.blocks[part]
-        fields = {name: field[part] for name, field in initial.items()}
-        upwards = grid.affine_view(fields)[0].sign().unsqueeze(-1)
-        moved = (codes[part].float() - grid.round_codes(blocks, fields)) * upwards
+        upwards = grid.affine_view(field_rows(initial, part))[0].sign().unsqueeze(-1)
+        moved, by_v = (
+            (codes[part].float() - grid.round_codes(state.blocks[part], field_rows(fields, part))) * upwards
+            for fields in (initial, kept.fields)
+        )
         raised += (moved > 0).sum(0).flatten().cpu()
         lowered += (moved < 0).sum(0).flatten().cpu()
-        fields = {name: field[part] for name, field in kept.fields.items()}
-        moved = (codes[part].float() - grid.round_codes(blocks, fields)) * upwards
-        overruled += torch.stack([(moved > 0).sum(), (moved < 0).sum()]).cpu()
+        overruled += torch.stack([(by_v > 0).sum(), (by_v < 0).sum()]).cpu()
     return RoundingStatistics(histogram, raised, lowered, overruled, importance.float().cpu())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -27,8 +28,8 @@ def row(cell: Cell, setup: Setup, seed: int, kld: float) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("table", ALL, ids=[t.NAME for t in ALL])
-def test_cells_of_a_table_differ(table: object, setup: Setup) -> None:
-    cells = table.cells()  # type: ignore[attr-defined]
+def test_cells_of_a_table_differ(table: ModuleType, setup: Setup) -> None:
+    cells = table.cells()
     assert len({cell.key(setup, 1) for cell in cells}) == len({(c.scheme, c.label) for c in cells}) == len(cells)
 
 

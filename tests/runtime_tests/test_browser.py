@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from devices import DeviceProfile, get_device
+from runtime_tests.digest import Digest
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from runtime_tests.runtimes.onnx_javascript import OnnxRuntimeWeb
 from runtime_tests.runtimes.wllama import WllamaRuntime
@@ -245,7 +246,9 @@ def test_a_page_that_is_loaded_again_goes_on(onnx_folder: Path) -> None:
                 wait_until(reopened.is_set)
                 after = session.scored(windows.tokens[0], 16)
                 assert session.reconnections >= 1
-            np.testing.assert_array_equal(before.top_ids, after.top_ids)  # type: ignore[union-attr]
+            assert isinstance(before, Digest)
+            assert isinstance(after, Digest)
+            np.testing.assert_array_equal(before.top_ids, after.top_ids)
         finally:
             opened.set()
             thread.join()

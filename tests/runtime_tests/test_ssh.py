@@ -134,7 +134,8 @@ def test_a_killed_worker_is_a_failure_with_the_signal_and_is_not_tried_again(
 def test_a_hanging_worker_is_ended_there_too(sshd: Sshd, profile: DeviceProfile, gguf_file: Path) -> None:
     runtime = LlamaCppRuntime().on(replace(profile, timeout_s=20), SshTransport(profile))
     with runtime.open(gguf_file) as session:
-        session._worker._timeout = 1.0  # type: ignore[union-attr]
+        assert session._worker is not None
+        session._worker._timeout = 1.0
         (pid,) = workers(sshd)
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(WorkerFailure, match="gave no answer"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,15 +22,18 @@ from runtime_tests.verify import verify
 from signround_edge.cli import main
 from signround_edge.errors import UserError
 from signround_edge.evaluation import load_run_model, load_source_model
+from signround_edge.formats import QuantizedTensor
 from signround_edge.formats.schemes import parse_scheme
 from signround_edge.metrics import FloatArray
 from signround_edge.plugins import exporters
 from signround_edge.run_directory import RunDirectory
 from signround_edge.transforms.check import LOGITS_LIMIT, logits_divergence
+from signround_edge.transforms.folds import Fold
 from signround_edge.tuning import channel_scaling
 from signround_edge.tuning import quantize as quantize_module
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
+from signround_edge.tuning.signround import Matrix
 
 full = pytest.mark.full
 SCALED = replace(SMALL, steps=0, samples=8, transforms=("channel-scales",))
@@ -38,16 +43,16 @@ TEXT_TOKENS = torch.randint(0, 3000, (1, 48), generator=torch.Generator().manual
 def uneven_model(config: transformers.PretrainedConfig, out: Path, tokenizer_from: Path) -> Path:
     """A random model with norm weights as uneven as those of large trained ones: there is something to gain."""
     save_random_model(config, out, tokenizer_from)
-    model = load_source_model(out)
+    model: Any = load_source_model(out)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 and name.endswith("norm.weight"):
             parameter.mul_((torch.randn(parameter.shape, generator=generator) * 0.8).exp())
-    model.save_pretrained(out)  # type: ignore[operator]
+    model.save_pretrained(out)
     return out
 
 
-def original_and_transformed(model: Path, run: RunDirectory) -> tuple[nn.Module, nn.Module]:
+def original_and_transformed(model: Path, run: RunDirectory) -> tuple[Any, Any]:
     """The source in full precision, and with the run's channel scales and vectors in the place of its own."""
     original, transformed = load_source_model(model), load_source_model(model)
     with torch.no_grad():
@@ -110,7 +115,7 @@ def test_llama_cpp_computes_the_originals_logits_from_the_transformed_floats(
 ) -> None:
     original, transformed = original_and_transformed(uneven, run)
     folder = tmp_path / "transformed"
-    transformed.save_pretrained(folder)  # type: ignore[operator]
+    transformed.save_pretrained(folder)
     for file in uneven.glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
     session = LlamaCppRuntime().open(write_float_gguf(folder, tmp_path / "floats.gguf"))
@@ -155,11 +160,11 @@ def test_killed_between_blocks_and_resumed_gives_the_same_bytes(
     written: list[str] = []
     write_part = RunDirectory.write_part
 
-    def killed(self: RunDirectory, part: str, *args: object, **kwargs: object) -> None:
+    def killed(self: RunDirectory, part: str, *args: Any, **kwargs: Any) -> None:
         if written:
             raise KeyboardInterrupt
         written.append(part)
-        write_part(self, part, *args, **kwargs)  # type: ignore[arg-type]
+        write_part(self, part, *args, **kwargs)
 
     monkeypatch.setattr(RunDirectory, "write_part", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -179,7 +184,9 @@ def test_the_whole_model_stage_starts_from_the_transformed_weights(
     seen: dict[str, float] = {}
     tunable = quantize_module.TunedMatrix
 
-    def watched(tensor, transposed, original, dtype):  # type: ignore[no-untyped-def]
+    def watched(
+        tensor: QuantizedTensor, transposed: bool, original: torch.Tensor, dtype: torch.dtype
+    ) -> quantize_module.TunedMatrix:
         error = float((tensor.dequantize() - original).norm() / original.norm())
         seen[f"{len(seen)}"] = error
         return tunable(tensor, transposed, original, dtype)
@@ -212,7 +219,7 @@ def test_a_fold_that_changes_the_function_stops_the_run(
     """Sabotage: the consumers of a norm but one are scaled."""
     find = channel_scaling.find_folds
 
-    def sabotaged(*args):  # type: ignore[no-untyped-def]
+    def sabotaged(*args: Any) -> list[Fold]:
         return [replace(fold, consumers=fold.consumers[:1]) for fold in find(*args)]
 
     monkeypatch.setattr(channel_scaling, "find_folds", sabotaged)
@@ -221,7 +228,9 @@ def test_a_fold_that_changes_the_function_stops_the_run(
         quantize(uneven, parse_scheme("gguf:q4_0"), tmp_path / "run", str(calibration_text), SCALED)
 
 
-def _keeps_all(self, index, matrices, loss, scale_init):  # type: ignore[no-untyped-def]
+def _keeps_all(
+    self: channel_scaling.ChannelScaling, index: int, matrices: list[Matrix], loss: Callable[[], float], scale_init: str
+) -> tuple[channel_scaling.BlockTransform, dict[str, Any]]:
     block = self.shell.decoder.blocks[index]
     own = {m.name.removeprefix(self.shell.decoder.block_prefix(index)): m for m in matrices}
     transform = channel_scaling.BlockTransform()

@@ -26,6 +26,18 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return table, table.diff(), torch.bucketize(integers, table[1:-1], right=True)
 
 
+@functools.cache
+def _nearest(device: torch.device) -> Tensor:
+    """The nearest level of each interval [−127 + j/2, −127 + (j+1)/2), f32 [481].
+
+    Levels are integers, so two of them are equally far only at a multiple of 1/2, where the upper one is taken.
+    """
+    table, _, _ = _tables(device)
+    halves = torch.arange(2 * TABLE[0], 2 * TABLE[-1] + 1, dtype=torch.float32, device=device) / 2
+    middles = (table[1:] + table[:-1]) / 2
+    return _pick(table, torch.bucketize(halves, middles, right=True))
+
+
 def _pick(table: Tensor, index: Tensor) -> Tensor:
     """table[index]; index_select is several times faster than indexing."""
     return table.index_select(0, index.flatten()).view(index.shape)
@@ -48,6 +60,10 @@ class Codebook(Grid):
         # The table holds integers, so the integer below a level has the same last code at or below it.
         below = _pick(last_code, levels.clamp(TABLE[0], TABLE[-1]).sub_(TABLE[0]).long())
         return (levels - _pick(table, below)).div_(_pick(gaps, below)).add_(below).sub_(self.anchor)
+
+    def nearest_levels(self, levels: Tensor) -> Tensor:
+        halves = levels.clamp_(TABLE[0], TABLE[-1]).sub_(TABLE[0]).mul_(2).long()
+        return _pick(_nearest(levels.device), halves)
 
 
 class CodebookFp16(Codebook, SymmetricFp16):

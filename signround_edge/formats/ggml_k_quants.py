@@ -85,8 +85,8 @@ class SuperSymmetric(SuperBlockGrid):
         scale = self.effective_scale(fields)
         return scale, torch.full_like(scale, self.anchor)
 
-    def from_offsets(self, offsets: Tensor, fields: Fields) -> Tensor:
-        return self.levels(offsets) * self.effective_scale(fields).unsqueeze(-1)
+    def from_levels(self, levels: Tensor, fields: Fields) -> Tensor:
+        return levels * self.effective_scale(fields).unsqueeze(-1)
 
     def field_shapes(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {
@@ -133,9 +133,9 @@ class SuperAffine(SuperBlockGrid):
         scale, minimum = self._effective(fields)
         return scale, zero_position(scale, minimum)
 
-    def from_offsets(self, offsets: Tensor, fields: Fields) -> Tensor:
+    def from_levels(self, levels: Tensor, fields: Fields) -> Tensor:
         scale, minimum = self._effective(fields)
-        return (offsets * scale.unsqueeze(-1)).add_(minimum.unsqueeze(-1))
+        return (levels * scale.unsqueeze(-1)).add_(minimum.unsqueeze(-1))
 
     def _effective(self, fields: Fields) -> tuple[Tensor, Tensor]:
         """(d·sc, −dmin·mn) of every sub-block, f32 [R, B]."""

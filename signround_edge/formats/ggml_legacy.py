@@ -46,8 +46,8 @@ class SymmetricFp16(Grid):
         scale = fields["scale"].float()
         return scale, torch.full_like(scale, self.anchor)
 
-    def from_offsets(self, offsets: Tensor, fields: Fields) -> Tensor:
-        return self.levels(offsets) * fields["scale"].float().unsqueeze(-1)
+    def from_levels(self, levels: Tensor, fields: Fields) -> Tensor:
+        return levels * fields["scale"].float().unsqueeze(-1)
 
     def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:
         return in_row_chunks(lambda w, h: search_symmetric(self, w, h), blocks, importance)
@@ -77,9 +77,9 @@ class AffineFp16(Grid):
         scale = fields["scale"].float()
         return scale, zero_position(scale, fields["minimum"].float())
 
-    def from_offsets(self, offsets: Tensor, fields: Fields) -> Tensor:
+    def from_levels(self, levels: Tensor, fields: Fields) -> Tensor:
         # d has 11 significant bits and q at most 5, so d·q is exact in f32 and fused multiply-add changes nothing.
-        weights = offsets * fields["scale"].float().unsqueeze(-1)
+        weights = levels * fields["scale"].float().unsqueeze(-1)
         return weights.add_(fields["minimum"].float().unsqueeze(-1))
 
     def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:

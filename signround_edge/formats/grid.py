@@ -118,8 +118,8 @@ class Grid(ABC):
         levels; see `offsets` for others."""
 
     @abstractmethod
-    def from_offsets(self, offsets: Tensor, fields: Fields) -> Tensor:
-        """Weights f32 [R, B, S] of codes less the anchor, f32 [R, B, S], bit for bit what runtimes compute."""
+    def from_levels(self, levels: Tensor, fields: Fields) -> Tensor:
+        """Weights f32 [R, B, S] of the levels of codes, f32 [R, B, S], bit for bit what runtimes compute."""
 
     @abstractmethod
     def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:
@@ -145,15 +145,31 @@ class Grid(ABC):
         """The inverse of `levels`."""
         return levels
 
+    def nearest_levels(self, levels: Tensor) -> Tensor:
+        """The nearest level of a code to real-valued levels f32 [R, B, S], which are overwritten."""
+        return levels.round_().clamp_(*self.offset_range)
+
+    def from_offsets(self, offsets: Tensor, fields: Fields) -> Tensor:
+        """Weights f32 [R, B, S] of codes less the anchor, f32 [R, B, S], bit for bit what runtimes compute."""
+        return self.from_levels(self.levels(offsets), fields)
+
     def offsets(self, blocks: Tensor, fields: Fields) -> Tensor:
         """Code positions less the anchor, real-valued [R, B, S], of weights f32 [R, B, S].
 
         scale·levels(offset) + minimum = w. The code itself is offset + anchor; tuning works with offsets because most
         grids need no addition for them.
         """
+        return self.offsets_of_levels(self._real_levels(blocks, fields))
+
+    def round_levels(self, blocks: Tensor, fields: Fields) -> Tensor:
+        """Levels of the nearest codes of weights f32 [R, B, S]: `levels(round_offsets(…))`, faster on uneven grids."""
+        return self.nearest_levels(self._real_levels(blocks, fields))
+
+    def _real_levels(self, blocks: Tensor, fields: Fields) -> Tensor:
+        """(w − minimum)/scale."""
         scale, zero = self.affine_view(fields)
         ratio = blocks * safe_reciprocal(scale).unsqueeze(-1)
-        return ratio.add_(zero.unsqueeze(-1)) if self.affine else self.offsets_of_levels(ratio)
+        return ratio.add_(zero.unsqueeze(-1)) if self.affine else ratio
 
     @property
     def offset_range(self) -> tuple[int, int]:

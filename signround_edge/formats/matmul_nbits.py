@@ -55,8 +55,8 @@ class MatMulNBitsAsymmetric(Grid):
     def affine_view(self, fields: Fields) -> tuple[Tensor, Tensor]:
         return fields["scale"].float(), fields["zero_point"].float()
 
-    def from_offsets(self, offsets: Tensor, fields: Fields) -> Tensor:
-        shifted = offsets - fields["zero_point"].float().unsqueeze(-1)
+    def from_levels(self, levels: Tensor, fields: Fields) -> Tensor:
+        shifted = levels - fields["zero_point"].float().unsqueeze(-1)
         return shifted.mul_(fields["scale"].float().unsqueeze(-1))
 
     def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:

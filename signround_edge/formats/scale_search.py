@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from signround_edge.formats.grid import BlockScales, Grid, safe_reciprocal
+from signround_edge.formats.grid import BlockScales, Fields, Grid, safe_reciprocal
 
 # Values worked on at once: temporaries stay in the L2 cache, several times faster than whole matrices.
 CHUNK_VALUES = 1 << 16
@@ -71,7 +71,7 @@ def search_symmetric(grid: Grid, blocks: Tensor, importance: Tensor) -> BlockSca
     low, high = _end_levels(grid)
     ends = (low, high) if -low != high else (high,)
     candidates = (BlockScales(extreme * (factor / end)) for end in ends for factor in SYMMETRIC_FACTORS)
-    refit = refit_symmetric(grid, blocks, importance)
+    refit = refit_symmetric(blocks, importance)
     return _best(grid, blocks, importance, candidates, refit)
 
 
@@ -95,15 +95,26 @@ def _best(
     best: BlockScales | None = None
     best_error = torch.full(blocks.shape[:-1], torch.inf, device=blocks.device)
     for candidate in candidates:
-        for scales in (candidate, refit(grid.round_offsets(blocks, grid.store(candidate)))):
-            fields = grid.store(scales)
-            approx = grid.from_offsets(grid.round_offsets(blocks, fields), fields)
-            error = approx.sub_(blocks).square_().mul_(importance).sum(dim=-1)
+        fields = grid.store(candidate)
+        levels = grid.round_levels(blocks, fields)
+        refitted = refit(levels)
+        for scales, error in (
+            (candidate, weighted_error(grid, blocks, importance, fields, levels)),
+            (refitted, weighted_error(grid, blocks, importance, grid.store(refitted))),
+        ):
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best = scales if best is None else _where(better, scales, best)
     assert best is not None
     return best
+
+
+def weighted_error(
+    grid: Grid, blocks: Tensor, importance: Tensor, fields: Fields, levels: Tensor | None = None
+) -> Tensor:
+    """Σ importance·(w − ŵ)² of each block, [R, B]; `levels` are `grid.round_levels(blocks, fields)`, if known."""
+    levels = grid.round_levels(blocks, fields) if levels is None else levels
+    return grid.from_levels(levels, fields).sub_(blocks).square_().mul_(importance).sum(dim=-1)
 
 
 def _where(choose: Tensor, yes: BlockScales, no: BlockScales) -> BlockScales:
@@ -117,13 +128,13 @@ def _bounded(grid: Grid, minimum: Tensor) -> Tensor:
     return minimum.clamp(max=0) if grid.minimum_at_most_zero else minimum
 
 
-def refit_symmetric(grid: Grid, blocks: Tensor, importance: Tensor) -> Callable[[Tensor], BlockScales]:
-    """s* = Σ h·w·c / Σ h·c², with c the level of the code and h the importance."""
+def refit_symmetric(blocks: Tensor, importance: Tensor) -> Callable[[Tensor], BlockScales]:
+    """s* = Σ h·w·l / Σ h·l², with l the level of the code and h the importance."""
     weighted = blocks * importance
 
-    def refit(offsets: Tensor) -> BlockScales:
-        c = grid.levels(offsets)
-        return BlockScales((weighted * c).sum(-1) * safe_reciprocal((importance * c * c).sum(-1)))
+    def refit(levels: Tensor) -> BlockScales:
+        squares = (importance * levels).mul_(levels)
+        return BlockScales((weighted * levels).sum(-1) * safe_reciprocal(squares.sum(-1)))
 
     return refit
 
@@ -135,8 +146,9 @@ def refit_affine(grid: Grid, blocks: Tensor, importance: Tensor) -> Callable[[Te
     weighted = importance * blocks
 
     def refit(codes: Tensor) -> BlockScales:
-        hq = (importance * codes).sum(-1)
-        hqq = (importance * codes * codes).sum(-1)
+        scaled = importance * codes
+        hq = scaled.sum(-1)
+        hqq = scaled.mul_(codes).sum(-1)
         hqw = (weighted * codes).sum(-1)
         scale = (h * hqw - hq * hw) * safe_reciprocal(h * hqq - hq * hq)
         minimum = (hw - scale * hq) * safe_reciprocal(h)

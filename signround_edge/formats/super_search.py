@@ -21,6 +21,7 @@ from signround_edge.formats.scale_search import (
     refit_symmetric,
     search_affine,
     search_symmetric,
+    weighted_error,
 )
 
 if TYPE_CHECKING:
@@ -52,11 +53,11 @@ class _FreeScales(Grid):
     def levels(self, offsets: Tensor) -> Tensor:
         return self.grid.levels(offsets)
 
-    def offsets_of_levels(self, levels: Tensor) -> Tensor:
-        return self.grid.offsets_of_levels(levels)
+    def nearest_levels(self, levels: Tensor) -> Tensor:
+        return self.grid.nearest_levels(levels)
 
-    def from_offsets(self, offsets: Tensor, fields: Fields) -> Tensor:
-        weights = self.levels(offsets) * fields["scale"].unsqueeze(-1)
+    def from_levels(self, levels: Tensor, fields: Fields) -> Tensor:
+        weights = levels * fields["scale"].unsqueeze(-1)
         return weights.add_(fields["min"].unsqueeze(-1)) if self.affine else weights
 
     def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:
@@ -74,31 +75,23 @@ def search_super(grid: SuperBlockGrid, blocks: Tensor, importance: Tensor) -> Bl
 def _search(grid: SuperBlockGrid, blocks: Tensor, importance: Tensor) -> BlockScales:
     free = _FreeScales(grid)
     start = free.search(blocks, importance)
-    refit = (refit_affine if grid.affine else refit_symmetric)(free, blocks, importance)
+    refit = refit_affine(grid, blocks, importance) if grid.affine else refit_symmetric(blocks, importance)
     best = grid.store(start)
-    best_error = grid.per_super(_error(grid, blocks, importance, best)).sum(-1)
+    best_error = grid.per_super(weighted_error(grid, blocks, importance, best)).sum(-1)
     derived = grid.scales_of(best)
     for factor in SUPER_FACTORS:
         supers = (None if s is None else s * factor for s in (derived.super_scale, derived.super_minimum))
         scales = BlockScales(start.scale, start.minimum, *supers)
         for _ in range(ROUNDS):
             fields = grid.store(scales)
-            offsets = grid.round_offsets(blocks, fields)
-            error = grid.per_super(_error(grid, blocks, importance, fields, offsets)).sum(-1)
+            levels = grid.round_levels(blocks, fields)
+            error = grid.per_super(weighted_error(grid, blocks, importance, fields, levels)).sum(-1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best = {name: _choose(grid, better, fields[name], best[name]) for name in best}
-            fitted = refit(offsets)
-            scales = BlockScales(
-                fitted.scale, fitted.minimum, *_refit_supers(grid, blocks, importance, offsets, fields)
-            )
+            fitted = refit(levels)
+            scales = BlockScales(fitted.scale, fitted.minimum, *_refit_supers(grid, blocks, importance, levels, fields))
     return grid.scales_of(_try_neighbours(grid, blocks, importance, best))
-
-
-def _error(grid: Grid, blocks: Tensor, importance: Tensor, fields: Fields, offsets: Tensor | None = None) -> Tensor:
-    """Σ importance·(w − ŵ)² of each sub-block, [R, B]."""
-    offsets = grid.round_offsets(blocks, fields) if offsets is None else offsets
-    return grid.from_offsets(offsets, fields).sub_(blocks).square_().mul_(importance).sum(-1)
 
 
 def _choose(grid: SuperBlockGrid, better: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -109,14 +102,14 @@ def _choose(grid: SuperBlockGrid, better: Tensor, new: Tensor, old: Tensor) -> T
 
 
 def _refit_supers(
-    grid: SuperBlockGrid, blocks: Tensor, importance: Tensor, offsets: Tensor, fields: Fields
+    grid: SuperBlockGrid, blocks: Tensor, importance: Tensor, levels: Tensor, fields: Fields
 ) -> tuple[Tensor, Tensor | None]:
-    """Least squares of w on d·a − e·b over each super-block, with a = sc·level(q), b = mn: (d, e), f32 [R, supers]."""
+    """Least squares of w on d·a − e·b over each super-block, with a = sc·level, b = mn: (d, e), f32 [R, supers]."""
 
     def total(values: Tensor) -> Tensor:
         return grid.per_super(values.sum(-1)).sum(-1)
 
-    a = grid.levels(offsets) * fields["sub_scale"].float().unsqueeze(-1)
+    a = levels * fields["sub_scale"].float().unsqueeze(-1)
     aa, aw = total(importance * a * a), total(importance * a * blocks)
     if "sub_minimum" not in fields:
         return aw * safe_reciprocal(aa), None
@@ -135,7 +128,7 @@ def _try_neighbours(grid: SuperBlockGrid, blocks: Tensor, importance: Tensor, fi
     """Each sub-block takes the neighbouring sub-scale and sub-minimum codes where they err less."""
     names = [name for name in ("sub_scale", "sub_minimum") if name in fields]
     for _ in range(2):
-        best_error = _error(grid, blocks, importance, fields)
+        best_error = weighted_error(grid, blocks, importance, fields)
         centre = fields
         for moves in itertools.product((-1, 0, 1), repeat=len(names)):
             if not any(moves):
@@ -144,7 +137,7 @@ def _try_neighbours(grid: SuperBlockGrid, blocks: Tensor, importance: Tensor, fi
             for name, move in zip(names, moves, strict=True):
                 low, high = grid.field_ranges[name]
                 moved[name] = (centre[name].to(torch.int16) + move).clamp(low, high).to(centre[name].dtype)
-            error = _error(grid, blocks, importance, moved)
+            error = weighted_error(grid, blocks, importance, moved)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             fields = {k: torch.where(better, moved[k], v) if k in names else v for k, v in fields.items()}

@@ -36,6 +36,15 @@ def test_rounding_again_on_the_same_scales_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL_GRIDS)
+def test_levels_rounded_in_the_search_are_those_of_the_codes(name: str) -> None:
+    grid = get_grid(name)
+    weight = torch.randn(64, 8 * grid.row_multiple, generator=torch.Generator().manual_seed(3))
+    blocks = grid.blocked(weight)
+    fields = grid.store(grid.search(blocks, torch.ones(1)))
+    assert torch.equal(grid.round_levels(blocks, fields), grid.levels(grid.round_offsets(blocks, fields)))
+
+
+@pytest.mark.parametrize("name", ALL_GRIDS)
 def test_search_beats_the_extremes_on_weighted_error(name: str) -> None:
     from signround_edge.formats.scale_search import extreme_scales
 

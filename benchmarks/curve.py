@@ -94,7 +94,7 @@ def frontier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def recipe_of(row: dict[str, Any]) -> str | None:
     """The recipe whose samples, length and steps a row of ours was measured with, in the way of today."""
-    sizes = None if "positions" in row else _sizes(row)
+    sizes = None if "positions" in row or "start" in row else _sizes(row)
     for name, settings in RECIPES.items():
         asked = (settings.samples, settings.seqlen, settings.steps, settings.whole_model_steps)
         if not name.startswith("paper") and sizes is not None and asked == (

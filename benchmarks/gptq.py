@@ -43,6 +43,7 @@ from signround_edge.source_model import SourceModel
 from signround_edge.tuning.activations import Shell, block_returns_tuple, run_block
 from signround_edge.tuning.attention import use_blocked_attention
 from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer
+from signround_edge.tuning.gptq import inverse_factor
 from signround_edge.tuning.signround import initial_scales
 
 # Matrices whose inputs differ, in the order in which a block computes them; matrices of unknown names come last.
@@ -76,6 +77,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, options: Options) -> Quant
     rows, cols = weight.shape
     order = hessian.diagonal().argsort(descending=True, stable=True) if options.act_order else torch.arange(cols)
     factor = inverse_factor(hessian[order][:, order], options.damping)
+    assert factor is not None, "the inputs hold NaN or infinities"
     units = _Units(grid, hessian.diagonal(), options.scale_init)
     if options.act_order or grid.row_multiple > 2 * _COLUMNS_AT_ONCE:
         units.take_scales(weight)
@@ -94,16 +96,6 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, options: Options) -> Quant
             work[:, j + 1 : end].addr_(errors[:, j - start], factor[j, j + 1 : end], alpha=-1)
         work[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
     return grid.pack_tensor(grid.blocked(codes), units.fields())
-
-
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor f32 of the inverse of the damped Hessian; channels that never fired get a diagonal of 1."""
-    damped = hessian.double().clone()
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
 
 
 class _Units:

@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--positions", default="fixed", help="of our tuned rows: fixed or follow")
+    parser.add_argument("--start", default="gptq", help="of our tuned rows: gptq or nearest")
     parser.add_argument("--whole-model-steps", type=int, default=0, help="also of our tuned rows")
     parser.add_argument("--whole-model-lr", type=float, help="of that stage (default: the program's)")
     parser.add_argument("--whole-model-code-lr", type=float, help="of that stage (default: the program's)")
@@ -104,7 +105,9 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     for scheme in args.scheme or DEFAULT_SCHEMES if "signround-edge" in tools else ():
         for steps, whole in dict.fromkeys([(0, 0), (args.steps, args.whole_model_steps)]):
             special = {"whole_model_steps": whole, **_whole_model_rates(args)} if whole else {}
-            special |= {"positions": "follow"} if steps and args.positions == "follow" else {}
+            if steps:
+                special |= {"positions": "follow"} if args.positions == "follow" else {}
+                special |= {"start": "nearest"} if args.start == "nearest" else {}
             rows.append({"tool": "signround-edge", "scheme": scheme, "steps": steps, **special})
     for tool in (t for t in tools if t.startswith("llama-quantize")):
         presets = [s.split(",")[0] for s in args.scheme or DEFAULT_SCHEMES if s.startswith("gguf:")]
@@ -151,7 +154,8 @@ def _measure(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
 
 def _ours(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     whole = row.get("whole_model_steps", 0)
-    suffix = ("+" + str(whole) if whole else "") + ("-follow" if "positions" in row else "")
+    suffix = "".join(f"-{row[name]}" for name in ("start", "positions") if name in row)
+    suffix = ("+" + str(whole) if whole else "") + suffix
     out = _run_folder(args, row["scheme"], f"{row['steps']}{suffix}")
     if (out / "manifest.json").is_file():
         raise SystemExit(f"{out} is there already; remove it to measure anew")
@@ -230,7 +234,7 @@ def _made(folder: Path) -> Path:
 
 def _quantize_command(args: argparse.Namespace, row: dict[str, Any], out: Path) -> list[str]:
     settings = {"samples": args.samples, "seqlen": args.seqlen, "batch_size": args.batch_size}
-    chosen = ("steps", "positions", "whole_model_steps", "whole_model_lr", "whole_model_code_lr")
+    chosen = ("steps", "start", "positions", "whole_model_steps", "whole_model_lr", "whole_model_code_lr")
     settings |= {name: row[name] for name in chosen if name in row}
     flags = [str(x) for name, value in settings.items() for x in (f"--{name.replace('_', '-')}", value)]
     command = [sys.executable, "-m", "signround_edge.cli", "quantize", str(args.model), "--scheme", row["scheme"]]

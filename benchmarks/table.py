@@ -17,8 +17,8 @@ HEAD = """# Measured results
 Made by `python -m benchmarks.table` from benchmarks/results/; `python -m benchmarks.run --help` says how each row is
 measured. KL divergence, top-1 agreement and perplexity compare weights alone: the dequantized weights of every tool's
 file run in torch (f32) against the original model, windows scored as `llama-perplexity --kl-divergence` does. Wall time
-and peak memory are of the whole quantizing process. Rows with "codes follow" were tuned with `--positions follow`,
-until November 2026 the only way: codes moved with the scales.
+and peak memory are of the whole quantizing process. Rows "from nearest" were tuned with `--start nearest`, rows with
+"codes follow" also with `--positions follow` (codes moved with the scales): until November 2026 the only way.
 
 Tables "ONNX beside ONNX Runtime's quantizers" hold rows of one number of bits and block size, best first. Rows `ort-…`
 are onnxruntime's `matmul_nbits_quantizer` on the float graph that our export starts from, its decoder matrices among
@@ -42,7 +42,9 @@ def main() -> None:
 
 def steps_of(row: dict[str, Any]) -> str:
     """Steps a block, and those of the whole-model stage where there is one, with its rates if given: "100 + 300"."""
-    blocks = str(row["steps"]) + (" (codes follow)" if row.get("positions") == "follow" else "")
+    marks = {"nearest": "from nearest", "follow": "codes follow"}
+    marked = [marks[row[name]] for name in ("start", "positions") if row.get(name) in marks]
+    blocks = str(row["steps"]) + (f" ({', '.join(marked)})" if marked else "")
     whole = row.get("whole_model_steps")
     if whole is None:
         return blocks

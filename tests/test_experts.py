@@ -18,8 +18,9 @@ from signround_edge.experts import Expert, Experts, split_expert, stacks
 from signround_edge.formats.schemes import parse_scheme
 from signround_edge.run_directory import RunDirectory
 from signround_edge.source_model import SourceModel
-from signround_edge.tuning import activations
-from signround_edge.tuning.activations import SecondMoments, equal_weights
+from signround_edge.tuning import input_moments
+from signround_edge.tuning.activations import equal_weights
+from signround_edge.tuning.input_moments import InputProducts, SecondMoments
 from signround_edge.tuning.plan import listing, make_plan
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
@@ -157,7 +158,7 @@ def routed_layer() -> tuple[Experts, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_importance_of_an_expert_is_that_of_its_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "_PRIOR_TOKENS", 1e-9)
+    monkeypatch.setattr(input_moments, "_PRIOR_TOKENS", 1e-9)
     experts, hidden, chosen, shares = routed_layer()
     names = {f"experts.{i}.{m}.weight": experts.get_submodule(f"{i}.{m}") for i in range(4) for m in MATRICES}
     token_weights = torch.rand(2, 3, 1, generator=torch.Generator().manual_seed(5)) + 0.5
@@ -182,6 +183,26 @@ def test_importance_of_an_expert_is_that_of_its_own_tokens(monkeypatch: pytest.M
     by_token = torch.cat([weights[[0, 1, 2, 3, 4]], weights, weights[[5]]])
     expected = (seen.square() * by_token).sum(0) / by_token.sum()
     torch.testing.assert_close(found["mlp.experts.3.up_proj.weight"], expected)
+
+
+def test_products_of_an_expert_are_of_its_own_tokens() -> None:
+    experts, hidden, chosen, shares = routed_layer()
+    names = {f"mlp.experts.{i}.{m}.weight": experts.get_submodule(f"{i}.{m}") for i in range(4) for m in MATRICES}
+    token_weights = torch.rand(2, 3, 1, generator=torch.Generator().manual_seed(5)) + 0.5
+    products = InputProducts(equal_weights)
+    layer = nn.Module()
+    layer.mlp = experts
+    with products.watching(layer, names):
+        for _ in range(2):
+            experts(hidden, chosen, shares)
+            products.settle(token_weights)
+    found = products.result()
+    weighted = hidden * token_weights.reshape(-1, 1).sqrt()
+    torch.testing.assert_close(found["mlp.experts.2.gate_proj.weight"], 2 * weighted[[5]].T @ weighted[[5]])
+    torch.testing.assert_close(found["mlp.experts.1.up_proj.weight"], 2 * weighted.T @ weighted)
+    assert found["mlp.experts.1.up_proj.weight"] is found["mlp.experts.1.gate_proj.weight"]
+    assert found["mlp.experts.1.down_proj.weight"].shape == (4, 4)
+    assert "mlp.experts.3.up_proj.weight" not in found
 
 
 def test_importance_of_an_expert_with_few_tokens_leans_on_its_siblings() -> None:

@@ -23,7 +23,7 @@ figure { margin: 0; } figcaption { font-weight: 600; font-size: 14px; } svg { wi
 table { border-collapse: collapse; width: 100%; font-size: 13px; } .scroll { overflow-x: auto; }
 th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #8884; } th:first-child, td:first-child {
 text-align: left; }"""
-_HEADINGS = ("weights", "raised", "lowered", "altered", "by V alone")
+_HEADINGS = ("weights", "raised", "lowered", "altered", "overruled")
 
 
 def write_report(analysis: Analysis, out: Path) -> list[Path]:

@@ -27,7 +27,7 @@ class Roundings:
     Attributes:
         weights: codes in all.
         raised, lowered, altered: shares; altered is their sum.
-        overruled: share of codes that are not the nearest ones on the tuned scales: what V alone decided.
+        overruled: share of codes that are not the nearest ones on the tuned scales: what V and GPTQ decided.
     """
 
     weights: int
@@ -72,13 +72,15 @@ class UnitLoss:
     Attributes:
         block: number of the decoder block.
         unit: "block", or the matrix's name where each was tuned alone.
-        rounded, tuned: after plain rounding, and of what was kept; never above `rounded`.
-        best_step: steps after which that was found; 0 is the plain rounding itself.
+        rounded, start, tuned: after plain rounding, of the codes from which tuning started (GPTQ's, or the rounded
+            ones), and of what was kept; each is never above the one before.
+        best_step: steps after which that was found; 0 is the start itself.
     """
 
     block: int
     unit: str
     rounded: float
+    start: float
     tuned: float
     best_step: int
 
@@ -226,8 +228,12 @@ def _tensor(counts: _Counts, grid: str, shape: list[int]) -> TensorRoundings:
 
 
 def _losses(run: RunDirectory) -> list[UnitLoss]:
+    def of(part: str, unit: str, r: dict[str, Any]) -> UnitLoss:
+        start = r.get("start", r["rounded"])  # runs before November 2026 all started from the rounded codes
+        return UnitLoss(int(part), unit, float(r["rounded"]), float(start), float(r["tuned"]), int(r["best_step"]))
+
     return [
-        UnitLoss(int(part), unit, float(r["rounded"]), float(r["tuned"]), int(r["best_step"]))
+        of(part, unit, r)
         for part in run.manifest.parts
         if part != OUTSIDE
         for unit, r in run.manifest.complete[part].report.items()

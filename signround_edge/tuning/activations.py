@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from signround_edge.decoder import Decoder, first_hidden
 from signround_edge.errors import UserError
-from signround_edge.experts import Expert, stacks
+from signround_edge.tuning.input_moments import InputMoments
 
 
 class _StopForward(Exception):
@@ -182,7 +182,7 @@ def run_block(
     batch_size: int,
     device: torch.device,
     autocast: torch.autocast,
-    moments: SecondMoments | None = None,
+    moments: InputMoments | None = None,
 ) -> Tensor:
     """Output of a loaded block for all samples, f32 [samples, seqlen, hidden] on the CPU.
 
@@ -217,84 +217,3 @@ def relative_weights(target: Tensor) -> Tensor:
 def equal_weights(target: Tensor) -> Tensor:
     """Weights of a plain mean squared error, [n, seqlen, 1]."""
     return torch.ones_like(target[..., :1])
-
-
-# An expert's E[x²] starts as that of all experts of its layer, which counts like this many tokens: some experts see few
-# tokens of a calibration text, or none.
-_PRIOR_TOKENS = 8
-
-
-class SecondMoments:
-    """Sums up E[x²] of the inputs of matrices, weighted by token: the importance of each input channel."""
-
-    def __init__(self, token_weights: Callable[[Tensor], Tensor]) -> None:
-        self.token_weights = token_weights
-        self._watched: list[str] = []
-        self._pending: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._totals: dict[str, Tensor] = {}
-        self._tokens: dict[str, int] = {}
-
-    @contextlib.contextmanager
-    def watching(self, block: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
-        """Within, the input of every call of one of the block's modules waits for `settle`."""
-        routed: dict[nn.Module, Tensor] = {}
-
-        def route(expert: nn.Module, args: tuple[Any, ...]) -> None:
-            routed.update(dict.fromkeys(expert.children(), args[1]))
-
-        def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            return lambda module, args: self._pending.update({name: (args[0].detach(), routed.get(module))})
-
-        self._watched += modules
-        experts = [module for module in block.modules() if isinstance(module, Expert)]
-        hooks = [expert.register_forward_pre_hook(route) for expert in experts]
-        hooks += [module.register_forward_pre_hook(keep(name)) for name, module in modules.items()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def settle(self, weights: Tensor) -> None:
-        """Add the inputs that wait, with weights [n, seqlen, 1]."""
-        for name, (inputs, tokens) in self._pending.items():
-            self.add(name, inputs, weights, tokens)
-        self._pending.clear()
-
-    def add(self, name: str, inputs: Tensor, weights: Tensor, tokens: Tensor | None = None) -> None:
-        """Add inputs of the matrix `name`.
-
-        Args:
-            inputs: [n, seqlen, in features], or [n · seqlen, in features] as some models have it.
-            weights: of all tokens, [n, seqlen, 1].
-            tokens: numbers of the tokens that are the inputs, where those are not all.
-        """
-        inputs, weights = inputs.reshape(-1, inputs.shape[-1]), weights.reshape(-1, 1)
-        if tokens is not None:
-            weights = weights[tokens]
-        total = (inputs.float().square() * weights).sum(0)
-        self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._totals[name] = self._totals.get(name, torch.zeros(())) + weights.sum().cpu()
-        self._tokens[name] = self._tokens.get(name, 0) + len(inputs)
-
-    def result(self) -> dict[str, Tensor]:
-        """Name → E[x²] f32 [in features]."""
-        found = {name: total / self._totals[name].to(total.device) for name, total in self._sums.items()}
-        for names in stacks(self._watched).values():
-            if len(names) > 1:
-                found |= self._of_experts(names)
-        return found
-
-    def _of_experts(self, names: list[str]) -> dict[str, Tensor]:
-        """The same for one matrix of all experts of a layer."""
-        seen = [name for name in names if name in self._sums]
-        shared = torch.stack([self._sums[name] for name in seen]).sum(0)
-        total = torch.stack([self._totals[name] for name in seen]).sum()
-        weight = _PRIOR_TOKENS * total / sum(self._tokens[name] for name in seen)  # of an average token
-        prior, zero = (weight / total).to(shared.device) * shared, torch.zeros_like(shared)
-        return {
-            name: (self._sums.get(name, zero) + prior)
-            / (self._totals.get(name, torch.zeros(())) + weight).to(shared.device)
-            for name in names
-        }

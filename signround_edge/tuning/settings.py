@@ -7,8 +7,9 @@ from typing import Any
 
 from signround_edge.errors import UserError
 
-# The first rate of V times the number of steps; rates fall linearly to 0, so no V can go further than half of this.
-V_TRAVEL = 0.7
+# The first rate of V times the number of steps, by where V starts; rates fall linearly to 0, so no V can go further
+# than half of this.
+V_TRAVEL = {"nearest": 0.7, "gptq": 0.2}
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,11 @@ class TuningSettings:
         steps: gradient steps per decoder block; 0 rounds to nearest with the same scale search.
         samples, seqlen: calibration samples and their length in tokens.
         batch_size: samples a step.
+        start: codes from which tuning starts: "gptq" (GPTQ's, where the held-out samples do not find them worse than
+            the nearest ones; see `tuning.gptq`) or "nearest". With 0 steps codes are the nearest ones.
         lr: learning rate of V; None is V_TRAVEL/steps. It falls linearly to 0.
-        scale_lr: learning rate of α and β; None is V's over the number of codes from the anchor to the farthest one, so
-            that no weight is moved further by its scale than by V.
+        scale_lr: learning rate of α and β; None is V_TRAVEL["nearest"]/steps over the number of codes from the anchor
+            to the farthest one, so that no weight is moved further by its scale than by a V that starts from nearest.
         tune_scales: whether α and β move at all.
         positions: where codes are taken: "fixed" (on the initial scales, so that α and β change no code) or "follow"
             (on the current ones, the clip tuning of the paper).
@@ -47,6 +50,7 @@ class TuningSettings:
     samples: int = 128
     seqlen: int = 512
     batch_size: int = 8
+    start: str = "gptq"
     lr: float | None = None
     scale_lr: float | None = None
     tune_scales: bool = True
@@ -93,6 +97,7 @@ RECIPES: dict[str, TuningSettings] = {
         steps=400,
         samples=512,
         seqlen=2048,
+        start="nearest",
         tune_scales=False,
         scale_init="absmax",
         lr=1 / 400,
@@ -103,6 +108,7 @@ RECIPES: dict[str, TuningSettings] = {
         steps=200,
         samples=512,
         seqlen=2048,
+        start="nearest",
         scale_init="absmax",
         lr=1 / 200,
         scale_lr=1 / 200,
@@ -112,6 +118,11 @@ RECIPES: dict[str, TuningSettings] = {
         held_out=0.02,
     ),
 }
+
+
+def first_rate(settings: TuningSettings, compensated: bool) -> float:
+    """V's learning rate at the first step; `compensated`: whether V starts from GPTQ's codes."""
+    return settings.lr or V_TRAVEL["gptq" if compensated else "nearest"] / max(1, settings.steps)
 
 
 def check_steps(steps: int, checks: int) -> set[int]:

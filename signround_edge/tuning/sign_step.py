@@ -29,7 +29,7 @@ from torch import Tensor
 
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.grid import Fields, field_rows
-from signround_edge.tuning.settings import V_TRAVEL, TuningSettings
+from signround_edge.tuning.settings import V_TRAVEL, TuningSettings, first_rate
 
 # Values a chunk on CPU: all temporaries of a chunk stay in the L2 cache.
 _CHUNK_VALUES = 1 << 18
@@ -49,7 +49,7 @@ class RoundingState:
 
     Attributes:
         grid: the target grid.
-        blocks: original weights f32 [R, B, S].
+        blocks: f32 [R, B, S], the weights whose code positions V shifts: the original ones, or what GPTQ makes of them.
         initial: scales before tuning, [R, B].
         positions: stored fields of the scales that code positions are taken on; None where positions follow the scales.
         v: rounding shift f32 [R, B, S] in [−0.5, 0.5].
@@ -118,10 +118,10 @@ class RoundingState:
 
 def learning_rates(settings: TuningSettings, grid: Grid, step: int) -> tuple[float, float]:
     """Rates of (V, scales) at step 0, 1, …, falling linearly to 0; see `TuningSettings` for where they start."""
-    base = settings.lr or V_TRAVEL / settings.steps
     decay = 1 - step / settings.steps
     farthest = max(map(abs, grid.offset_range))
-    return base * decay, (settings.scale_lr or base / farthest) * decay
+    scale_rate = settings.scale_lr or V_TRAVEL["nearest"] / settings.steps / farthest
+    return first_rate(settings, compensated=False) * decay, scale_rate * decay
 
 
 def fused_step(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from signround_edge.decoder import is_transposed, set_out_in, set_weight, weight
 from signround_edge.experts import split_expert
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.scale_search import extreme_scales
-from signround_edge.tuning.settings import TuningSettings, check_steps
+from signround_edge.tuning.gptq import compensated
+from signround_edge.tuning.settings import TuningSettings, check_steps, first_rate
 from signround_edge.tuning.sign_step import RoundingState, fused_step
 from signround_edge.tuning.statistics import RoundingStatistics, rounding_statistics, v_histogram
 
@@ -50,6 +51,8 @@ class Unit:
         target: sample indices [n] → the full-precision output, same shape.
         token_weights: full-precision output → weights of the tokens' squared errors [n, seqlen, 1].
         train, held_out: sample indices.
+        products: name → Σ x·xᵀ f32 [in, in] of what the training samples give each matrix in the quantized model, for
+            the exact weights that the modules hold; experts that see no token have none.
     """
 
     matrices: list[Matrix]
@@ -58,6 +61,7 @@ class Unit:
     token_weights: Callable[[Tensor], Tensor]
     train: Tensor
     held_out: Tensor
+    products: Callable[[], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -66,17 +70,20 @@ class UnitReport:
 
     Attributes:
         rounded: after rounding to nearest.
-        tuned: of what is kept; never above `rounded`.
-        best_step: steps after which the kept rounding was found (0: the initial one).
+        start: of the codes from which tuning starts: GPTQ's, or where those are worse the rounded ones.
+        tuned: of what is kept; never above `rounded` and `start`.
+        best_step: steps after which the kept rounding was found (0: that from which tuning starts).
     """
 
     rounded: float
+    start: float
     tuned: float
     best_step: int
 
     def __str__(self) -> str:
         less = 1 - self.tuned / self.rounded if self.rounded else 0.0
-        return f"held-out loss {self.rounded:.3e} → {self.tuned:.3e} ({less:.0%} less) at step {self.best_step}"
+        start = f" → {self.start:.3e} by GPTQ" if self.start < self.rounded else ""
+        return f"held-out loss {self.rounded:.3e}{start} → {self.tuned:.3e} ({less:.0%} less) at step {self.best_step}"
 
 
 @dataclass(frozen=True)
@@ -110,18 +117,12 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
     Args:
         batches: endless iterator of sample indices to train on.
     """
-    states = {
-        m.name: RoundingState.start(
-            m.grid, m.weight, initial_scales(m.grid, m.weight, m.importance, settings.scale_init), settings.positions
-        )
-        for m in unit.matrices
-    }
+    autocast = compute_context(settings, (m.grid for m in unit.matrices), device)
+    states, rounded, start = _start(unit, settings, autocast)
+    settings = replace(settings, lr=first_rate(settings, compensated=start < rounded))
     best = {name: state.quantized() for name, state in states.items()}
     histograms = {name: v_histogram(state) for name, state in states.items()}
-    _install(unit, best)
-    autocast = compute_context(settings, (m.grid for m in unit.matrices), device)
-    rounded = best_loss = held_out_loss(unit, settings, autocast)
-    best_step = 0
+    best_loss, best_step = start, 0
     check_at = check_steps(settings.steps, settings.checks)
     dtype = compute_dtype(settings, (m.grid for m in unit.matrices), device)
     weights = _tunable_weights(unit, dtype) if settings.steps else {}
@@ -149,10 +150,41 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
                 histograms = {name: v_histogram(state) for name, state in states.items()}
     _install(unit, best)
     statistics = {
-        m.name: rounding_statistics(states[m.name], best[m.name], histograms[m.name], m.importance)
+        m.name: rounding_statistics(states[m.name], m.weight, best[m.name], histograms[m.name], m.importance)
         for m in unit.matrices
     }
-    return TunedUnit(best, UnitReport(rounded, best_loss, best_step), statistics)
+    return TunedUnit(best, UnitReport(rounded, start, best_loss, best_step), statistics)
+
+
+def _start(
+    unit: Unit, settings: TuningSettings, autocast: torch.autocast
+) -> tuple[dict[str, RoundingState], float, float]:
+    """(matrix name → where tuning starts, loss of rounding to nearest, loss of the start); the start is installed."""
+    products = unit.products() if settings.start == "gptq" and settings.steps else {}
+    scales = {m.name: initial_scales(m.grid, m.weight, m.importance, settings.scale_init) for m in unit.matrices}
+
+    def begin(weights: dict[str, Tensor]) -> tuple[dict[str, RoundingState], float]:
+        states = {
+            m.name: RoundingState.start(m.grid, weights.get(m.name, m.weight), scales[m.name], settings.positions)
+            for m in unit.matrices
+        }
+        _install(unit, {name: state.quantized() for name, state in states.items()})
+        return states, held_out_loss(unit, settings, autocast)
+
+    rounded_states, rounded = begin({})
+    if not products:
+        return rounded_states, rounded, rounded
+    states, loss = begin(
+        {
+            m.name: compensated(m.weight, products[m.name], m.grid, m.grid.store(scales[m.name]))
+            for m in unit.matrices
+            if m.name in products
+        }
+    )
+    if loss < rounded:
+        return states, rounded, loss
+    _install(unit, {name: state.quantized() for name, state in rounded_states.items()})
+    return rounded_states, rounded, rounded
 
 
 def _loss_gradient(unit: Unit, output: Tensor, index: Tensor) -> Tensor:

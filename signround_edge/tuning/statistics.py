@@ -28,8 +28,9 @@ class RoundingStatistics:
     Attributes:
         v_histogram: int64 [V_BINS], values of V in equal bins over [−0.5, 0.5], at the step that was kept.
         raised, lowered: int64 [K], codes of each input channel above and below those of plain rounding on the initial
-            scales, from which tuning started.
-        overruled: int64 [2], codes above and below those of plain rounding on the tuned scales: what V did itself.
+            scales.
+        overruled: int64 [2], codes above and below those of plain rounding on the tuned scales: what V (and GPTQ, where
+            tuning starts from its codes) did, not the scales.
         importance: f32 [K], E[x²] of the input channels.
     """
 
@@ -53,12 +54,13 @@ def v_histogram(state: RoundingState) -> Tensor:
 
 
 def rounding_statistics(
-    state: RoundingState, kept: QuantizedTensor, histogram: Tensor, importance: Tensor
+    state: RoundingState, weight: Tensor, kept: QuantizedTensor, histogram: Tensor, importance: Tensor
 ) -> RoundingStatistics:
     """Compare the codes that are kept with plain rounding on the scales of before and after tuning.
 
     Args:
         state: of the matrix; its V, α and β may have moved on since.
+        weight: the original one, f32 [R, K].
         histogram: of V when `kept` was taken.
     """
     grid, codes = state.grid, state.grid.blocked(kept.codes)
@@ -66,10 +68,11 @@ def rounding_statistics(
     raised, lowered = (torch.zeros(channels, dtype=torch.int64) for _ in range(2))
     overruled = torch.zeros(2, dtype=torch.int64)
     initial = state.positions or grid.store(state.initial)
-    for part in row_chunks(state.blocks):
+    blocks = grid.blocked(weight)
+    for part in row_chunks(blocks):
         upwards = grid.affine_view(field_rows(initial, part))[0].sign().unsqueeze(-1)
         moved, by_v = (
-            (codes[part].float() - grid.round_codes(state.blocks[part], field_rows(fields, part))) * upwards
+            (codes[part].float() - grid.round_codes(blocks[part], field_rows(fields, part))) * upwards
             for fields in (initial, kept.fields)
         )
         raised += (moved > 0).sum(0).flatten().cpu()

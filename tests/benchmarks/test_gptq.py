@@ -6,29 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from correlated_inputs import matrix_and_products, output_error
 from support import make_run
 from torch import Tensor
 
-from benchmarks.gptq import Options, gptq, inverse_factor, quantize
+from benchmarks.gptq import Options, gptq, quantize
 from signround_edge.formats import QuantizedTensor, get_grid
 from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer
 from signround_edge.tuning.signround import initial_scales
 
 GRIDS = ("Q4_0", "Q4_1", "w4g32-asym", "w4g128", "w2g64-asym", "w4g256", "Q4_K", "Q2_K", "IQ4_NL")
 OPTIONS = (Options(act_order=True), Options(act_order=False), Options(act_order=False, scale_init="absmax"))
-
-
-def matrix_and_hessian(rows: int = 24, cols: int = 256) -> tuple[Tensor, Tensor]:
-    """A random weight, and Σ x·xᵀ of correlated inputs with a few loud channels."""
-    torch.manual_seed(0)
-    inputs = torch.randn(2000, 48) @ torch.randn(48, cols) * torch.rand(cols).pow(3) + 0.3 * torch.randn(2000, cols)
-    return torch.randn(rows, cols) * 0.1, inputs.T @ inputs
-
-
-def weighted_error(weight: Tensor, tensor: QuantizedTensor, hessian: Tensor) -> float:
-    """tr((W − Ŵ)·H·(W − Ŵ)ᵀ): the squared error of the matrix's output."""
-    difference = (weight - tensor.dequantize()).double()
-    return float((difference @ hessian.double() * difference).sum())
 
 
 def rounded(weight: Tensor, hessian: Tensor, name: str, scale_init: str) -> QuantizedTensor:
@@ -39,7 +27,7 @@ def rounded(weight: Tensor, hessian: Tensor, name: str, scale_init: str) -> Quan
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("options", OPTIONS, ids=["act-order", "in-order", "absmax"])
 def test_identity_hessian_is_plain_rounding(name: str, options: Options) -> None:
-    weight, _ = matrix_and_hessian()
+    weight, _ = matrix_and_products()
     hessian = torch.eye(256)
     found, plain = gptq(weight, hessian, get_grid(name), options), rounded(weight, hessian, name, options.scale_init)
     assert torch.equal(found.codes, plain.codes)
@@ -49,16 +37,16 @@ def test_identity_hessian_is_plain_rounding(name: str, options: Options) -> None
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("options", OPTIONS, ids=["act-order", "in-order", "absmax"])
 def test_output_error_is_far_below_plain_rounding(name: str, options: Options) -> None:
-    weight, hessian = matrix_and_hessian()
+    weight, hessian = matrix_and_products()
     found = gptq(weight, hessian, get_grid(name), options)
     assert found.problem() is None
     plain = rounded(weight, hessian, name, options.scale_init)
-    assert weighted_error(weight, found, hessian) < 0.6 * weighted_error(weight, plain, hessian)
+    assert output_error(weight, found.dequantize(), hessian) < 0.6 * output_error(weight, plain.dequantize(), hessian)
 
 
 def test_each_column_solves_the_paper_s_equation() -> None:
     """By the optimal update of OBS (equation 2 of arXiv 2210.17323), column by column, with the inverse taken anew."""
-    weight, hessian = matrix_and_hessian(rows=3, cols=32)
+    weight, hessian = matrix_and_products(rows=3, cols=32)
     grid = get_grid("Q4_0")
     found = gptq(weight, hessian, grid, Options(act_order=False, damping=0.01))
     damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(32, dtype=torch.float64)
@@ -75,10 +63,8 @@ def test_each_column_solves_the_paper_s_equation() -> None:
 
 
 def test_a_channel_that_never_fires_does_no_harm() -> None:
-    weight, hessian = matrix_and_hessian()
+    weight, hessian = matrix_and_products()
     hessian[7] = hessian[:, 7] = 0
-    factor = inverse_factor(hessian, 0.01)
-    assert bool(factor.isfinite().all())
     found = gptq(weight, hessian, get_grid("Q4_0"), Options())
     assert bool(found.dequantize().isfinite().all())
 

@@ -58,7 +58,7 @@ def test_every_architecture_tunes_and_is_never_worse_than_rounding(
     run = quantize(random_model, parse_scheme("gguf:q4_0"), tmp_path / "run", str(calibration_text), SMALL)
     reports = [r.report["block"] for r in run.manifest.complete.values() if r.report]
     assert len(reports) == 2
-    assert all(r["tuned"] <= r["rounded"] for r in reports)
+    assert all(r["tuned"] <= r["start"] <= r["rounded"] for r in reports)
     assert any(r["tuned"] < r["rounded"] for r in reports)
     tokens = torch.randint(0, 3072, (1, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -87,16 +87,17 @@ def test_every_scheme_keeps_float_tensors_bit_for_bit(
         TuningSettings(**{**vars(SMALL), "optimizer": "adam", "lr": 0.01}),
         TuningSettings(**{**vars(SMALL), "tune_scales": False, "scale_init": "absmax"}),
         TuningSettings(**{**vars(SMALL), "positions": "follow"}),
+        TuningSettings(**{**vars(SMALL), "start": "nearest"}),
         TuningSettings(**{**vars(SMALL), "compute_dtype": "bfloat16"}),
     ],
-    ids=["layer-wise", "layer-wise bfloat16", "adam", "scales not tuned", "positions follow", "bfloat16"],
+    ids=["layer-wise", "layer-wise bfloat16", "adam", "scales not tuned", "positions follow", "nearest", "bfloat16"],
 )
 def test_settings_of_the_paper_run_and_help(
     settings: TuningSettings, tmp_path: Path, tiny_llama: Path, calibration_text: Path
 ) -> None:
     run = quantize(tiny_llama, parse_scheme("gguf:q4_0"), tmp_path / "run", str(calibration_text), settings)
     reports = [r for record in run.manifest.complete.values() for r in record.report.values()]
-    assert all(r["tuned"] <= r["rounded"] for r in reports)
+    assert all(r["tuned"] <= r["start"] <= r["rounded"] for r in reports)
     assert sum(r["tuned"] for r in reports) < sum(r["rounded"] for r in reports)
 
 

@@ -1,0 +1,125 @@
+"""GPTQ's codes as the start of tuning: what rounding the compensated weight does to a matrix's output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from correlated_inputs import matrix_and_products, output_error
+from torch import Tensor, nn
+
+from benchmarks.gptq import Options, gptq
+from signround_edge.formats import GRIDS, Grid, get_grid
+from signround_edge.formats.grid import Fields
+from signround_edge.tuning.activations import equal_weights
+from signround_edge.tuning.gptq import compensated, inverse_factor
+from signround_edge.tuning.settings import TuningSettings
+from signround_edge.tuning.signround import Matrix, TunedUnit, Unit, initial_scales, tune_unit
+
+ALL_GRIDS = sorted(GRIDS)
+
+
+def stored_scales(grid: Grid, weight: Tensor, products: Tensor) -> Fields:
+    return grid.store(initial_scales(grid, weight, products.diagonal(), "search"))
+
+
+def rounded(grid: Grid, weight: Tensor, fields: Fields) -> Tensor:
+    codes = grid.round_codes(grid.blocked(weight), fields)
+    return grid.pack_tensor(codes, fields).dequantize()
+
+
+@pytest.mark.parametrize("name", ALL_GRIDS)
+def test_output_error_is_far_below_plain_rounding(name: str) -> None:
+    grid = get_grid(name)
+    weight, products = matrix_and_products(cols=512)
+    fields = stored_scales(grid, weight, products)
+    found = rounded(grid, compensated(weight, products, grid, fields), fields)
+    plain = rounded(grid, weight, fields)
+    assert output_error(weight, found, products) < 0.6 * output_error(weight, plain, products)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "w4g32-asym", "Q4_K", "IQ4_XS"])
+def test_codes_are_those_of_the_reference(name: str) -> None:
+    """Sums are taken in another order, so that a code in a thousand may fall to the other side."""
+    grid = get_grid(name)
+    weight, products = matrix_and_products()
+    reference = gptq(weight, products, grid, Options(damping=0.03))
+    work = compensated(weight, products, grid, reference.fields)
+    codes = grid.round_codes(grid.blocked(work), reference.fields).reshape(weight.shape)
+    assert float((codes != reference.codes).float().mean()) < 1e-3
+
+
+@pytest.mark.parametrize("name", ALL_GRIDS)
+def test_independent_inputs_change_nothing(name: str) -> None:
+    grid = get_grid(name)
+    weight, _ = matrix_and_products(cols=512)
+    fields = stored_scales(grid, weight, torch.eye(512))
+    assert torch.equal(compensated(weight, torch.eye(512), grid, fields), weight)
+
+
+@pytest.mark.parametrize("name", ALL_GRIDS)
+def test_blocks_of_one_value_stay_finite(name: str) -> None:
+    grid = get_grid(name)
+    _, products = matrix_and_products(cols=512)
+    weight = torch.full((4, 512), -0.25)
+    weight[1] = 0
+    work = compensated(weight, products, grid, stored_scales(grid, weight, products))
+    assert bool(work.isfinite().all())
+    assert float((work[1]).abs().max()) == 0
+
+
+def test_channels_that_never_fire_and_repeated_ones_do_no_harm() -> None:
+    grid = get_grid("Q4_0")
+    weight, products = matrix_and_products()
+    products[7] = products[:, 7] = 0
+    products[9], products[:, 9] = products[8], products[:, 8]  # not of full rank
+    products[9, 9] = products[8, 8]
+    factor = inverse_factor(products, 0.01)
+    assert factor is not None
+    assert bool(factor.isfinite().all())
+    assert bool(compensated(weight, products, grid, stored_scales(grid, weight, products)).isfinite().all())
+
+
+def test_inputs_without_a_factor_leave_the_weight_as_it_is() -> None:
+    grid = get_grid("Q4_0")
+    weight, products = matrix_and_products()
+    fields = stored_scales(grid, weight, products)
+    products[3, 3] = torch.inf
+    assert torch.equal(compensated(weight, products, grid, fields), weight)
+
+
+def tune_matrix(mix: Tensor, products: Tensor | None = None) -> tuple[TunedUnit, Tensor]:
+    """(result, nearest codes) of a single step on inputs of 64 channels, mixed by `mix`.
+
+    GPTQ is given `products` instead of those of the inputs.
+    """
+    torch.manual_seed(1)
+    inputs, module, grid = torch.randn(40, 8, 64) @ mix, nn.Linear(64, 16, bias=False), get_grid("Q4_0")
+    weight = module.weight.detach().clone()
+    matrix = Matrix("m", module, grid, weight, torch.ones(64))
+    target, train = inputs @ weight.T, torch.arange(32)
+    seen = inputs[train].flatten(0, 1)
+    unit = Unit(
+        [matrix],
+        lambda index: module(inputs[index]),
+        lambda index: target[index],
+        equal_weights,
+        train,
+        torch.arange(32, 40),
+        lambda: {"m": seen.T @ seen if products is None else products},
+    )
+    settings = TuningSettings(steps=1, lr=1e-6, compute_dtype="float32", tune_scales=False)
+    nearest = grid.quantize(weight, initial_scales(grid, weight, matrix.importance, "search")).codes
+    return tune_unit(unit, settings, iter([train[:8]]), torch.device("cpu")), nearest
+
+
+def test_tuning_starts_from_the_nearest_codes_where_gptq_is_worse_on_held_out_samples() -> None:
+    tuned, nearest = tune_matrix(torch.eye(64), products=torch.ones(64, 64) + 0.01 * torch.eye(64))
+    assert tuned.report.start == tuned.report.rounded
+    assert torch.equal(tuned.tensors["m"].codes, nearest)
+
+
+def test_tuning_starts_from_gptq_where_that_is_better() -> None:
+    tuned, nearest = tune_matrix(torch.randn(64, 64, generator=torch.Generator().manual_seed(2)))
+    assert tuned.report.start < 0.8 * tuned.report.rounded
+    assert tuned.report.tuned <= tuned.report.start
+    assert not torch.equal(tuned.tensors["m"].codes, nearest)

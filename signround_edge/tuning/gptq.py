@@ -17,7 +17,7 @@ from torch import Tensor
 from signround_edge.formats import Grid
 from signround_edge.formats.grid import Fields, safe_reciprocal
 
-# Added to the diagonal of H, as shares of its mean: the first with which H can be factorised. See docs/LOG.md.
+# Added to the diagonal of H, as shares of its mean: the first with which H has a factor. See docs/LOG.md.
 _DAMPING = (0.03, 0.3, 3.0)
 _COLUMNS_AT_ONCE = 64  # errors reach the columns behind such a group in one product
 

@@ -44,12 +44,11 @@ from signround_edge.tuning.importance import Importance, ImportanceSink, Importa
 from signround_edge.tuning.input_moments import InputMoments, InputProducts, SecondMoments
 from signround_edge.tuning.plan import Plan, listing, make_plan, part_of_block
 from signround_edge.tuning.rms_norm import use_cached_rms_norm
+from signround_edge.tuning.roles import writes_to_stream
 from signround_edge.tuning.run_opening import open_or_create, versions
 from signround_edge.tuning.settings import TuningSettings
 from signround_edge.tuning.signround import (
-    Matrix,
     TunedUnit,
-    Unit,
     compute_context,
     compute_dtype,
     held_out_loss,
@@ -57,6 +56,7 @@ from signround_edge.tuning.signround import (
     tune_unit,
 )
 from signround_edge.tuning.tunables import FloatShift, Tunable, TunedMatrix
+from signround_edge.tuning.unit import Matrix, Unit
 from signround_edge.tuning.whole_model import TOKENS_AT_ONCE, WholeModel, tune_whole_model
 
 
@@ -213,8 +213,16 @@ class _Job:
         with moments.watching(block, self.importance.to_collect(every, modules)):
             target = self._run(shell, index, exact, moments)
         importance = self.importance.settle(moments.result(), self.device)
+        model_type = str(getattr(self.decoder.model.config, "model_type", ""))
         matrices = [
-            Matrix(name, module, self._grid(name), out_in(module).contiguous(), importance[name])
+            Matrix(
+                name,
+                module,
+                self._grid(name),
+                out_in(module).contiguous(),
+                importance[name],
+                writes_to_stream(name, model_type),
+            )
             for name, module in modules.items()
         ]
         transform, found = BlockTransform(), None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from signround_edge.experts import split_expert
 from signround_edge.formats.gguf_presets import ModelTraits, Role
+from signround_edge.gguf_names import gguf_name
 
 # The order is llama.cpp's (`tensor_get_category`): attn_qkv holds V.
 _ROLES = (
@@ -20,6 +22,13 @@ _ROLES = (
 def role_of(gguf_name: str | None) -> Role:
     """The role of a decoder block's matrix."""
     return next((role for part, role in _ROLES if part in (gguf_name or "")), Role.OTHER)
+
+
+def writes_to_stream(name: str, model_type: str) -> bool:
+    """Whether a decoder block's matrix of this parameter name is an output or down projection, and not an expert's."""
+    if split_expert(name)[1] is not None:
+        return False
+    return role_of(gguf_name(name, model_type)) in (Role.ATTENTION_OUTPUT, Role.FFN_DOWN)
 
 
 def model_traits(config: Any) -> ModelTraits:

@@ -9,7 +9,7 @@ from signround_edge.errors import UserError
 
 # The first rate of V times the number of steps, by where V starts; rates fall linearly to 0, so no V can go further
 # than half of this.
-V_TRAVEL = {"nearest": 0.7, "gptq": 0.2}
+V_TRAVEL = {"nearest": 0.7, "gptq": 0.07}
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,11 @@ class TuningSettings:
         batch_size: samples a step.
         start: codes from which tuning starts: "gptq" (GPTQ's, where the held-out samples do not find them worse than
             the nearest ones; see `tuning.gptq`) or "nearest". With 0 steps codes are the nearest ones.
+        correct_drift: whether, with the start "gptq", output and down projections first take back what they can of the
+            errors that their block inherits; see `tuning.drift`.
         lr: learning rate of V; None is V_TRAVEL/steps. It falls linearly to 0.
-        scale_lr: learning rate of α and β; None is V_TRAVEL["nearest"]/steps over the number of codes from the anchor
-            to the farthest one, so that no weight is moved further by its scale than by a V that starts from nearest.
+        scale_lr: learning rate of α and β; None is V's over the number of codes from the anchor to the farthest one, so
+            that no weight is moved further by its scale than by V.
         tune_scales: whether α and β move at all.
         positions: where codes are taken: "fixed" (on the initial scales, so that α and β change no code) or "follow"
             (on the current ones, the clip tuning of the paper).
@@ -51,6 +53,7 @@ class TuningSettings:
     seqlen: int = 512
     batch_size: int = 8
     start: str = "gptq"
+    correct_drift: bool = True
     lr: float | None = None
     scale_lr: float | None = None
     tune_scales: bool = True

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.grid import Fields, field_rows
-from signround_edge.tuning.settings import V_TRAVEL, TuningSettings, first_rate
+from signround_edge.tuning.settings import TuningSettings, first_rate
 
 # Values a chunk on CPU: all temporaries of a chunk stay in the L2 cache.
 _CHUNK_VALUES = 1 << 18
@@ -118,10 +118,10 @@ class RoundingState:
 
 def learning_rates(settings: TuningSettings, grid: Grid, step: int) -> tuple[float, float]:
     """Rates of (V, scales) at step 0, 1, …, falling linearly to 0; see `TuningSettings` for where they start."""
+    base = first_rate(settings, compensated=False)
     decay = 1 - step / settings.steps
     farthest = max(map(abs, grid.offset_range))
-    scale_rate = settings.scale_lr or V_TRAVEL["nearest"] / settings.steps / farthest
-    return first_rate(settings, compensated=False) * decay, scale_rate * decay
+    return base * decay, (settings.scale_lr or base / farthest) * decay
 
 
 def fused_step(

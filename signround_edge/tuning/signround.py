@@ -2,66 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from signround_edge.decoder import is_transposed, set_out_in, set_weight, weight_of
+from signround_edge.decoder import is_transposed, set_weight, weight_of
 from signround_edge.experts import split_expert
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.scale_search import extreme_scales
+from signround_edge.tuning.drift import corrected_weights
 from signround_edge.tuning.gptq import compensated
 from signround_edge.tuning.settings import TuningSettings, check_steps, first_rate
 from signround_edge.tuning.sign_step import RoundingState, fused_step
 from signround_edge.tuning.statistics import RoundingStatistics, rounding_statistics, v_histogram
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One weight matrix to quantize.
-
-    Attributes:
-        name: parameter name.
-        module: the nn.Linear (or Conv1D) whose weight is tuned.
-        grid: target grid.
-        weight: original weight f32 [out, in].
-        importance: E[x²] f32 [in].
-    """
-
-    name: str
-    module: nn.Module
-    grid: Grid
-    weight: Tensor
-    importance: Tensor
-
-    def install(self, weight: Tensor) -> None:
-        """Put a weight f32 [out, in] into the module."""
-        set_out_in(self.module, weight)
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What is tuned together, and the data it is tuned on.
-
-    Attributes:
-        matrices: the matrices of the unit.
-        forward: sample indices [n] → the unit's output f32 [n, seqlen, features] for the quantized model's inputs.
-        target: sample indices [n] → the full-precision output, same shape.
-        token_weights: full-precision output → weights of the tokens' squared errors [n, seqlen, 1].
-        train, held_out: sample indices.
-        products: name → Σ x·xᵀ f32 [in, in] of what the training samples give each matrix in the quantized model, for
-            the exact weights that the modules hold; experts that see no token have none.
-    """
-
-    matrices: list[Matrix]
-    forward: Callable[[Tensor], Tensor]
-    target: Callable[[Tensor], Tensor]
-    token_weights: Callable[[Tensor], Tensor]
-    train: Tensor
-    held_out: Tensor
-    products: Callable[[], dict[str, Tensor]]
+from signround_edge.tuning.unit import Unit
 
 
 @dataclass(frozen=True)
@@ -118,9 +75,9 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
         batches: endless iterator of sample indices to train on.
     """
     autocast = compute_context(settings, (m.grid for m in unit.matrices), device)
-    states, rounded, start = _start(unit, settings, autocast)
+    nearest, states, rounded, start = _start(unit, settings, autocast)
     settings = replace(settings, lr=first_rate(settings, compensated=start < rounded))
-    best = {name: state.quantized() for name, state in states.items()}
+    best = _quantized(states)
     histograms = {name: v_histogram(state) for name, state in states.items()}
     best_loss, best_step = start, 0
     check_at = check_steps(settings.steps, settings.checks)
@@ -143,14 +100,14 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
                 fused_step(states[matrix.name], gradient, out, step, settings, compiled=device.type == "cuda")
             weight.grad = None
         if step + 1 in check_at:
-            candidate = {name: state.quantized() for name, state in states.items()}
+            candidate = _quantized(states)
             found = held_out_loss(unit, settings, autocast)
             if found < best_loss:
                 best, best_loss, best_step = candidate, found, step + 1
                 histograms = {name: v_histogram(state) for name, state in states.items()}
     _install(unit, best)
     statistics = {
-        m.name: rounding_statistics(states[m.name], m.weight, best[m.name], histograms[m.name], m.importance)
+        m.name: rounding_statistics(m.weight, nearest[m.name], best[m.name], histograms[m.name], m.importance)
         for m in unit.matrices
     }
     return TunedUnit(best, UnitReport(rounded, start, best_loss, best_step), statistics)
@@ -158,33 +115,50 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
 
 def _start(
     unit: Unit, settings: TuningSettings, autocast: torch.autocast
-) -> tuple[dict[str, RoundingState], float, float]:
-    """(matrix name → where tuning starts, loss of rounding to nearest, loss of the start); the start is installed."""
-    products = unit.products() if settings.start == "gptq" and settings.steps else {}
-    scales = {m.name: initial_scales(m.grid, m.weight, m.importance, settings.scale_init) for m in unit.matrices}
+) -> tuple[dict[str, QuantizedTensor], dict[str, RoundingState], float, float]:
+    """(the matrices rounded to nearest, where their tuning starts, loss of the former, loss of the latter).
 
-    def begin(weights: dict[str, Tensor]) -> tuple[dict[str, RoundingState], float]:
-        states = {
-            m.name: RoundingState.start(m.grid, weights.get(m.name, m.weight), scales[m.name], settings.positions)
-            for m in unit.matrices
-        }
-        _install(unit, {name: state.quantized() for name, state in states.items()})
-        return states, held_out_loss(unit, settings, autocast)
+    On return the modules hold the start's weights.
+    """
+    states: dict[str, RoundingState] = {}
+    for m in unit.matrices:
+        scales = initial_scales(m.grid, m.weight, m.importance, settings.scale_init)
+        states[m.name] = RoundingState.start(m.grid, m.weight, scales, settings.positions)
+    nearest = _quantized(states)
+    compensated_states = None
+    if settings.start == "gptq" and settings.steps:
+        compensated_states = _compensated(unit, states, settings, autocast)  # needs the exact weights in the modules
+    _install(unit, nearest)
+    rounded = held_out_loss(unit, settings, autocast)
+    if compensated_states is not None:
+        _install(unit, _quantized(compensated_states))
+        loss = held_out_loss(unit, settings, autocast)
+        if loss < rounded:
+            return nearest, compensated_states, rounded, loss
+        _install(unit, nearest)
+    return nearest, states, rounded, rounded
 
-    rounded_states, rounded = begin({})
-    if not products:
-        return rounded_states, rounded, rounded
-    states, loss = begin(
-        {
-            m.name: compensated(m.weight, products[m.name], m.grid, m.grid.store(scales[m.name]))
-            for m in unit.matrices
-            if m.name in products
-        }
-    )
-    if loss < rounded:
-        return states, rounded, loss
-    _install(unit, {name: state.quantized() for name, state in rounded_states.items()})
-    return rounded_states, rounded, rounded
+
+def _compensated(
+    unit: Unit, nearest: dict[str, RoundingState], settings: TuningSettings, autocast: torch.autocast
+) -> dict[str, RoundingState]:
+    """Where tuning starts from GPTQ's codes, after the correction of drift; modules hold the exact weights before."""
+    corrected: dict[str, Tensor] = {}
+    if settings.correct_drift:
+        loss = functools.partial(held_out_loss, unit, settings, autocast)
+        corrected = corrected_weights(unit, settings.batch_size, autocast, loss)
+    products = unit.products()
+    states = dict(nearest)
+    for m in unit.matrices:
+        if m.name not in products:
+            continue
+        scales, weight = nearest[m.name].initial, m.weight
+        if m.name in corrected:
+            weight = corrected[m.name]
+            scales = initial_scales(m.grid, weight, m.importance, settings.scale_init)
+        weight = compensated(weight, products[m.name], m.grid, m.grid.store(scales))
+        states[m.name] = RoundingState.start(m.grid, weight, scales, settings.positions)
+    return states
 
 
 def _loss_gradient(unit: Unit, output: Tensor, index: Tensor) -> Tensor:
@@ -230,6 +204,10 @@ def _transposed_step(state: RoundingState, gradient: Tensor, out: Tensor, step: 
     weight = torch.empty_like(out.T, memory_format=torch.contiguous_format)
     fused_step(state, gradient.T.contiguous(), weight, step, settings, compiled=gradient.is_cuda)
     out.copy_(weight.T)
+
+
+def _quantized(states: dict[str, RoundingState]) -> dict[str, QuantizedTensor]:
+    return {name: state.quantized() for name, state in states.items()}
 
 
 def _install(unit: Unit, tensors: dict[str, QuantizedTensor]) -> None:

@@ -54,27 +54,23 @@ def v_histogram(state: RoundingState) -> Tensor:
 
 
 def rounding_statistics(
-    state: RoundingState, weight: Tensor, kept: QuantizedTensor, histogram: Tensor, importance: Tensor
+    weight: Tensor, rounded: QuantizedTensor, kept: QuantizedTensor, histogram: Tensor, importance: Tensor
 ) -> RoundingStatistics:
     """Compare the codes that are kept with plain rounding on the scales of before and after tuning.
 
     Args:
-        state: of the matrix; its V, α and β may have moved on since.
         weight: the original one, f32 [R, K].
+        rounded: it, rounded to nearest on the initial scales.
         histogram: of V when `kept` was taken.
     """
-    grid, codes = state.grid, state.grid.blocked(kept.codes)
-    channels = kept.codes.shape[1]
+    grid, channels = kept.grid, kept.codes.shape[1]
     raised, lowered = (torch.zeros(channels, dtype=torch.int64) for _ in range(2))
     overruled = torch.zeros(2, dtype=torch.int64)
-    initial = state.positions or grid.store(state.initial)
-    blocks = grid.blocked(weight)
+    blocks, codes, nearest = (grid.blocked(t) for t in (weight, kept.codes, rounded.codes))
     for part in row_chunks(blocks):
-        upwards = grid.affine_view(field_rows(initial, part))[0].sign().unsqueeze(-1)
-        moved, by_v = (
-            (codes[part].float() - grid.round_codes(blocks[part], field_rows(fields, part))) * upwards
-            for fields in (initial, kept.fields)
-        )
+        upwards = grid.affine_view(field_rows(rounded.fields, part))[0].sign().unsqueeze(-1)
+        nearest_now = grid.round_codes(blocks[part], field_rows(kept.fields, part))
+        moved, by_v = ((codes[part].float() - other) * upwards for other in (nearest[part], nearest_now))
         raised += (moved > 0).sum(0).flatten().cpu()
         lowered += (moved < 0).sum(0).flatten().cpu()
         overruled += torch.stack([(by_v > 0).sum(), (by_v < 0).sum()]).cpu()

@@ -33,7 +33,7 @@ from signround_edge.tuning import channel_scaling
 from signround_edge.tuning import quantize as quantize_module
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
-from signround_edge.tuning.signround import Matrix
+from signround_edge.tuning.unit import Matrix
 
 full = pytest.mark.full
 SCALED = replace(SMALL, steps=0, samples=8, transforms=("channel-scales",))

@@ -13,7 +13,8 @@ from signround_edge.formats.grid import Fields
 from signround_edge.tuning.activations import equal_weights
 from signround_edge.tuning.gptq import compensated, inverse_factor
 from signround_edge.tuning.settings import TuningSettings
-from signround_edge.tuning.signround import Matrix, TunedUnit, Unit, initial_scales, tune_unit
+from signround_edge.tuning.signround import TunedUnit, initial_scales, tune_unit
+from signround_edge.tuning.unit import Matrix, Unit
 
 ALL_GRIDS = sorted(GRIDS)
 

@@ -29,7 +29,9 @@ from signround_edge.tuning.whole_model import WholeModel
 
 # Few steps on a tiny model: ten times the rates that suit hundreds of steps on a large one.
 RATES = {"whole_model_lr": 2e-3, "whole_model_code_lr": 5e-3}
-SETTINGS = replace(SMALL, steps=10, samples=24, seqlen=64, whole_model_steps=20, whole_model_batch_size=4, **RATES)
+SETTINGS = replace(
+    SMALL, start="nearest", steps=10, samples=24, seqlen=64, whole_model_steps=20, whole_model_batch_size=4, **RATES
+)
 CPU = torch.device("cpu")
 
 

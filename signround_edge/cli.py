@@ -103,7 +103,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--batch-size", type=int, help="Samples a step.")
 @click.option("--start", type=click.Choice(["gptq", "nearest"]), help="Codes from which tuning starts.")
 @click.option("--correct-drift/--no-correct-drift", default=None, help="With gptq: take inherited errors back first.")
-@click.option("--lr", type=float, help="Learning rate of the rounding (default 0.07/steps, from nearest 0.7/steps).")
+@click.option("--lr", type=float, help="Learning rate of the rounding (default 0.7/steps, from GPTQ's codes less).")
 @click.option("--scale-lr", type=float, help="Learning rate of scales (default: --lr over the range of codes).")
 @click.option("--tune-scales/--no-tune-scales", default=None, help="Let scales and minima move.")
 @click.option(

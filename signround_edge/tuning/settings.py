@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from signround_edge.errors import UserError
 
-# The first rate of V times the number of steps, by where V starts; rates fall linearly to 0, so no V can go further
-# than half of this.
-V_TRAVEL = {"nearest": 0.7, "gptq": 0.07}
+# The first rate of V times the number of steps; rates fall linearly to 0, so no V can go further than half of this.
+V_TRAVEL = 0.7
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class TuningSettings:
             the nearest ones; see `tuning.gptq`) or "nearest". With 0 steps codes are the nearest ones.
         correct_drift: whether, with the start "gptq", output and down projections first take back what they can of the
             errors that their block inherits; see `tuning.drift`.
-        lr: learning rate of V; None is V_TRAVEL/steps. It falls linearly to 0.
+        lr: learning rate of V; None is V_TRAVEL/steps, from GPTQ's codes less (`travel_from_gptq`). It falls
+            linearly to 0.
         scale_lr: learning rate of α and β; None is V's over the number of codes from the anchor to the farthest one, so
             that no weight is moved further by its scale than by V.
         tune_scales: whether α and β move at all.
@@ -123,9 +124,13 @@ RECIPES: dict[str, TuningSettings] = {
 }
 
 
-def first_rate(settings: TuningSettings, compensated: bool) -> float:
-    """V's learning rate at the first step; `compensated`: whether V starts from GPTQ's codes."""
-    return settings.lr or V_TRAVEL["gptq" if compensated else "nearest"] / max(1, settings.steps)
+def travel_from_gptq(settings: TuningSettings, codes: int) -> float:
+    """The first rate of V times the number of steps where V starts from GPTQ's codes, of which a grid has `codes`.
+
+    0.15 for 16 codes and 800 samples in all steps, and in proportion to 1/codes and to the root of the samples: what
+    signs of gradients say grows with their number, and what they sum up to by chance with its root. See docs/LOG.md.
+    """
+    return min(V_TRAVEL, 2.4 / codes * math.sqrt(settings.steps * settings.batch_size / 800))
 
 
 def check_steps(steps: int, checks: int) -> set[int]:

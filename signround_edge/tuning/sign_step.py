@@ -29,7 +29,7 @@ from torch import Tensor
 
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.grid import Fields, field_rows
-from signround_edge.tuning.settings import TuningSettings, first_rate
+from signround_edge.tuning.settings import V_TRAVEL, TuningSettings
 
 # Values a chunk on CPU: all temporaries of a chunk stay in the L2 cache.
 _CHUNK_VALUES = 1 << 18
@@ -55,6 +55,7 @@ class RoundingState:
         v: rounding shift f32 [R, B, S] in [−0.5, 0.5].
         alpha, beta: factors of scale and minimum, f32 [R, B]; beta is None where the minimum is not tuned.
         moments: Adam moments per tuned tensor name; empty with SignSGD.
+        travel: the first rate of V times the number of steps, unless the settings give a rate.
     """
 
     grid: Grid
@@ -65,6 +66,7 @@ class RoundingState:
     alpha: Tensor
     beta: Tensor | None
     moments: dict[str, AdamMoments]
+    travel: float = V_TRAVEL
 
     @classmethod
     def start(
@@ -116,9 +118,9 @@ class RoundingState:
         return self.grid.pack_tensor(codes, fields)
 
 
-def learning_rates(settings: TuningSettings, grid: Grid, step: int) -> tuple[float, float]:
+def learning_rates(settings: TuningSettings, grid: Grid, step: int, travel: float = V_TRAVEL) -> tuple[float, float]:
     """Rates of (V, scales) at step 0, 1, …, falling linearly to 0; see `TuningSettings` for where they start."""
-    base = first_rate(settings, compensated=False)
+    base = settings.lr or travel / settings.steps
     decay = 1 - step / settings.steps
     farthest = max(map(abs, grid.offset_range))
     return base * decay, (settings.scale_lr or base / farthest) * decay
@@ -138,7 +140,7 @@ def fused_step(
         state.moments = {
             k: AdamMoments(torch.zeros_like(t), torch.zeros_like(t)) for k, t in tuned.items() if t is not None
         }
-    rates = learning_rates(settings, state.grid, step)
+    rates = learning_rates(settings, state.grid, step, state.travel)
     if compiled:
         # Rates and step go in as tensors: as Python numbers they would be compiled in, anew at every step.
         tensors = [torch.tensor(float(x), device=gradient.device) for x in (*rates, step)]

@@ -15,7 +15,7 @@ from signround_edge.formats import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.scale_search import extreme_scales
 from signround_edge.tuning.drift import corrected_weights
 from signround_edge.tuning.gptq import compensated
-from signround_edge.tuning.settings import TuningSettings, check_steps, first_rate
+from signround_edge.tuning.settings import TuningSettings, check_steps, travel_from_gptq
 from signround_edge.tuning.sign_step import RoundingState, fused_step
 from signround_edge.tuning.statistics import RoundingStatistics, rounding_statistics, v_histogram
 from signround_edge.tuning.unit import Unit
@@ -76,7 +76,6 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
     """
     autocast = compute_context(settings, (m.grid for m in unit.matrices), device)
     nearest, states, rounded, start = _start(unit, settings, autocast)
-    settings = replace(settings, lr=first_rate(settings, compensated=start < rounded))
     best = _quantized(states)
     histograms = {name: v_histogram(state) for name, state in states.items()}
     best_loss, best_step = start, 0
@@ -157,7 +156,8 @@ def _compensated(
             weight = corrected[m.name]
             scales = initial_scales(m.grid, weight, m.importance, settings.scale_init)
         weight = compensated(weight, products[m.name], m.grid, m.grid.store(scales))
-        states[m.name] = RoundingState.start(m.grid, weight, scales, settings.positions)
+        state = RoundingState.start(m.grid, weight, scales, settings.positions)
+        states[m.name] = replace(state, travel=travel_from_gptq(settings, m.grid.code_max - m.grid.code_min + 1))
     return states
 
 

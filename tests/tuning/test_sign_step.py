@@ -129,7 +129,7 @@ def test_no_scale_tuning_leaves_scales_alone() -> None:
 def test_rates_fall_to_zero_and_no_scale_moves_a_code_further_than_v() -> None:
     grid = get_grid("Q4_0")
     rates = [learning_rates(TuningSettings(steps=4), grid, step) for step in range(4)]
-    first = V_TRAVEL["nearest"] / 4
+    first = V_TRAVEL / 4
     assert rates == [(first * left, first / 8 * left) for left in (1, 0.75, 0.5, 0.25)]
     assert learning_rates(TuningSettings(steps=4), get_grid("Q4_1"), 0) == (first, first / 15)
     assert learning_rates(TuningSettings(steps=4, lr=0.1, scale_lr=0.2), grid, 0) == (0.1, 0.2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -324,7 +324,7 @@ class _Job:
             return found.result()
 
         return Unit(
-            [matrix],
+            [replace(matrix, writes_to_stream=False)],  # its own exact output is the target: nothing is inherited
             lambda samples: matrix.module(layer_inputs[samples].to(self.device)),
             lambda samples: targets[samples].to(self.device),
             self._token_weights,

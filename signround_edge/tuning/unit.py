@@ -47,7 +47,7 @@ class Unit:
         token_weights: full-precision output → weights of the tokens' squared errors [n, seqlen, 1].
         train, held_out: sample indices.
         products: name → Σ x·xᵀ f32 [in, in] of what the training samples give each matrix in the quantized model, for
-            the exact weights that the modules hold; experts that see no token have none.
+            the weights that the modules hold then; experts that see no token have none.
     """
 
     matrices: list[Matrix]

@@ -236,7 +236,7 @@ def test_too_few_tokens_are_bad_input(wrong_abi: Path, run: RunDirectory, gguf_f
 @needs_program
 def test_the_real_program_agrees_with_our_own_figures(run: RunDirectory, gguf_file: Path, text: Path) -> None:
     report = verify(run, [gguf_file], text, llama_bin=cached_folder(), log=str, **SIZE)
-    assert report.passed
+    assert report.passed, [r.to_json() for r in report.runtimes]
     ours, theirs = (r.to_json() for r in report.runtimes)
     assert theirs["ppl_reference"] == pytest.approx(ours["ppl_reference"], rel=1e-4)
     assert theirs["ppl"] == pytest.approx(ours["ppl"], rel=2e-3)  # two builds of llama.cpp, other kernels

@@ -98,6 +98,7 @@ class RoundingState:
             self.alpha[part],
             None if self.beta is None else self.beta[part],
             {k: AdamMoments(m.first[part], m.second[part]) for k, m in self.moments.items()},
+            self.travel,
         )
 
     def fields(self) -> Fields:

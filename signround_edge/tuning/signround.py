@@ -58,6 +58,24 @@ class TunedUnit:
     statistics: dict[str, RoundingStatistics]
 
 
+@dataclass(frozen=True)
+class _Start:
+    """Where the tuning of a unit starts; all dictionaries are by matrix name.
+
+    Attributes:
+        nearest: the matrices rounded to nearest on the initial scales.
+        rounded: their loss on the held-out samples.
+        states, tensors: what is tuned, and its codes and scales at first: `nearest`, or GPTQ's.
+        loss: that of `tensors`.
+    """
+
+    nearest: dict[str, QuantizedTensor]
+    rounded: float
+    states: dict[str, RoundingState]
+    tensors: dict[str, QuantizedTensor]
+    loss: float
+
+
 def initial_scales(grid: Grid, weight: Tensor, importance: Tensor, method: str) -> BlockScales:
     """Scales before tuning, by weighted search or from each block's extremes."""
     blocks = grid.blocked(weight)
@@ -75,10 +93,9 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
         batches: endless iterator of sample indices to train on.
     """
     autocast = compute_context(settings, (m.grid for m in unit.matrices), device)
-    nearest, states, rounded, start = _start(unit, settings, autocast)
-    best = _quantized(states)
+    start = _start(unit, settings, autocast)
+    states, best, best_loss, best_step = start.states, start.tensors, start.loss, 0
     histograms = {name: v_histogram(state) for name, state in states.items()}
-    best_loss, best_step = start, 0
     check_at = check_steps(settings.steps, settings.checks)
     dtype = compute_dtype(settings, (m.grid for m in unit.matrices), device)
     weights = _tunable_weights(unit, dtype) if settings.steps else {}
@@ -106,19 +123,14 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
                 histograms = {name: v_histogram(state) for name, state in states.items()}
     _install(unit, best)
     statistics = {
-        m.name: rounding_statistics(m.weight, nearest[m.name], best[m.name], histograms[m.name], m.importance)
+        m.name: rounding_statistics(m.weight, start.nearest[m.name], best[m.name], histograms[m.name], m.importance)
         for m in unit.matrices
     }
-    return TunedUnit(best, UnitReport(rounded, start, best_loss, best_step), statistics)
+    return TunedUnit(best, UnitReport(start.rounded, start.loss, best_loss, best_step), statistics)
 
 
-def _start(
-    unit: Unit, settings: TuningSettings, autocast: torch.autocast
-) -> tuple[dict[str, QuantizedTensor], dict[str, RoundingState], float, float]:
-    """(the matrices rounded to nearest, where their tuning starts, loss of the former, loss of the latter).
-
-    On return the modules hold the start's weights.
-    """
+def _start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -> _Start:
+    """Round to nearest, and take GPTQ's codes instead where they are wanted and better; what is taken is installed."""
     states: dict[str, RoundingState] = {}
     for m in unit.matrices:
         scales = initial_scales(m.grid, m.weight, m.importance, settings.scale_init)
@@ -130,12 +142,13 @@ def _start(
     _install(unit, nearest)
     rounded = held_out_loss(unit, settings, autocast)
     if compensated_states is not None:
-        _install(unit, _quantized(compensated_states))
+        tensors = _quantized(compensated_states)
+        _install(unit, tensors)
         loss = held_out_loss(unit, settings, autocast)
         if loss < rounded:
-            return nearest, compensated_states, rounded, loss
+            return _Start(nearest, rounded, compensated_states, tensors, loss)
         _install(unit, nearest)
-    return nearest, states, rounded, rounded
+    return _Start(nearest, rounded, states, nearest, rounded)
 
 
 def _compensated(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -83,15 +85,7 @@ def test_a_correction_that_held_out_samples_do_not_confirm_is_taken_back() -> No
 def test_inputs_that_say_nothing_change_nothing(value: float) -> None:
     unit, module = residual_unit(torch.zeros(16, 32))
     weight = module.weight.detach().clone()
-    silent = Unit(
-        unit.matrices,
-        lambda index: module(torch.full((len(index), 64, 32), value)),
-        unit.target,
-        equal_weights,
-        unit.train,
-        unit.held_out,
-        dict,
-    )
+    silent = replace(unit, forward=lambda index: module(torch.full((len(index), 64, 32), value)))
     assert corrected_weights(silent, 8, OFF, lambda: 1.0) == {}
     assert torch.equal(module.weight, weight)
 

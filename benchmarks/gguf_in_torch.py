@@ -1,4 +1,4 @@
-"""Score a peer's Llama-architecture GGUF file in torch: its weights dequantized by gguf-py, the graph transformers'.
+"""Score a peer's Llama-architecture GGUF file in torch: its weights dequantized by libggml, the graph transformers'.
 
 So files of different tools are compared on their weights alone, without a runtime's own activation rounding.
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import gguf
 import torch
 from torch import Tensor, nn
 
+from exporters.gguf.container_reader import GgufFile
+from runtime_tests.runtimes.llama_cpp_engine import ggml_to_float
 from signround_edge.decoder import build_decoder
 from signround_edge.evaluation import TorchSession, evaluate, load_source_model, text_windows
 from signround_edge.gguf_names import name_table
@@ -32,12 +35,13 @@ def load_llama_gguf(file: Path, config_dir: Path) -> nn.Module:
     decoder = build_decoder(config_dir)
     config = decoder.model.config
     names = name_table(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    tensors = {t.name: t for t in gguf.GGUFReader(file).tensors}
+    stored = GgufFile.open(file)
     for name, _ in list(decoder.model.named_parameters()):
-        stored = tensors.get(names.get_name(name, try_suffixes=(".weight", ".bias")))
-        if stored is None:
+        info = stored.tensors.get(names.get_name(name, try_suffixes=(".weight", ".bias")) or "")
+        if info is None:
             continue  # a tied head
-        data = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
+        values = ggml_to_float(info.ggml_type.number, stored.raw(info.name).reshape(-1), math.prod(info.shape))
+        data = torch.from_numpy(values).view(info.shape)
         if ".q_proj." in name:
             data = unpermute(data, config.num_attention_heads)
         elif ".k_proj." in name:
@@ -61,8 +65,8 @@ def main() -> None:
     peer = TorchSession(load_llama_gguf(args.file, args.model))
     scores = evaluate(peer, windows, TorchSession(load_source_model(args.model)))
     types: dict[str, int] = {}
-    for tensor in gguf.GGUFReader(args.file).tensors:
-        types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
+    for info in GgufFile.open(args.file).tensors.values():
+        types[info.ggml_type.name] = types.get(info.ggml_type.name, 0) + info.nbytes
     print(json.dumps({"file": str(args.file), "bytes_by_type": types, **asdict(scores)}, indent=1))
 
 

@@ -44,7 +44,7 @@ from signround_edge.tuning.activations import Shell, block_returns_tuple, run_bl
 from signround_edge.tuning.attention import use_blocked_attention
 from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer
 from signround_edge.tuning.gptq import inverse_factor
-from signround_edge.tuning.signround import initial_scales
+from signround_edge.tuning.start import initial_scales
 
 # Matrices whose inputs differ, in the order in which a block computes them; matrices of unknown names come last.
 _STAGES = (("q_proj", "k_proj", "v_proj", "c_attn"), ("o_proj",), ("gate_proj", "up_proj", "c_fc"), ("down_proj",))

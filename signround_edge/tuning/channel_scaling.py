@@ -21,7 +21,7 @@ from signround_edge.transforms.find_folds import find_folds
 from signround_edge.transforms.folds import Fold, is_norm
 from signround_edge.tuning.activations import Shell
 from signround_edge.tuning.roles import head_size
-from signround_edge.tuning.signround import initial_scales
+from signround_edge.tuning.start import initial_scales
 from signround_edge.tuning.unit import Matrix
 
 # Tokens of the short text on which folds are tried and the transformed model is compared with the original.

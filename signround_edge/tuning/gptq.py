@@ -17,23 +17,25 @@ from torch import Tensor
 from signround_edge.formats import Grid
 from signround_edge.formats.grid import Fields, safe_reciprocal
 
-# Added to the diagonal of H, as shares of its mean: the first with which H has a factor. See docs/LOG.md.
-_DAMPING = (0.03, 0.3, 3.0)
+# Added to the diagonal of H, as shares of its mean, the safer first: little of it makes the most of many tokens and
+# fits the chance of few. See docs/LOG.md.
+DAMPING = (0.3, 0.03)
 _COLUMNS_AT_ONCE = 64  # errors reach the columns behind such a group in one product
 
 
-def compensated(weight: Tensor, products: Tensor, grid: Grid, fields: Fields) -> Tensor:
+def compensated(weight: Tensor, products: Tensor, grid: Grid, fields: Fields, damping: float) -> Tensor:
     """The weight f32 [R, K] whose rounding to nearest on `fields` gives GPTQ's codes.
 
-    It is `weight` itself where the inputs hold NaN or infinities.
+    It is `weight` itself where the inputs hold NaN or infinities, or H has no factor with this damping.
 
     Args:
         weight: f32 [R, K].
         products: Σ x·xᵀ f32 [K, K] of the inputs.
         fields: scale fields as the grid stores them.
+        damping: added to the diagonal of H, as a share of its mean.
     """
     order = products.diagonal().argsort(descending=True, stable=True)
-    factor = _damped_factor(products[order][:, order])
+    factor = inverse_factor(products[order][:, order], damping)
     if factor is None:
         return weight
     # Transposed: a column of the weight is contiguous, and so is its scale.
@@ -69,8 +71,3 @@ def inverse_factor(products: Tensor, damping: float) -> Tensor | None:
         return None
     upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     return None if failed else upper.float()
-
-
-def _damped_factor(products: Tensor) -> Tensor | None:
-    factors = (inverse_factor(products, damping) for damping in _DAMPING)
-    return next((factor for factor in factors if factor is not None), None)

@@ -42,19 +42,14 @@ from signround_edge.tuning.channel_scaling import ChannelScaling, stored_transfo
 from signround_edge.tuning.divergence import TopProbabilities
 from signround_edge.tuning.importance import Importance, ImportanceSink, ImportanceSource, given_importance
 from signround_edge.tuning.input_moments import InputMoments, InputProducts, SecondMoments
+from signround_edge.tuning.loss import held_out_loss
 from signround_edge.tuning.plan import Plan, listing, make_plan, part_of_block
 from signround_edge.tuning.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.roles import writes_to_stream
 from signround_edge.tuning.run_opening import open_or_create, versions
 from signround_edge.tuning.settings import TuningSettings
-from signround_edge.tuning.signround import (
-    TunedUnit,
-    compute_context,
-    compute_dtype,
-    held_out_loss,
-    initial_scales,
-    tune_unit,
-)
+from signround_edge.tuning.signround import TunedUnit, compute_context, compute_dtype, tune_unit
+from signround_edge.tuning.start import initial_scales
 from signround_edge.tuning.tunables import FloatShift, Tunable, TunedMatrix
 from signround_edge.tuning.unit import Matrix, Unit
 from signround_edge.tuning.whole_model import TOKENS_AT_ONCE, WholeModel, tune_whole_model

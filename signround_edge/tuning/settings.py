@@ -124,13 +124,19 @@ RECIPES: dict[str, TuningSettings] = {
 }
 
 
-def travel_from_gptq(settings: TuningSettings, codes: int) -> float:
-    """The first rate of V times the number of steps where V starts from GPTQ's codes, of which a grid has `codes`.
+def travel_from_gptq(settings: TuningSettings, codes: int, left: float) -> float:
+    """The first rate of V times the number of steps where V starts from GPTQ's codes.
 
-    0.15 for 16 codes and 800 samples in all steps, and in proportion to 1/codes and to the root of the samples: what
-    signs of gradients say grows with their number, and what they sum up to by chance with its root. See docs/LOG.md.
+    It is 0.15 for 16 codes, 800 samples in all steps and GPTQ's codes leaving 0.6 of the loss. It goes with 1/codes;
+    with the root of the samples, as what signs of gradients say grows with their number and what they sum up to by
+    chance with its root; and with the square of what is left, as V has the more to do. See docs/LOG.md.
+
+    Args:
+        codes: how many the grid has.
+        left: loss of GPTQ's codes over that of the nearest ones.
     """
-    return min(V_TRAVEL, 2.4 / codes * math.sqrt(settings.steps * settings.batch_size / 800))
+    samples = settings.steps * settings.batch_size
+    return min(V_TRAVEL, 2.4 / codes * math.sqrt(samples / 800) * (left / 0.6) ** 2)
 
 
 def check_steps(steps: int, checks: int) -> set[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from signround_edge.decoder import set_out_in
-from signround_edge.formats import Grid
+from signround_edge.formats import Grid, QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -57,3 +57,8 @@ class Unit:
     train: Tensor
     held_out: Tensor
     products: Callable[[], dict[str, Tensor]]
+
+    def install(self, tensors: dict[str, QuantizedTensor]) -> None:
+        """Put the dequantized weights into the modules; tensors by matrix name."""
+        for matrix in self.matrices:
+            matrix.install(tensors[matrix.name].dequantize())

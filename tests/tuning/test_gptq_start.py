@@ -11,9 +11,10 @@ from benchmarks.gptq import Options, gptq
 from signround_edge.formats import GRIDS, Grid, get_grid
 from signround_edge.formats.grid import Fields
 from signround_edge.tuning.activations import equal_weights
-from signround_edge.tuning.gptq import compensated, inverse_factor
+from signround_edge.tuning.gptq import DAMPING, compensated, inverse_factor
 from signround_edge.tuning.settings import TuningSettings
-from signround_edge.tuning.signround import TunedUnit, initial_scales, tune_unit
+from signround_edge.tuning.signround import TunedUnit, compute_context, tune_unit
+from signround_edge.tuning.start import find_start, initial_scales
 from signround_edge.tuning.unit import Matrix, Unit
 
 ALL_GRIDS = sorted(GRIDS)
@@ -28,12 +29,13 @@ def rounded(grid: Grid, weight: Tensor, fields: Fields) -> Tensor:
     return grid.pack_tensor(codes, fields).dequantize()
 
 
+@pytest.mark.parametrize("damping", DAMPING)
 @pytest.mark.parametrize("name", ALL_GRIDS)
-def test_output_error_is_far_below_plain_rounding(name: str) -> None:
+def test_output_error_is_far_below_plain_rounding(name: str, damping: float) -> None:
     grid = get_grid(name)
     weight, products = matrix_and_products(cols=512)
     fields = stored_scales(grid, weight, products)
-    found = rounded(grid, compensated(weight, products, grid, fields), fields)
+    found = rounded(grid, compensated(weight, products, grid, fields, damping), fields)
     plain = rounded(grid, weight, fields)
     assert output_error(weight, found, products) < 0.6 * output_error(weight, plain, products)
 
@@ -44,7 +46,7 @@ def test_codes_are_those_of_the_reference(name: str) -> None:
     grid = get_grid(name)
     weight, products = matrix_and_products()
     reference = gptq(weight, products, grid, Options(damping=0.03))
-    work = compensated(weight, products, grid, reference.fields)
+    work = compensated(weight, products, grid, reference.fields, 0.03)
     codes = grid.round_codes(grid.blocked(work), reference.fields).reshape(weight.shape)
     assert float((codes != reference.codes).float().mean()) < 1e-3
 
@@ -54,7 +56,7 @@ def test_independent_inputs_change_nothing(name: str) -> None:
     grid = get_grid(name)
     weight, _ = matrix_and_products(cols=512)
     fields = stored_scales(grid, weight, torch.eye(512))
-    assert torch.equal(compensated(weight, torch.eye(512), grid, fields), weight)
+    assert torch.equal(compensated(weight, torch.eye(512), grid, fields, 0.03), weight)
 
 
 @pytest.mark.parametrize("name", ALL_GRIDS)
@@ -63,7 +65,7 @@ def test_blocks_of_one_value_stay_finite(name: str) -> None:
     _, products = matrix_and_products(cols=512)
     weight = torch.full((4, 512), -0.25)
     weight[1] = 0
-    work = compensated(weight, products, grid, stored_scales(grid, weight, products))
+    work = compensated(weight, products, grid, stored_scales(grid, weight, products), 0.03)
     assert bool(work.isfinite().all())
     assert float((work[1]).abs().max()) == 0
 
@@ -77,7 +79,7 @@ def test_channels_that_never_fire_and_repeated_ones_do_no_harm() -> None:
     factor = inverse_factor(products, 0.01)
     assert factor is not None
     assert bool(factor.isfinite().all())
-    assert bool(compensated(weight, products, grid, stored_scales(grid, weight, products)).isfinite().all())
+    assert bool(compensated(weight, products, grid, stored_scales(grid, weight, products), 0.03).isfinite().all())
 
 
 def test_inputs_without_a_factor_leave_the_weight_as_it_is() -> None:
@@ -85,11 +87,14 @@ def test_inputs_without_a_factor_leave_the_weight_as_it_is() -> None:
     weight, products = matrix_and_products()
     fields = stored_scales(grid, weight, products)
     products[3, 3] = torch.inf
-    assert torch.equal(compensated(weight, products, grid, fields), weight)
+    assert torch.equal(compensated(weight, products, grid, fields, 0.03), weight)
 
 
-def tune_matrix(mix: Tensor, products: Tensor | None = None) -> tuple[TunedUnit, Tensor]:
-    """(result, nearest codes) of a single step on inputs of 64 channels, mixed by `mix`.
+SETTINGS = TuningSettings(steps=1, lr=1e-6, compute_dtype="float32", tune_scales=False)
+
+
+def unit_of_one(mix: Tensor, products: Tensor | None = None, samples: int = 32) -> Unit:
+    """A Q4_0 matrix of 64 inputs, mixed by `mix`; 8 tokens a sample, 8 samples held out.
 
     GPTQ is given `products` instead of those of the inputs.
     """
@@ -97,9 +102,9 @@ def tune_matrix(mix: Tensor, products: Tensor | None = None) -> tuple[TunedUnit,
     inputs, module, grid = torch.randn(40, 8, 64) @ mix, nn.Linear(64, 16, bias=False), get_grid("Q4_0")
     weight = module.weight.detach().clone()
     matrix = Matrix("m", module, grid, weight, torch.ones(64))
-    target, train = inputs @ weight.T, torch.arange(32)
+    target, train = inputs @ weight.T, torch.arange(samples)
     seen = inputs[train].flatten(0, 1)
-    unit = Unit(
+    return Unit(
         [matrix],
         lambda index: module(inputs[index]),
         lambda index: target[index],
@@ -108,19 +113,37 @@ def tune_matrix(mix: Tensor, products: Tensor | None = None) -> tuple[TunedUnit,
         torch.arange(32, 40),
         lambda: {"m": seen.T @ seen if products is None else products},
     )
-    settings = TuningSettings(steps=1, lr=1e-6, compute_dtype="float32", tune_scales=False)
-    nearest = grid.quantize(weight, initial_scales(grid, weight, matrix.importance, "search")).codes
-    return tune_unit(unit, settings, iter([train[:8]]), torch.device("cpu")), nearest
+
+
+def tune_one(unit: Unit) -> tuple[TunedUnit, Tensor]:
+    """(result of a single step, nearest codes)."""
+    (m,) = unit.matrices
+    nearest = m.grid.quantize(m.weight, initial_scales(m.grid, m.weight, m.importance, "search")).codes
+    return tune_unit(unit, SETTINGS, iter([unit.train[:8]]), torch.device("cpu")), nearest
+
+
+def mixing() -> Tensor:
+    return torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
 
 
 def test_tuning_starts_from_the_nearest_codes_where_gptq_is_worse_on_held_out_samples() -> None:
-    tuned, nearest = tune_matrix(torch.eye(64), products=torch.ones(64, 64) + 0.01 * torch.eye(64))
+    tuned, nearest = tune_one(unit_of_one(torch.eye(64), products=torch.ones(64, 64) + 0.01 * torch.eye(64)))
     assert tuned.report.start == tuned.report.rounded
     assert torch.equal(tuned.tensors["m"].codes, nearest)
 
 
 def test_tuning_starts_from_gptq_where_that_is_better() -> None:
-    tuned, nearest = tune_matrix(torch.randn(64, 64, generator=torch.Generator().manual_seed(2)))
+    tuned, nearest = tune_one(unit_of_one(mixing()))
     assert tuned.report.start < 0.8 * tuned.report.rounded
     assert tuned.report.tuned <= tuned.report.start
     assert not torch.equal(tuned.tensors["m"].codes, nearest)
+
+
+@pytest.mark.parametrize(("samples", "damping"), [(6, 0.3), (32, 0.03)])
+def test_damping_is_higher_where_text_is_short(samples: int, damping: float) -> None:
+    unit = unit_of_one(mixing(), samples=samples)
+    (m,) = unit.matrices
+    start = find_start(unit, SETTINGS, compute_context(SETTINGS, [m.grid], torch.device("cpu")))
+    expected = compensated(m.weight, unit.products()["m"], m.grid, start.tensors["m"].fields, damping)
+    assert torch.equal(start.states["m"].blocks.view(16, 64), expected)
+    assert start.loss < start.rounded

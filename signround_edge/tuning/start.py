@@ -1,0 +1,124 @@
+"""Where the tuning of a unit starts: at the nearest codes, or at GPTQ's where those are better."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from signround_edge.formats import BlockScales, Grid, QuantizedTensor
+from signround_edge.formats.scale_search import extreme_scales
+from signround_edge.tuning.drift import corrected_weights
+from signround_edge.tuning.gptq import DAMPING, compensated
+from signround_edge.tuning.loss import held_out_loss
+from signround_edge.tuning.settings import TuningSettings, travel_from_gptq
+from signround_edge.tuning.sign_step import RoundingState
+from signround_edge.tuning.unit import Unit
+
+# What a bolder start must gain over a safer one, as a share of the loss: tuning takes up a smaller difference.
+_RISK = 0.025
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the tuning of a unit starts; all dictionaries are by matrix name.
+
+    Attributes:
+        nearest: the matrices rounded to nearest on the initial scales.
+        rounded: their loss on the held-out samples.
+        states, tensors: what is tuned, and its codes and scales at first: `nearest`, or GPTQ's.
+        loss: that of `tensors`.
+    """
+
+    nearest: dict[str, QuantizedTensor]
+    rounded: float
+    states: dict[str, RoundingState]
+    tensors: dict[str, QuantizedTensor]
+    loss: float
+
+
+@dataclass(frozen=True)
+class _GptqTarget:
+    """One matrix as GPTQ gets it: what to round, f32 [R, K], on which scales, and Σ x·xᵀ f32 [K, K] of its inputs."""
+
+    grid: Grid
+    weight: Tensor
+    scales: BlockScales
+    products: Tensor
+
+    @property
+    def codes(self) -> int:
+        """How many the grid has."""
+        return self.grid.code_max - self.grid.code_min + 1
+
+    def state(self, settings: TuningSettings, damping: float) -> RoundingState:
+        """What is tuned, at GPTQ's codes."""
+        weight = compensated(self.weight, self.products, self.grid, self.grid.store(self.scales), damping)
+        return RoundingState.start(self.grid, weight, self.scales, settings.positions)
+
+
+def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -> Start:
+    """Round to nearest, and take GPTQ's codes instead where they are wanted and better; what is taken is installed.
+
+    GPTQ is tried with each damping, the safest first; the unit's modules hold the exact weights before.
+    """
+    states: dict[str, RoundingState] = {}
+    for m in unit.matrices:
+        scales = initial_scales(m.grid, m.weight, m.importance, settings.scale_init)
+        states[m.name] = RoundingState.start(m.grid, m.weight, scales, settings.positions)
+    targets: dict[str, _GptqTarget] = {}
+    if settings.start == "gptq" and settings.steps:
+        targets = _gptq_targets(unit, states, settings, autocast)  # needs the exact weights in the modules
+    nearest = quantized(states)
+    unit.install(nearest)
+    rounded = held_out_loss(unit, settings, autocast)
+    start = Start(nearest, rounded, states, nearest, rounded)
+    for damping in DAMPING if targets else ():
+        candidate = states | {name: target.state(settings, damping) for name, target in targets.items()}
+        tensors = quantized(candidate)
+        unit.install(tensors)
+        loss = held_out_loss(unit, settings, autocast)
+        if loss < start.loss * (1 - _RISK):
+            for name, target in targets.items():
+                candidate[name].travel = travel_from_gptq(settings, target.codes, loss / rounded)
+            start = Start(nearest, rounded, candidate, tensors, loss)
+    unit.install(start.tensors)
+    return start
+
+
+def _gptq_targets(
+    unit: Unit, nearest: dict[str, RoundingState], settings: TuningSettings, autocast: torch.autocast
+) -> dict[str, _GptqTarget]:
+    """What GPTQ rounds, after the correction of drift; modules hold the exact weights before."""
+    corrected: dict[str, Tensor] = {}
+    if settings.correct_drift:
+        loss = functools.partial(held_out_loss, unit, settings, autocast)
+        corrected = corrected_weights(unit, settings.batch_size, autocast, loss)
+    products = unit.products()
+    targets: dict[str, _GptqTarget] = {}
+    for m in unit.matrices:
+        if m.name not in products:
+            continue
+        scales, weight = nearest[m.name].initial, m.weight
+        if m.name in corrected:
+            weight = corrected[m.name]
+            scales = initial_scales(m.grid, weight, m.importance, settings.scale_init)
+        targets[m.name] = _GptqTarget(m.grid, weight, scales, products[m.name])
+    return targets
+
+
+def initial_scales(grid: Grid, weight: Tensor, importance: Tensor, method: str) -> BlockScales:
+    """Scales before tuning, by weighted search or from each block's extremes."""
+    blocks = grid.blocked(weight)
+    if method == "absmax":
+        return extreme_scales(grid, blocks)
+    # A channel that calibration never excites must still be stored sensibly.
+    floor = importance.mean() * 1e-4 + 1e-30
+    return grid.search(blocks, importance.clamp_min(floor).view(1, -1, grid.block_size))
+
+
+def quantized(states: dict[str, RoundingState]) -> dict[str, QuantizedTensor]:
+    """Codes and scales of all states, by matrix name."""
+    return {name: state.quantized() for name, state in states.items()}

@@ -127,7 +127,7 @@ RECIPES: dict[str, TuningSettings] = {
 def travel_from_gptq(settings: TuningSettings, codes: int, left: float) -> float:
     """The first rate of V times the number of steps where V starts from GPTQ's codes.
 
-    It is 0.15 for 16 codes, 800 samples in all steps and GPTQ's codes leaving 0.6 of the loss. It goes with 1/codes;
+    It is 0.15 for 16 codes, 800 samples in all steps and GPTQ's codes leaving 0.45 of the loss. It goes with 1/codes;
     with the root of the samples, as what signs of gradients say grows with their number and what they sum up to by
     chance with its root; and with the square of what is left, as V has the more to do. See docs/LOG.md.
 
@@ -136,7 +136,7 @@ def travel_from_gptq(settings: TuningSettings, codes: int, left: float) -> float
         left: loss of GPTQ's codes over that of the nearest ones.
     """
     samples = settings.steps * settings.batch_size
-    return min(V_TRAVEL, 2.4 / codes * math.sqrt(samples / 800) * (left / 0.6) ** 2)
+    return min(V_TRAVEL, 2.4 / codes * math.sqrt(samples / 800) * (left / 0.45) ** 2)
 
 
 def check_steps(steps: int, checks: int) -> set[int]:

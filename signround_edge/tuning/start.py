@@ -18,7 +18,7 @@ from signround_edge.tuning.sign_step import RoundingState
 from signround_edge.tuning.unit import Unit
 
 # What a bolder start must gain over a safer one, as a share of the loss: tuning takes up a smaller difference.
-_RISK = 0.025
+_RISK = 0.01
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from signround_edge.formats import GRIDS, Grid, get_grid
 from signround_edge.formats.grid import Fields
 from signround_edge.tuning.activations import equal_weights
 from signround_edge.tuning.gptq import DAMPING, compensated, inverse_factor
-from signround_edge.tuning.settings import TuningSettings
+from signround_edge.tuning.settings import V_TRAVEL, TuningSettings, travel_from_gptq
 from signround_edge.tuning.signround import TunedUnit, compute_context, tune_unit
 from signround_edge.tuning.start import find_start, initial_scales
 from signround_edge.tuning.unit import Matrix, Unit
@@ -147,3 +147,10 @@ def test_damping_is_higher_where_text_is_short(samples: int, damping: float) -> 
     expected = compensated(m.weight, unit.products()["m"], m.grid, start.tensors["m"].fields, damping)
     assert torch.equal(start.states["m"].blocks.view(16, 64), expected)
     assert start.loss < start.rounded
+
+
+def test_v_travels_further_the_less_gptq_did_and_the_more_samples_are_seen() -> None:
+    few, many = TuningSettings(steps=20, batch_size=4), TuningSettings(steps=200, batch_size=8)
+    assert travel_from_gptq(few, 16, 0.5) < travel_from_gptq(many, 16, 0.5) < travel_from_gptq(many, 16, 0.8)
+    assert travel_from_gptq(few, 16, 0.5) < travel_from_gptq(few, 4, 0.5)
+    assert travel_from_gptq(many, 4, 1.0) == V_TRAVEL

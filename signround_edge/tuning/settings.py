@@ -20,8 +20,8 @@ class TuningSettings:
         steps: gradient steps per decoder block; 0 rounds to nearest with the same scale search.
         samples, seqlen: calibration samples and their length in tokens.
         batch_size: samples a step.
-        start: codes from which tuning starts: "gptq" (GPTQ's, where the held-out samples do not find them worse than
-            the nearest ones; see `tuning.gptq`) or "nearest". With 0 steps codes are the nearest ones.
+        start: codes from which tuning starts: "gptq" (GPTQ's, where the held-out samples find them better than the
+            nearest ones; see `tuning.start`) or "nearest". With 0 steps codes are the nearest ones.
         correct_drift: whether, with the start "gptq", output and down projections first take back what they can of the
             errors that their block inherits; see `tuning.drift`.
         lr: learning rate of V; None is V_TRAVEL/steps, from GPTQ's codes less (`travel_from_gptq`). It falls

@@ -127,16 +127,16 @@ RECIPES: dict[str, TuningSettings] = {
 def travel_from_gptq(settings: TuningSettings, codes: int, left: float) -> float:
     """The first rate of V times the number of steps where V starts from GPTQ's codes.
 
-    It is 0.15 for 16 codes, 800 samples in all steps and GPTQ's codes leaving 0.45 of the loss. It goes with 1/codes;
-    with the root of the samples, as what signs of gradients say grows with their number and what they sum up to by
-    chance with its root; and with the square of what is left, as V has the more to do. See docs/LOG.md.
+    It is 1.2 for 16 codes and 800 samples in all steps, if GPTQ's codes were no better than the nearest. It goes with
+    1/codes; with the root of the samples, as what signs of gradients say grows with their number and what they sum up
+    to by chance with its root; and with the square of what is left to V. See docs/LOG.md.
 
     Args:
         codes: how many the grid has.
-        left: loss of GPTQ's codes over that of the nearest ones.
+        left: loss of GPTQ's codes over that of the nearest ones, both without what the block inherits.
     """
     samples = settings.steps * settings.batch_size
-    return min(V_TRAVEL, 2.4 / codes * math.sqrt(samples / 800) * (left / 0.45) ** 2)
+    return min(V_TRAVEL, 19.2 / codes * math.sqrt(samples / 800) * left**2)
 
 
 def check_steps(steps: int, checks: int) -> set[int]:

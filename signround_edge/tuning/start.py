@@ -17,7 +17,7 @@ from signround_edge.tuning.settings import TuningSettings, travel_from_gptq
 from signround_edge.tuning.sign_step import RoundingState
 from signround_edge.tuning.unit import Unit
 
-# What a bolder start must gain over a safer one, as a share of the loss: tuning takes up a smaller difference.
+# What less damping must gain over more of it, as a share of the loss: tuning takes up a smaller difference.
 _RISK = 0.01
 
 
@@ -68,9 +68,10 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
     for m in unit.matrices:
         scales = initial_scales(m.grid, m.weight, m.importance, settings.scale_init)
         states[m.name] = RoundingState.start(m.grid, m.weight, scales, settings.positions)
-    targets: dict[str, _GptqTarget] = {}
+    targets, inherited = dict[str, _GptqTarget](), 0.0
     if settings.start == "gptq" and settings.steps:
         targets = _gptq_targets(unit, states, settings, autocast)  # needs the exact weights in the modules
+        inherited = held_out_loss(unit, settings, autocast)
     nearest = quantized(states)
     unit.install(nearest)
     rounded = held_out_loss(unit, settings, autocast)
@@ -80,9 +81,10 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
         tensors = quantized(candidate)
         unit.install(tensors)
         loss = held_out_loss(unit, settings, autocast)
-        if loss < start.loss * (1 - _RISK):
+        if loss < start.loss * (1 - _RISK if start.states is not states else 1):
+            left = (loss - inherited) / (rounded - inherited) if inherited < loss else 1.0
             for name, target in targets.items():
-                candidate[name].travel = travel_from_gptq(settings, target.codes, loss / rounded)
+                candidate[name].travel = travel_from_gptq(settings, target.codes, left)
             start = Start(nearest, rounded, candidate, tensors, loss)
     unit.install(start.tensors)
     return start
@@ -91,7 +93,7 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
 def _gptq_targets(
     unit: Unit, nearest: dict[str, RoundingState], settings: TuningSettings, autocast: torch.autocast
 ) -> dict[str, _GptqTarget]:
-    """What GPTQ rounds, after the correction of drift; modules hold the exact weights before."""
+    """What GPTQ rounds, after the correction of drift; modules hold the exact weights before, the corrected ones after."""
     corrected: dict[str, Tensor] = {}
     if settings.correct_drift:
         loss = functools.partial(held_out_loss, unit, settings, autocast)

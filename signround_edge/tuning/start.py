@@ -93,7 +93,10 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
 def _gptq_targets(
     unit: Unit, nearest: dict[str, RoundingState], settings: TuningSettings, autocast: torch.autocast
 ) -> dict[str, _GptqTarget]:
-    """What GPTQ rounds, after the correction of drift; modules hold the exact weights before, the corrected ones after."""
+    """What GPTQ rounds, after the correction of drift.
+
+    Modules hold the exact weights before, the corrected ones after.
+    """
     corrected: dict[str, Tensor] = {}
     if settings.correct_drift:
         loss = functools.partial(held_out_loss, unit, settings, autocast)

@@ -42,7 +42,7 @@ CONFIGS: dict[str, transformers.PretrainedConfig] = {
     ),
     "olmoe": transformers.OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, pad_token_id=None),
 }
-SMALL = TuningSettings(steps=6, samples=8, seqlen=32, batch_size=4, lr=0.02, compute_dtype="float32")
+SMALL = TuningSettings(steps=6, samples=64, seqlen=32, batch_size=4, lr=0.02, compute_dtype="float32")
 TOKENS = torch.randint(0, 3072, (2, 40), generator=torch.Generator().manual_seed(0))
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 
@@ -98,8 +98,7 @@ def test_every_matrix_of_every_expert_is_quantized_and_the_router_is_not(
             run.float_tensor(f"{stem}.gate.weight"), source[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
         )
     reports = [record.report["block"] for record in run.manifest.complete.values() if record.report]
-    assert all(report["tuned"] <= report["rounded"] for report in reports)
-    assert any(report["tuned"] < report["rounded"] for report in reports)
+    assert all(report["tuned"] < report["rounded"] for report in reports)
     exact, tuned = load_source_model(mixtral), load_run_model(run)
     name = "model.layers.1.mlp.experts.7.down_proj.weight"
     error = tuned.get_parameter(name) - exact.get_parameter(name)
@@ -140,9 +139,9 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_left_so(
     exact = dict(load_source_model(mixtral).named_parameters())
     for expert in range(8):
         name = f"model.layers.0.mlp.experts.{expert}.down_proj.weight"
-        before, after = rounded.quantized(name), tuned.quantized(name)
-        assert torch.equal(before.codes, after.codes) == (expert >= 4), expert
-        assert expert < 4 or torch.equal(before.fields["scale"], after.fields["scale"]), expert
+        assert torch.equal(rounded.quantized(name).codes, tuned.quantized(name).codes) == (expert >= 4), expert
+        scales = (run.quantized(name).fields["scale"] for run in runs)
+        assert torch.equal(*scales) == (expert >= 4), expert
         error = (rounded.dequantized(name) - exact[name]).norm() / exact[name].norm()
         assert float(error) < 0.12
 

@@ -21,7 +21,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "rate 0.05/steps": {"lr": 0.0005},
     "rate 0.2/steps": {"lr": 0.002},
     "rate 0.7/steps": {"lr": 0.007},
-    "scales as fast as V": {"scale_lr": 0.001},
+    "scales' rate 0.1/steps": {"scale_lr": 0.001},
     "scales not tuned": {"tune_scales": False},
     "codes follow the scales": {"start": "nearest", "positions": "follow", "lr": 0.01, "scale_lr": 0.005},
     "absmax scales": {"scale_init": "absmax"},

@@ -25,8 +25,8 @@ _RIDGE = 1.0
 
 def corrected_weights(
     unit: Unit, batch_size: int, autocast: torch.autocast, loss: Callable[[], float]
-) -> dict[str, Tensor]:
-    """Weights f32 [out, in] in the place of exact ones, by matrix name: those that lower the loss.
+) -> tuple[dict[str, Tensor], float]:
+    """Weights f32 [out, in] in the place of exact ones, by matrix name: those that lower the loss; and that loss.
 
     The unit's modules hold the exact weights before, and with these in them after.
 
@@ -48,7 +48,7 @@ def corrected_weights(
             found[matrix.name], best = corrected, now
         else:
             matrix.install(matrix.weight)
-    return found
+    return found, best
 
 
 def _least_squares(unit: Unit, matrix: Matrix, batch_size: int, autocast: torch.autocast) -> Tensor | None:

@@ -70,8 +70,7 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
         states[m.name] = RoundingState.start(m.grid, m.weight, scales, settings.positions)
     targets, inherited = dict[str, _GptqTarget](), 0.0
     if settings.start == "gptq" and settings.steps:
-        targets = _gptq_targets(unit, states, settings, autocast)  # needs the exact weights in the modules
-        inherited = held_out_loss(unit, settings, autocast)
+        targets, inherited = _gptq_targets(unit, states, settings, autocast)  # needs the exact weights in the modules
     nearest = quantized(states)
     unit.install(nearest)
     rounded = held_out_loss(unit, settings, autocast)
@@ -92,15 +91,17 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
 
 def _gptq_targets(
     unit: Unit, nearest: dict[str, RoundingState], settings: TuningSettings, autocast: torch.autocast
-) -> dict[str, _GptqTarget]:
-    """What GPTQ rounds, after the correction of drift.
+) -> tuple[dict[str, _GptqTarget], float]:
+    """What GPTQ rounds, after the correction of drift, and the unit's held-out loss if nothing were rounded.
 
     Modules hold the exact weights before, the corrected ones after.
     """
     corrected: dict[str, Tensor] = {}
+    loss = functools.partial(held_out_loss, unit, settings, autocast)
     if settings.correct_drift:
-        loss = functools.partial(held_out_loss, unit, settings, autocast)
-        corrected = corrected_weights(unit, settings.batch_size, autocast, loss)
+        corrected, unrounded = corrected_weights(unit, settings.batch_size, autocast, loss)
+    else:
+        unrounded = loss()
     products = unit.products()
     targets: dict[str, _GptqTarget] = {}
     for m in unit.matrices:
@@ -111,7 +112,7 @@ def _gptq_targets(
             weight = corrected[m.name]
             scales = initial_scales(m.grid, weight, m.importance, settings.scale_init)
         targets[m.name] = _GptqTarget(m.grid, weight, scales, products[m.name])
-    return targets
+    return targets, unrounded
 
 
 def initial_scales(grid: Grid, weight: Tensor, importance: Tensor, method: str) -> BlockScales:

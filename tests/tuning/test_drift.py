@@ -48,8 +48,8 @@ def test_what_is_missing_is_found_and_installed() -> None:
     missing = 0.1 * torch.randn(16, 32, generator=torch.Generator().manual_seed(4))
     unit, module = residual_unit(missing)
     weight, before = module.weight.detach().clone(), loss_of(unit)
-    found = corrected_weights(unit, 8, OFF, lambda: loss_of(unit))
-    assert loss_of(unit) < 0.5 * before
+    found, loss = corrected_weights(unit, 8, OFF, lambda: loss_of(unit))
+    assert loss_of(unit) == loss < 0.5 * before
     assert torch.equal(found["down"], module.weight.detach())
     change = found["down"] - weight
     assert float((change * missing).sum()) > 0.25 * float(missing.square().sum())  # the ridge shortens it
@@ -69,7 +69,7 @@ def test_the_solution_is_that_of_the_ridge() -> None:
         torch.cat([x, ridge.sqrt() * torch.eye(32, dtype=torch.float64)]),
         torch.cat([errors, torch.zeros(32, 16, dtype=torch.float64)]),
     ).solution.T
-    found = corrected_weights(unit, 8, OFF, lambda: loss_of(unit))["down"] - matrix.weight
+    found = corrected_weights(unit, 8, OFF, lambda: loss_of(unit))[0]["down"] - matrix.weight
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-4)
 
 
@@ -77,7 +77,7 @@ def test_a_correction_that_held_out_samples_do_not_confirm_is_taken_back() -> No
     unit, module = residual_unit(0.1 * torch.randn(16, 32))
     weight = module.weight.detach().clone()
     losses = iter([1.0, 1.0])  # before, and with the correction
-    assert corrected_weights(unit, 8, OFF, lambda: next(losses)) == {}
+    assert corrected_weights(unit, 8, OFF, lambda: next(losses)) == ({}, 1.0)
     assert torch.equal(module.weight, weight)
 
 
@@ -86,14 +86,14 @@ def test_inputs_that_say_nothing_change_nothing(value: float) -> None:
     unit, module = residual_unit(torch.zeros(16, 32))
     weight = module.weight.detach().clone()
     silent = replace(unit, forward=lambda index: module(torch.full((len(index), 64, 32), value)))
-    assert corrected_weights(silent, 8, OFF, lambda: 1.0) == {}
+    assert corrected_weights(silent, 8, OFF, lambda: 1.0) == ({}, 1.0)
     assert torch.equal(module.weight, weight)
 
 
 def test_matrices_that_do_not_write_to_the_stream_are_left_alone() -> None:
     unit, module = residual_unit(torch.ones(16, 32), writes=False)
     weight = module.weight.detach().clone()
-    assert corrected_weights(unit, 8, OFF, lambda: loss_of(unit)) == {}
+    assert corrected_weights(unit, 8, OFF, lambda: loss_of(unit)) == ({}, loss_of(unit))
     assert torch.equal(module.weight, weight)
 
 

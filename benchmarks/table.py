@@ -11,6 +11,7 @@ from benchmarks.onnx_peers import block_scheme
 RESULTS = Path(__file__).parent / "results"
 DECODE = RESULTS / "decode"
 OURS = "signround-edge"
+IMATRIX = "llama-quantize-imatrix"
 TARGET = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 HEAD = """# Measured results
 
@@ -19,6 +20,9 @@ measured. KL divergence, top-1 agreement and perplexity compare weights alone: t
 file run in torch (f32) against the original model, windows scored as `llama-perplexity --kl-divergence` does. Wall time
 and peak memory are of the whole quantizing process. Rows "from nearest" were tuned with `--start nearest`, rows with
 "codes follow" also with `--positions follow` (codes moved with the scales): until November 2026 the only way.
+
+Tables "presets beside llama-quantize" put side by side what each preset keeps: bytes are ours, and an importance matrix
+is of the same calibration text as our tuning. "tuned" is the default way without the whole-model stage.
 
 Tables "ONNX beside ONNX Runtime's quantizers" hold rows of one number of bits and block size, best first. Rows `ort-…`
 are onnxruntime's `matmul_nbits_quantizer` on the float graph that our export starts from, its decoder matrices among
@@ -35,6 +39,7 @@ def main() -> None:
     for file in sorted(RESULTS.glob("*.json")):
         rows = json.loads(file.read_text())
         parts.append(_section(file.stem, [r for r in rows if not _is_onnx_peer(r)]))
+        parts += _preset_sections(file.stem, rows)
         parts += _onnx_sections(file.stem, rows)
     parts += [_decode_section(file.stem, json.loads(file.read_text())) for file in sorted(DECODE.glob("*.json"))]
     TARGET.write_text("\n".join(parts), encoding="utf-8")
@@ -75,8 +80,53 @@ def _section(name: str, rows: list[dict[str, Any]]) -> str:
         cost = f"{r['wall_s']:.0f} | {r['cpu_s']:.0f} | {_peak(r['peak_mb'])}"
         size = f"{r['bytes']:,} | {r['bits_per_weight']:.3f}"
         lines.append(f"| {r['tool']} | {r['scheme']} | {steps_of(r)} | {size} | {figures} | {cost} |")
-    settings = sorted({r["key"].split(" steps, ", 1)[1] for r in rows})
+    settings = sorted({_text_of(r) for r in rows})
     return "\n".join([*lines, "", f"Calibration → evaluation: {'; '.join(settings)}. {rows[0]['machine']}.", ""])
+
+
+def _text_of(row: dict[str, Any]) -> str:
+    """Calibration and evaluation of a row, as its key ends."""
+    return str(row["key"]).split(" steps, ", 1)[1]
+
+
+def _preset_sections(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    """A table for every calibration text with which llama-quantize's presets were measured."""
+    texts = sorted({_text_of(r) for r in rows if r["tool"] == IMATRIX})
+    return [_preset_section(name, text, [r for r in rows if _text_of(r) == text]) for text in texts]
+
+
+def _preset_section(name: str, text: str, rows: list[dict[str, Any]]) -> str:
+    lines = [f"### {name}: presets beside llama-quantize, mean KL", ""]
+    lines += [
+        "| preset | bytes | bits/weight | llama-quantize | with imatrix | ours, 0 steps | ours, tuned | over imatrix |"
+        " PPL, imatrix → tuned | same top-1, imatrix → tuned |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+    for scheme in sorted({r["scheme"] for r in rows if r["tool"] == IMATRIX}):
+        of = {r["tool"]: r for r in rows if r["scheme"] == scheme and r["tool"] != OURS}
+        ours = [r for r in rows if r["scheme"] == scheme and r["tool"] == OURS and steps_of(r) == str(r["steps"])]
+        rounded = next((r for r in ours if r["steps"] == 0), None)
+        if rounded is None:
+            continue
+        tuned = max(ours, key=lambda r: int(r["steps"])) if len(ours) > 1 else None
+        imatrix, bytes_ = of[IMATRIX], rounded["bytes"]
+        kls = " | ".join(_kl_beside(r, bytes_) for r in (of.get("llama-quantize"), imatrix, rounded, tuned))
+        ratio, ppl, top1 = ("–",) * 3
+        if tuned:
+            ratio = f"{tuned['kld_mean'] / imatrix['kld_mean']:.2f} ×"
+            ppl = f"{imatrix['ppl']:.2f} → {tuned['ppl']:.2f}"
+            top1 = f"{100 * imatrix['top1_agreement']:.1f} → {100 * tuned['top1_agreement']:.1f} %"
+        size = f"{bytes_:,} | {rounded['bits_per_weight']:.3f}"
+        lines.append(f"| {scheme} | {size} | {kls} | {ratio} | {ppl} | {top1} |")
+    return "\n".join([*lines, "", f"Calibration → evaluation: {text}.", ""])
+
+
+def _kl_beside(row: dict[str, Any] | None, size: int) -> str:
+    """Mean KL of a file, with how many more or fewer bytes it takes, if it does."""
+    if row is None:
+        return "–"
+    more = 100 * (row["bytes"] / size - 1)
+    return f"{row['kld_mean']:.4f}" + (f" ({more:+.2f} % bytes)" if row["bytes"] != size else "")
 
 
 def _is_onnx_peer(row: dict[str, Any]) -> bool:

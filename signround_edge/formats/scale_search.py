@@ -2,11 +2,13 @@
 
 The candidates follow llama.cpp's `make_qx_quants` and `make_qkx2_quants` (ggml-quants.c): rescaled extremes,
 each refitted by weighted least squares. Unlike there, each candidate is judged on the fields as the grid will store
-them (fp16 scales, integer zero points), and symmetric grids try both signs of the scale.
+them (fp16 scales, integer zero points), symmetric grids try both signs of the scale, and affine ones leave out
+either end of a block's range alone. Weights that lie on the grid already, or on a coarser one within it, stay exact.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -17,9 +19,14 @@ from signround_edge.formats.grid import BlockScales, Fields, Grid, safe_reciproc
 # Values worked on at once: temporaries stay in the L2 cache, several times faster than whole matrices.
 CHUNK_VALUES = 1 << 16
 
-# Candidate scales relative to the one that maps the extreme value onto the end of the code range.
+# Candidate scales relative to the one that maps the extreme value onto the end of the code range. See docs/LOG.md.
 SYMMETRIC_FACTORS = tuple(0.70 + 0.04 * i for i in range(11))
-AFFINE_FACTORS = tuple(0.60 + 0.05 * i for i in range(11))
+AFFINE_FACTORS = tuple(0.60 + 0.025 * i for i in range(17))
+FACTORS_OF_8_BITS = (*(1 - 0.0025 * i for i in range(7, -1, -1)), *(127 / code for code in (126, 125, 124, 123)))
+
+# Where on the block's range the codes of an affine candidate lie, in turns: at its low end, in its middle, at its high.
+PLACES = (0.0, 0.5, 1.0)
+REFITS = 2
 
 
 def in_row_chunks(search: Callable[[Tensor, Tensor], BlockScales], blocks: Tensor, importance: Tensor) -> BlockScales:
@@ -70,18 +77,42 @@ def search_symmetric(grid: Grid, blocks: Tensor, importance: Tensor) -> BlockSca
     extreme = _extremes(blocks)
     low, high = _end_levels(grid)
     ends = (low, high) if -low != high else (high,)
-    candidates = (BlockScales(extreme * (factor / end)) for end in ends for factor in SYMMETRIC_FACTORS)
-    refit = refit_symmetric(blocks, importance)
-    return _best(grid, blocks, importance, candidates, refit)
+    factors = FACTORS_OF_8_BITS if grid.code_max - grid.code_min == 255 else SYMMETRIC_FACTORS
+    candidates = (BlockScales(extreme * (factor / end)) for end in ends for factor in factors)
+    return _best(grid, blocks, importance, candidates, refit_symmetric(blocks, importance))[0]
 
 
 def search_affine(grid: Grid, blocks: Tensor, importance: Tensor) -> BlockScales:
     """Best (scale, minimum) per block for ŵ = s·q + m. Shapes as in `Grid.search`."""
     low, high = _range(grid, blocks)
-    middle, width = (low + high) / 2, (high - low) / (grid.code_max - grid.code_min)
-    half = (grid.code_max - grid.code_min) / 2
-    candidates = (BlockScales(width * f, _bounded(grid, middle - half * width * f)) for f in AFFINE_FACTORS)
-    return _best(grid, blocks, importance, candidates, refit_affine(grid, blocks, importance))
+    steps = grid.code_max - grid.code_min
+
+    def candidate(factor: float, place: float) -> BlockScales:
+        scale = (high - low) * (factor / steps)
+        return BlockScales(scale, _bounded(grid, low + place * (high - low - steps * scale)))
+
+    candidates = (candidate(*shape) for shape in affine_shapes(steps))
+    refit = refit_affine(grid, blocks, importance)
+    best, best_error = _best(grid, blocks, importance, candidates, refit)
+    refitted = best
+    for _ in range(REFITS):
+        refitted = refit(grid.round_levels(blocks, grid.store(refitted)))
+        error = weighted_error(grid, blocks, importance, grid.store(refitted))
+        best, best_error = _where(error < best_error, refitted, best), torch.minimum(error, best_error)
+    return best
+
+
+@functools.cache
+def affine_shapes(steps: int) -> tuple[tuple[float, float], ...]:
+    """(factor, place) of every candidate for codes of that many steps.
+
+    Factors above 1 use a part of the codes for the whole range: that is where weights on a coarser grid are found.
+    """
+    if steps == 255:
+        return tuple((factor, 0.5) for factor in FACTORS_OF_8_BITS)
+    clipped = tuple((factor, PLACES[i % len(PLACES)]) for i, factor in enumerate(AFFINE_FACTORS))
+    fewer = range((steps + 1) // 2, steps, max(1, (steps + 1) // 16))
+    return clipped + tuple((steps / used, 0.0) for used in fewer)
 
 
 def _best(
@@ -90,8 +121,8 @@ def _best(
     importance: Tensor,
     candidates: Iterable[BlockScales],
     refit: Callable[[Tensor], BlockScales],
-) -> BlockScales:
-    """The candidate, or its least-squares refit, with the smallest weighted error of each block."""
+) -> tuple[BlockScales, Tensor]:
+    """The candidate, or its least-squares refit, with the smallest weighted error of each block, and that error."""
     best: BlockScales | None = None
     best_error = torch.full(blocks.shape[:-1], torch.inf, device=blocks.device)
     for candidate in candidates:
@@ -106,7 +137,7 @@ def _best(
             best_error = torch.where(better, error, best_error)
             best = scales if best is None else _where(better, scales, best)
     assert best is not None
-    return best
+    return best, best_error
 
 
 def weighted_error(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from adversarial import ADVERSARIAL, adversarial_matrix
@@ -10,7 +12,9 @@ from hypothesis import strategies as st
 
 from signround_edge.errors import UserError
 from signround_edge.formats import GRIDS, as_matmul_nbits, get_grid
+from signround_edge.formats.ggml_k_quants import SuperBlockGrid
 from signround_edge.formats.gguf_presets import ModelTraits, Place, Role
+from signround_edge.formats.scale_search import extreme_scales
 from signround_edge.formats.schemes import after_fallback, known_schemes, parse_scheme
 
 ALL_GRIDS = sorted(GRIDS)
@@ -46,8 +50,6 @@ def test_levels_rounded_in_the_search_are_those_of_the_codes(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL_GRIDS)
 def test_search_beats_the_extremes_on_weighted_error(name: str) -> None:
-    from signround_edge.formats.scale_search import extreme_scales
-
     grid = get_grid(name)
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(16, 4 * grid.row_multiple, generator=generator)
@@ -58,6 +60,32 @@ def test_search_beats_the_extremes_on_weighted_error(name: str) -> None:
         return float((grid.blocked(approx - weight).square() * importance).sum())
 
     assert error(grid.search(grid.blocked(weight), importance)) < error(extreme_scales(grid, grid.blocked(weight)))
+
+
+# Block scales alone find a grid again; super-scales are searched jointly with their sub-scales, to a small error.
+@pytest.mark.parametrize("source", [n for n in ALL_GRIDS if not isinstance(get_grid(n), SuperBlockGrid)])
+def test_weights_that_lie_on_the_grid_stay_exact(source: str) -> None:
+    assert error_of_weights_on(source, source) == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "finer"),
+    [("Q4_0", "Q4_1"), ("Q4_0", "Q5_0"), ("Q4_0", "Q5_1"), ("Q4_0", "w4g32-asym"), ("Q4_0", "Q8_0"), ("Q4_1", "Q5_1")],
+)
+def test_weights_on_a_coarser_grid_stay_exact(source: str, finer: str) -> None:
+    assert error_of_weights_on(source, finer) < 1e-6  # a block with few of its codes in use may miss it
+
+
+def error_of_weights_on(source: str, target: str) -> float:
+    """Weighted squared error, relative, of rounding to `target` what an absmax quantizer has left on `source`."""
+    generator = torch.Generator().manual_seed(4)
+    coarse, grid = get_grid(source), get_grid(target)
+    weight = torch.randn(64, 4 * math.lcm(grid.row_multiple, coarse.row_multiple), generator=generator)
+    weight = coarse.quantize(weight, extreme_scales(coarse, coarse.blocked(weight))).dequantize()
+    importance = torch.rand(weight.shape[1], generator=generator)
+    scales = grid.search(grid.blocked(weight), importance.view(1, -1, grid.block_size))
+    errors = (grid.quantize(weight, scales).dequantize() - weight).square() * importance
+    return float(errors.sum() / (weight.square() * importance).sum())
 
 
 @given(st.sampled_from(ALL_GRIDS), st.integers(0, 2**31), st.floats(1e-6, 1e3))

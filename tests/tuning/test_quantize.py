@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,23 @@ def test_changed_part_is_refused(tmp_path: Path, tiny_llama: Path, calibration_t
     part.write_bytes(data)
     with pytest.raises(UserError, match=r"0001\.safetensors was changed"):
         RunDirectory.open(tmp_path / "run")
+
+
+@pytest.mark.parametrize("scheme", ["gguf:q4_0", "gguf:q5_1", "onnx:w4g32-asym"])
+def test_a_model_on_the_grid_keeps_its_weights(
+    scheme: str, tmp_path: Path, tiny_llama: Path, calibration_text: Path
+) -> None:
+    """As those trained with quantization in the loop are: neither search, GPTQ, drift nor tuning may move them."""
+    model = save_random_model(CONFIGS["llama"], tmp_path / "model", tokenizer_from=tiny_llama)
+    on_grid = tmp_path / "on-grid"
+    shutil.copytree(model, on_grid)
+    first = quantize(model, parse_scheme(scheme), tmp_path / "first", str(calibration_text), replace(SMALL, steps=0))
+    load_run_model(first).save_pretrained(on_grid)
+    again = quantize(on_grid, parse_scheme(scheme), tmp_path / "again", str(calibration_text), SMALL)
+    for name, weight in load_source_model(on_grid).named_parameters():
+        if again.is_quantized(name):
+            assert torch.equal(again.quantized(name).dequantize(), weight), name
+    assert [r.report["block"]["tuned"] for r in again.manifest.complete.values() if r.report] == [0, 0]
 
 
 def test_rows_that_no_block_divides(tmp_path: Path, tiny_llama: Path, calibration_text: Path) -> None:

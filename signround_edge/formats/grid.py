@@ -31,14 +31,12 @@ def to_fp16(value: Tensor) -> Tensor:
 
 def safe_reciprocal(value: Tensor) -> Tensor:
     """1/value, and 0 where value is 0 or so small that the reciprocal overflows: such blocks hold zeros."""
-    inverse = value.reciprocal()
-    return torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
+    return value.reciprocal().nan_to_num(0.0, 0.0, 0.0)
 
 
 def zero_position(scale: Tensor, minimum: Tensor) -> Tensor:
     """The code position of weight zero for w = scale·q + minimum; 0 where the scale is 0."""
-    zero = -minimum / scale
-    return torch.where(zero.isfinite(), zero, torch.zeros_like(zero))
+    return (-minimum / scale).nan_to_num(0.0, 0.0, 0.0)
 
 
 def field_rows(fields: Fields, rows: slice | Tensor) -> Fields:

@@ -2,13 +2,12 @@
 
 The candidates follow llama.cpp's `make_qx_quants` and `make_qkx2_quants` (ggml-quants.c): rescaled extremes,
 each refitted by weighted least squares. Unlike there, each candidate is judged on the fields as the grid will store
-them (fp16 scales, integer zero points), symmetric grids try both signs of the scale, and affine ones leave out
-either end of a block's range alone. Weights that lie on the grid already, or on a coarser one within it, stay exact.
+them (fp16 scales, integer zero points), and symmetric grids try both signs of the scale. Weights that lie on the grid
+already, or on a coarser one within it, stay exact.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -21,11 +20,10 @@ CHUNK_VALUES = 1 << 16
 
 # Candidate scales relative to the one that maps the extreme value onto the end of the code range. See docs/LOG.md.
 SYMMETRIC_FACTORS = tuple(0.70 + 0.04 * i for i in range(11))
-AFFINE_FACTORS = tuple(0.60 + 0.025 * i for i in range(17))
+AFFINE_FACTORS = tuple(0.60 + 0.05 * i for i in range(9))
 FACTORS_OF_8_BITS = (*(1 - 0.0025 * i for i in range(7, -1, -1)), *(127 / code for code in (126, 125, 124, 123)))
 
-# Where on the block's range the codes of an affine candidate lie, in turns: at its low end, in its middle, at its high.
-PLACES = (0.0, 0.5, 1.0)
+# How often the best affine candidate is refitted once more.
 REFITS = 2
 
 
@@ -85,13 +83,16 @@ def search_symmetric(grid: Grid, blocks: Tensor, importance: Tensor) -> BlockSca
 def search_affine(grid: Grid, blocks: Tensor, importance: Tensor) -> BlockScales:
     """Best (scale, minimum) per block for ŵ = s·q + m. Shapes as in `Grid.search`."""
     low, high = _range(grid, blocks)
-    steps = grid.code_max - grid.code_min
+    width, steps = high - low, grid.code_max - grid.code_min
 
-    def candidate(factor: float, place: float) -> BlockScales:
-        scale = (high - low) * (factor / steps)
-        return BlockScales(scale, _bounded(grid, low + place * (high - low - steps * scale)))
+    def candidate(factor: float) -> BlockScales:
+        scale = width * (factor / steps)
+        if factor > 1:  # from the low end on, as the codes of a coarser grid would lie
+            return BlockScales(scale, low)
+        # Both ends are clipped alike: clipping one alone lowers this error, but raises the model's. See docs/LOG.md.
+        return BlockScales(scale, _bounded(grid, low + (width - steps * scale) / 2))
 
-    candidates = (candidate(*shape) for shape in affine_shapes(steps))
+    candidates = (candidate(factor) for factor in affine_factors(steps))
     refit = refit_affine(grid, blocks, importance)
     best, best_error = _best(grid, blocks, importance, candidates, refit)
     refitted = best
@@ -102,17 +103,11 @@ def search_affine(grid: Grid, blocks: Tensor, importance: Tensor) -> BlockScales
     return best
 
 
-@functools.cache
-def affine_shapes(steps: int) -> tuple[tuple[float, float], ...]:
-    """(factor, place) of every candidate for codes of that many steps.
-
-    Factors above 1 use a part of the codes for the whole range: that is where weights on a coarser grid are found.
-    """
+def affine_factors(steps: int) -> tuple[float, ...]:
+    """Candidates for codes of that many steps; above 1, a part of the codes spans the whole range."""
     if steps == 255:
-        return tuple((factor, 0.5) for factor in FACTORS_OF_8_BITS)
-    clipped = tuple((factor, PLACES[i % len(PLACES)]) for i, factor in enumerate(AFFINE_FACTORS))
-    fewer = range((steps + 1) // 2, steps, max(1, (steps + 1) // 16))
-    return clipped + tuple((steps / used, 0.0) for used in fewer)
+        return FACTORS_OF_8_BITS
+    return AFFINE_FACTORS + tuple(steps / used for used in range((steps + 1) // 2, steps, max(1, (steps + 1) // 16)))
 
 
 def _best(

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -62,9 +63,16 @@ def main() -> None:
             print(f"skipped: {error}", file=sys.stderr, flush=True)
             continue
         done = {**row, **measured, "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"}
+        done["commit"] = _commit()
         others = [r for r in _read(results) if r["key"] != row["key"]]  # read again: another process may add rows
         write_atomically(results, (json.dumps([*others, done], indent=1) + "\n").encode())
         print(json.dumps(done, indent=1), flush=True)
+
+
+def _commit() -> str:
+    """The commit of this checkout: rows of earlier ways to tune are told by it."""
+    command = ["git", "-C", str(RESULTS), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _read(results: Path) -> list[dict[str, Any]]:

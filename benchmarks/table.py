@@ -22,7 +22,8 @@ and peak memory are of the whole quantizing process. Rows "from nearest" were tu
 "codes follow" also with `--positions follow` (codes moved with the scales): until November 2026 the only way.
 
 Tables "presets beside llama-quantize" put side by side what each preset keeps: bytes are ours, and an importance matrix
-is of the same calibration text as our tuning. "tuned" is the default way without the whole-model stage.
+is of the same calibration text as our tuning. "tuned" is the default way, with the whole-model stage where its steps
+are named ("100 + 500").
 
 Tables "ONNX beside ONNX Runtime's quantizers" hold rows of one number of bits and block size, best first. Rows `ort-…`
 are onnxruntime's `matmul_nbits_quantizer` on the float graph that our export starts from, its decoder matrices among
@@ -104,11 +105,11 @@ def _preset_section(name: str, text: str, rows: list[dict[str, Any]]) -> str:
     lines += ["|---|---|---|---|---|---|---|---|---|---|"]
     for scheme in sorted({r["scheme"] for r in rows if r["tool"] == IMATRIX}):
         of = {r["tool"]: r for r in rows if r["scheme"] == scheme and r["tool"] != OURS}
-        ours = [r for r in rows if r["scheme"] == scheme and r["tool"] == OURS and steps_of(r) == str(r["steps"])]
-        rounded = next((r for r in ours if r["steps"] == 0), None)
-        if rounded is None:
+        ours = [r for r in rows if r["scheme"] == scheme and r["tool"] == OURS and not {"start", "positions"} & r.keys()]
+        ours.sort(key=lambda r: (int(r["steps"]), int(r.get("whole_model_steps", 0))))
+        if not ours or _is_tuned(ours[0]):
             continue
-        tuned = max(ours, key=lambda r: int(r["steps"])) if len(ours) > 1 else None
+        rounded, tuned = ours[0], ours[-1] if _is_tuned(ours[-1]) else None
         imatrix, bytes_ = of[IMATRIX], rounded["bytes"]
         kls = " | ".join(_kl_beside(r, bytes_) for r in (of.get("llama-quantize"), imatrix, rounded, tuned))
         ratio, ppl, top1 = ("–",) * 3
@@ -121,13 +122,18 @@ def _preset_section(name: str, text: str, rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"Calibration → evaluation: {text}.", ""])
 
 
+def _is_tuned(row: dict[str, Any]) -> bool:
+    return steps_of(row) != "0"
+
+
 def _kl_beside(row: dict[str, Any] | None, size: int) -> str:
-    """Mean KL of a file, with how many more or fewer bytes it takes, if it does."""
+    """Mean KL of a file, with the steps of a whole-model stage, and how many more or fewer bytes it takes, if it does."""
     if row is None:
         return "–"
-    more = 100 * (row["bytes"] / size - 1)
-    kl = row["kld_mean"]
-    return (f"{kl:.4f}" if kl >= 5e-4 else f"{kl:.1e}") + (f" ({more:+.2f} % bytes)" if row["bytes"] != size else "")
+    kl, more = row["kld_mean"], 100 * (row["bytes"] / size - 1)
+    notes = [f"{row['steps']} + {row['whole_model_steps']}"] if "whole_model_steps" in row else []
+    notes += [f"{more:+.2f} % bytes"] if row["bytes"] != size else []
+    return (f"{kl:.4f}" if kl >= 5e-4 else f"{kl:.1e}") + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _is_onnx_peer(row: dict[str, Any]) -> bool:

@@ -104,8 +104,9 @@ def _preset_section(name: str, text: str, rows: list[dict[str, Any]]) -> str:
     ]
     lines += ["|---|---|---|---|---|---|---|---|---|---|"]
     for scheme in sorted({r["scheme"] for r in rows if r["tool"] == IMATRIX}):
-        of = {r["tool"]: r for r in rows if r["scheme"] == scheme and r["tool"] != OURS}
-        ours = [r for r in rows if r["scheme"] == scheme and r["tool"] == OURS and not {"start", "positions"} & r.keys()]
+        of_preset = [r for r in rows if r["scheme"] == scheme]
+        of = {r["tool"]: r for r in of_preset if r["tool"] != OURS}
+        ours = [r for r in of_preset if r["tool"] == OURS and not r.keys() & {"start", "positions"}]
         ours.sort(key=lambda r: (int(r["steps"]), int(r.get("whole_model_steps", 0))))
         if not ours or _is_tuned(ours[0]):
             continue
@@ -127,7 +128,7 @@ def _is_tuned(row: dict[str, Any]) -> bool:
 
 
 def _kl_beside(row: dict[str, Any] | None, size: int) -> str:
-    """Mean KL of a file, with the steps of a whole-model stage, and how many more or fewer bytes it takes, if it does."""
+    """Mean KL of a file; in brackets the steps where a whole-model stage followed, and bytes that are not `size`."""
     if row is None:
         return "–"
     kl, more = row["kld_mean"], 100 * (row["bytes"] / size - 1)

@@ -40,7 +40,7 @@ def main() -> None:
     for file in sorted(RESULTS.glob("*.json")):
         rows = json.loads(file.read_text())
         parts.append(_section(file.stem, [r for r in rows if not _is_onnx_peer(r)]))
-        parts += _preset_sections(file.stem, rows)
+        parts += preset_sections(file.stem, rows)
         parts += _onnx_sections(file.stem, rows)
     parts += [_decode_section(file.stem, json.loads(file.read_text())) for file in sorted(DECODE.glob("*.json"))]
     TARGET.write_text("\n".join(parts), encoding="utf-8")
@@ -90,7 +90,7 @@ def _text_of(row: dict[str, Any]) -> str:
     return str(row["key"]).split(" steps, ", 1)[1]
 
 
-def _preset_sections(name: str, rows: list[dict[str, Any]]) -> list[str]:
+def preset_sections(name: str, rows: list[dict[str, Any]]) -> list[str]:
     """A table for every calibration text with which llama-quantize's presets were measured."""
     texts = sorted({_text_of(r) for r in rows if r["tool"] == IMATRIX})
     return [_preset_section(name, text, [r for r in rows if _text_of(r) == text]) for text in texts]

@@ -128,11 +128,11 @@ def _is_tuned(row: dict[str, Any]) -> bool:
 
 
 def _kl_beside(row: dict[str, Any] | None, size: int) -> str:
-    """Mean KL of a file; in brackets the steps where a whole-model stage followed, and bytes that are not `size`."""
+    """Mean KL of a file; in brackets `steps_of` where a whole-model stage followed, and bytes that are not `size`."""
     if row is None:
         return "–"
     kl, more = row["kld_mean"], 100 * (row["bytes"] / size - 1)
-    notes = [f"{row['steps']} + {row['whole_model_steps']}"] if "whole_model_steps" in row else []
+    notes = [steps_of(row)] if "whole_model_steps" in row else []
     notes += [f"{more:+.2f} % bytes"] if row["bytes"] != size else []
     return (f"{kl:.4f}" if kl >= 5e-4 else f"{kl:.1e}") + (f" ({', '.join(notes)})" if notes else "")
 

@@ -16,7 +16,7 @@ REAL_MODEL=${REAL_MODEL:-../shared/tools/real_model.py}
 TEXT=${TEXT:-../shared/data/wikitext2-valid.txt}
 PYTHON=.venv/bin/python
 PRESETS=(q2_k_s q3_k_s q4_0 q4_k_s iq4_xs q2_0 q2_k q3_k_m q3_k_l q4_1 q4_k_m q5_0 q5_1 q5_k_s q5_k_m q6_k q8_0 iq4_nl)
-ONNX=(w4g32 w4g32-asym w4g128-asym w2g32-asym)
+ONNX=(w4g128-asym w2g32-asym w4g32-asym w4g32)
 
 prepare() ( # in a subshell that holds the lock: two of these commands may run side by side
     mkdir -p "$WORK"
@@ -38,17 +38,35 @@ smollm2() { # model, result file, further arguments
         --text "$WORK/evaluation.txt" "$@"
 }
 
+short() { # model, result file, scheme, tools
+    local model=$1 name=$2 scheme=$3
+    shift 3
+    smollm2 "$model" "$name" --samples 32 --seqlen 256 --batch-size 4 --steps 20 --windows 8 --scheme "$scheme" \
+        "${@/#/--tool=}"
+}
+
 presets() { # model, result file
     for preset in "${PRESETS[@]}"; do
-        smollm2 "$1" "$2" --samples 32 --seqlen 256 --batch-size 4 --steps 20 --windows 8 --scheme "gguf:$preset" \
-            --tool signround-edge --tool llama-quantize --tool llama-quantize-imatrix
+        short "$1" "$2" "gguf:$preset" signround-edge llama-quantize llama-quantize-imatrix
     done
+}
+
+auto_round() { # model, result file
+    for preset in q3_k_s q2_k_s q4_0 q4_k_s; do short "$1" "$2" "gguf:$preset" auto-round; done
+}
+
+onnx() { # model, result file
+    for scheme in "${ONNX[@]}"; do short "$1" "$2" "onnx:$scheme" signround-edge onnx-peers; done
 }
 
 for group in "$@"; do
     case $group in
         off-grid-presets) prepare; presets off-grid smollm2-135m-offgrid-presets ;;
         shipped-presets) prepare; presets shipped smollm2-135m-shipped-presets ;;
+        off-grid-auto-round) prepare; auto_round off-grid smollm2-135m-offgrid-presets ;;
+        shipped-auto-round) prepare; auto_round shipped smollm2-135m-shipped-presets ;;
+        off-grid-onnx) prepare; onnx off-grid smollm2-135m-offgrid-presets ;;
+        shipped-onnx) prepare; onnx shipped smollm2-135m-shipped-presets ;;
         off-grid) prepare; smollm2 off-grid smollm2-135m-offgrid --scheme gguf:q4_0,onnx:w4g32 ;;
         shipped) prepare; smollm2 shipped smollm2-135m-shipped --scheme gguf:q4_0,onnx:w4g32 ;;
         tiny-presets)

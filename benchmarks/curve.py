@@ -3,8 +3,8 @@
     python -m benchmarks.curve --model tiny-llama --scheme gguf:q4_0 --scheme gguf:q4_k_s
 
 Points are the rows of benchmarks/results/<model>.json: CPU time of quantizing, mean KL divergence from the original.
-Rows whose samples, length and steps are a recipe's bear its name; a line joins what no other row of ours beats at once
-in time and in divergence.
+A line joins what no other row of ours beats at once in time and in divergence; these rows, the peers and those whose
+samples, length and steps are a recipe's bear a name.
 """
 
 from __future__ import annotations
@@ -47,13 +47,15 @@ def chart(rows: list[dict[str, Any]], title: str) -> str:
     x = scale_x(min(costs) - 0.1, max(costs) + 0.1)
     y = scale_y(min(divergences) - 0.05, max(divergences) + 0.07)
     at = {id(r): (x(c), float(y(np.array(d)))) for r, c, d in zip(rows, costs, divergences, strict=True)}
-    front = sorted(at[id(r)] for r in frontier([r for r in rows if r["tool"] == OURS]))
-    body = f'<polyline class="line" points="{points(front)}"/>'
+    front = frontier([r for r in rows if r["tool"] == OURS])
+    body = f'<polyline class="line" points="{points(sorted(at[id(r)] for r in front))}"/>'
     for row in rows:
         across, down = at[id(row)]
         kind = "dot" if row["tool"] == OURS else "dot other"
         body += f'<circle class="{kind}" cx="{across:.1f}" cy="{down:.1f}" r="3.5"/>'
-    body += _labels([(*at[id(row)], _name(row)) for row in rows])
+    named = [row for row in rows if row["tool"] != OURS or recipe_of(row) or row in front]
+    first = {_name(row): row for row in reversed(named)}  # a peer stands there once for each calibration
+    body += _labels([(*at[id(row)], name) for name, row in sorted(first.items(), key=lambda pair: -len(pair[0]))])
     for seconds in (1, 10, 60, 300, 1800):
         if min(costs) - 0.1 <= math.log10(seconds) <= max(costs) + 0.1:
             body += label_below(x(math.log10(seconds)), f"{seconds} s")

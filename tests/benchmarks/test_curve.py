@@ -32,3 +32,13 @@ def test_chart_is_a_picture_with_every_row() -> None:
     assert len(picture.findall("circle")) == 3
     texts = {element.text for element in picture.findall("text")}
     assert {"fast: 64 × 256, 100", "default: 128 × 512, 200", "llama-quantize"} <= texts
+
+
+def test_chart_names_peers_recipes_and_the_frontier_once_each() -> None:
+    ours = [row(9, 0.006, steps=0), row(80, 0.005), row(90, 0.007, "96x256", 80), row(95, 0.005, start="nearest")]
+    peers = [{**row(cost, 0.006, steps=0), "tool": "llama-quantize"} for cost in (1, 2)]
+    picture = ElementTree.fromstring(chart([*ours, *peers], "tiny-llama"))
+    assert len(picture.findall("circle")) == 6
+    texts = [element.text or "" for element in picture.findall("text")]
+    assert [texts.count(name) for name in ("llama-quantize", "fast: 64 × 256, 100", "64 × 256, 0")] == [1, 1, 1]
+    assert not any("96 × 256" in text or "from nearest" in text for text in texts)

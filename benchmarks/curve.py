@@ -55,7 +55,8 @@ def chart(rows: list[dict[str, Any]], title: str) -> str:
         body += f'<circle class="{kind}" cx="{across:.1f}" cy="{down:.1f}" r="3.5"/>'
     named = [row for row in rows if row["tool"] != OURS or recipe_of(row) or row in front]
     first = {_name(row): row for row in reversed(named)}  # a peer stands there once for each calibration
-    body += _labels([(*at[id(row)], name) for name, row in sorted(first.items(), key=lambda pair: -len(pair[0]))])
+    longest_first = sorted(first.items(), key=lambda pair: -len(pair[0]))  # they fit into the fewest places
+    body += _labels([(*at[id(row)], name) for name, row in longest_first])
     for seconds in (1, 10, 60, 300, 1800):
         if min(costs) - 0.1 <= math.log10(seconds) <= max(costs) + 0.1:
             body += label_below(x(math.log10(seconds)), f"{seconds} s")

@@ -33,6 +33,7 @@ from benchmarks.float_gguf import write_float_gguf
 from benchmarks.gguf_in_torch import load_llama_gguf
 from benchmarks.measure import run_measured
 from benchmarks.scoring import RememberingSession
+from benchmarks.split_text import SPARE_TOKENS
 from benchmarks.table import steps_of
 from exporters.gguf.imatrix import read_imatrix
 from signround_edge.decoder import set_parameter
@@ -288,12 +289,27 @@ def _plain_imatrix(args: argparse.Namespace, folder: Path) -> Path:
 def _auto_round(args: argparse.Namespace, scheme: str) -> dict[str, Any]:
     command = auto_round.environment(CACHE / "auto-round-env")
     out = CACHE / "auto-round" / f"{args.name or args.model.name}-{scheme.removeprefix('gguf:')}"
+    lines = args.calibration if args.calibration.suffix == ".jsonl" else _json_lines(args)
     file, cost = auto_round.quantize(
-        command, args.model, scheme, args.calibration, out, args.samples, args.seqlen, args.steps, args.batch_size
+        command, args.model, scheme, lines, out, args.samples, args.seqlen, args.steps, args.batch_size
     )
     found = inspect(file)
     scores = _score(args, TorchSession(load_llama_gguf(file, args.model)))
     return {"bytes": found.total_bytes, "bits_per_weight": found.bits_per_weight, **scores, **asdict(cost)}
+
+
+def _json_lines(args: argparse.Namespace) -> Path:
+    """The samples of a plain text as auto-round reads them, each a little longer than it takes."""
+    tokenizer = load_tokenizer(args.model)
+    tokens = calibration_tokens(str(args.calibration), tokenizer, args.samples, args.seqlen + SPARE_TOKENS)
+    file = _made(CACHE / "auto-round") / f"{args.calibration.stem}-{args.samples}x{args.seqlen}.jsonl"
+    write_atomically(
+        file,
+        "".join(
+            json.dumps({"text": tokenizer.decode(row, skip_special_tokens=True)}) + "\n" for row in tokens
+        ).encode(),
+    )
+    return file
 
 
 def _score(args: argparse.Namespace, session: TorchSession) -> dict[str, Any]:

@@ -57,7 +57,7 @@ auto_round() { # model, result file
 }
 
 onnx() { # model, result file
-    for scheme in "${ONNX[@]}"; do short "$1" "$2" "onnx:$scheme" signround-edge onnx-peers; done
+    for scheme in "${ONNX[@]}"; do short "$1" "$2" "onnx:$scheme" signround-edge onnx-peers olive-gptq; done
 }
 
 for group in "$@"; do

@@ -25,10 +25,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks import auto_round, llama_quantize, onnx_peers
+from benchmarks import auto_round, llama_quantize, olive_gptq, onnx_peers
 from benchmarks.float_gguf import write_float_gguf
 from benchmarks.gguf_in_torch import load_llama_gguf
 from benchmarks.measure import run_measured
@@ -46,7 +46,7 @@ from signround_edge.tuning.plan import entry_bytes
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent.parent / ".cache"
-TOOLS = ("signround-edge", "auto-round", "gptq", "llama-quantize", "llama-quantize-imatrix", "onnx-peers")
+TOOLS = ("signround-edge", "auto-round", "gptq", "olive-gptq", "llama-quantize", "llama-quantize-imatrix", "onnx-peers")
 ONNX_PEERS = (*(f"ort-{name}" for name in onnx_peers.QUANTIZERS), *onnx_peers.BUILDER_METHODS)
 DEFAULT_SCHEMES = ("gguf:q4_0,onnx:w4g32", "gguf:q4_1", "onnx:w4g128-asym")
 
@@ -134,6 +134,9 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows += [{"tool": tool, "scheme": preset, "steps": 0} for preset in presets]
     if "gptq" in tools:
         rows += [{"tool": "gptq", "scheme": scheme, "steps": 0} for scheme in args.scheme or DEFAULT_SCHEMES]
+    if "olive-gptq" in tools:
+        asymmetric = [s for s in args.scheme or DEFAULT_SCHEMES if onnx_peers.block_scheme(s) and s.endswith("-asym")]
+        rows += [{"tool": "olive-gptq", "scheme": scheme, "steps": 0} for scheme in asymmetric]
     peers = ONNX_PEERS if "onnx-peers" in tools else tuple(t for t in tools if t in ONNX_PEERS)
     rows += _planned_onnx_peers(args.scheme or DEFAULT_SCHEMES, peers)
     if "auto-round" in tools:
@@ -167,6 +170,8 @@ def _measure(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
         return _auto_round(args, scheme)
     if tool == "gptq":
         return _gptq(args, scheme)
+    if tool == "olive-gptq":
+        return _olive_gptq(args, scheme)
     if tool.startswith(("ort-", "genai-")):
         return _onnx_peer(args, tool, scheme)
     return _llama_quantize(args, scheme, with_imatrix=tool.endswith("-imatrix"))
@@ -232,11 +237,29 @@ def _gptq(args: argparse.Namespace, scheme: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "benchmarks.gptq", str(run.path), "--model", str(args.model), *sizes]
         command += ["--calibration", str(args.calibration), "-o", str(weights)]
         cost = run_measured(command, Path(temporary) / "log.txt")
-        model: nn.Module = load_run_model(run)
-        for name, weight in load_file(weights).items():
-            value = weight.T.contiguous() if run.entry(name).transposed else weight
-            set_parameter(model, name, nn.Parameter(value, requires_grad=False))
-    return {**_size(run), **_score(args, TorchSession(model)), **asdict(cost)}
+        return {**_size(run), **_score(args, TorchSession(_with_weights(run, weights))), **asdict(cost)}
+
+
+def _olive_gptq(args: argparse.Namespace, scheme: str) -> dict[str, Any]:
+    """Olive's decoder matrices, of the same layout as our run's, among the run's embedding and head."""
+    run = _rounded_run(args, scheme)
+    bits, block_size = onnx_peers.block_scheme(scheme) or (0, 0)
+    with tempfile.TemporaryDirectory(dir=_made(CACHE / "olive")) as temporary:
+        samples = calibration_tokens(str(args.calibration), load_tokenizer(args.model), args.samples, args.seqlen)
+        tokens = Path(temporary) / "tokens.safetensors"
+        save_file({"tokens": samples}, tokens)
+        python = olive_gptq.environment(CACHE / "olive-env")
+        weights, cost = olive_gptq.quantize(python, args.model, tokens, bits, block_size, Path(temporary))
+        return {**_size(run), **_score(args, TorchSession(_with_weights(run, weights))), **asdict(cost)}
+
+
+def _with_weights(run: RunDirectory, file: Path) -> nn.Module:
+    """The run's model with the weights f32 [out, in] of a safetensors file in the place of its own."""
+    model: nn.Module = load_run_model(run)
+    for name, weight in load_file(file).items():
+        value = weight.T.contiguous() if run.entry(name).transposed else weight
+        set_parameter(model, name, nn.Parameter(value, requires_grad=False))
+    return model
 
 
 def _rounded_run(args: argparse.Namespace, scheme: str) -> RunDirectory:

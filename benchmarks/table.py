@@ -29,8 +29,12 @@ Tables "ONNX beside ONNX Runtime's quantizers" hold rows of one number of bits a
 are onnxruntime's `matmul_nbits_quantizer` on the float graph that our export starts from, its decoder matrices among
 our run's embedding and head; bytes differ by what each stores as zero points (none, integers, floats). Rows `genai-…`
 are the folders of onnxruntime-genai's int4 builder as they come, embedding and head included. Rows `gptq` are a
-reference implementation (benchmarks/gptq.py) on our grids, with our embedding and head. KL is compared with the best of
-the peers that takes no more bytes than the row plus 1 %.
+reference implementation (benchmarks/gptq.py) on our grids, rows `olive-gptq` Olive 0.13.0's GPTQ pass on the same
+samples, both with our embedding and head. KL is compared with the best of the peers that takes no more bytes than the
+row plus 1 %.
+
+auto-round has no rows of tiny-llama: its writer of GGUF files does not know that tokenizer ("BPE pre-tokenizer was not
+recognized").
 """
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+from benchmarks.environment import installed
 from benchmarks.measure import Cost, run_measured
 
 VERSION = "0.16.1"
@@ -14,12 +13,7 @@ REQUIREMENTS = ("torch==2.13.0", f"auto-round=={VERSION}", "gguf==0.19.0", "sent
 
 def environment(folder: Path) -> Path:
     """Path of the environment's `auto-round` command; installs it once."""
-    command = folder / "bin" / "auto-round"
-    if not command.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        for requirement in REQUIREMENTS:  # torch first and alone: a looser requirement would pull CUDA packages
-            subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "-q", requirement], check=True)
-    return command
+    return installed(folder, REQUIREMENTS, "auto-round") / "auto-round"
 
 
 def quantize(

@@ -5,24 +5,18 @@ It rounds the decoder matrices asymmetrically in blocks, as our `onnx:w<bits>g<s
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+from benchmarks.environment import installed
 from benchmarks.measure import Cost, run_measured
 
-REQUIREMENTS = ("torch==2.13.0", "olive-ai==0.13.0", "transformers==5.23.0", "safetensors", "datasets", "requests")
+REQUIREMENTS = ("torch==2.13.0", "transformers==5.23.0", "safetensors", "datasets", "requests", "olive-ai==0.13.0")
 PROCESS = Path(__file__).parent / "olive_gptq_process.py"
 
 
 def environment(folder: Path) -> Path:
     """Path of the environment's Python; installs it once."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        for requirement in REQUIREMENTS:  # torch first and alone: a looser requirement would pull CUDA packages
-            subprocess.run([python, "-m", "pip", "install", "-q", requirement], check=True)
-    return python
+    return installed(folder, REQUIREMENTS, "olive") / "python"
 
 
 def quantize(python: Path, model: Path, tokens: Path, bits: int, block_size: int, out: Path) -> tuple[Path, Cost]:

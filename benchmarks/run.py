@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import auto_round, llama_quantize, olive_gptq, onnx_peers
 from benchmarks.float_gguf import write_float_gguf
 from benchmarks.gguf_in_torch import load_llama_gguf
 from benchmarks.measure import run_measured
 from benchmarks.scoring import RememberingSession
-from benchmarks.split_text import SPARE_TOKENS
+from benchmarks.split_text import SPARE_TOKENS, json_lines
 from benchmarks.table import steps_of
 from exporters.gguf.imatrix import read_imatrix
 from signround_edge.decoder import set_parameter
@@ -74,11 +74,15 @@ def main() -> None:
 
 def _check_text(args: argparse.Namespace) -> None:
     """Rows are named by their samples, so a text that gives fewer of them is refused."""
-    tokens = calibration_tokens(str(args.calibration), load_tokenizer(args.model), args.samples, args.seqlen)
-    if len(tokens) < args.samples:
-        raise SystemExit(
-            f"{args.calibration} gives {len(tokens)} of {args.samples} samples; give more text or ask for less"
-        )
+    given = len(_samples(args))
+    if given < args.samples:
+        raise SystemExit(f"{args.calibration} gives {given} of {args.samples} samples; give more text or ask for less")
+
+
+def _samples(args: argparse.Namespace, longer: int = 0) -> Tensor:
+    """The calibration samples int64 [samples, seqlen + longer]."""
+    seqlen = args.seqlen + longer
+    return calibration_tokens(str(args.calibration), load_tokenizer(args.model), args.samples, seqlen)
 
 
 def _commit() -> str:
@@ -245,9 +249,8 @@ def _olive_gptq(args: argparse.Namespace, scheme: str) -> dict[str, Any]:
     run = _rounded_run(args, scheme)
     bits, block_size = onnx_peers.block_scheme(scheme) or (0, 0)
     with tempfile.TemporaryDirectory(dir=_made(CACHE / "olive")) as temporary:
-        samples = calibration_tokens(str(args.calibration), load_tokenizer(args.model), args.samples, args.seqlen)
         tokens = Path(temporary) / "tokens.safetensors"
-        save_file({"tokens": samples}, tokens)
+        save_file({"tokens": _samples(args)}, tokens)
         python = olive_gptq.environment(CACHE / "olive-env")
         weights, cost = olive_gptq.quantize(python, args.model, tokens, bits, block_size, Path(temporary))
         return {**_size(run), **_score(args, TorchSession(_with_weights(run, weights))), **asdict(cost)}
@@ -312,7 +315,7 @@ def _plain_imatrix(args: argparse.Namespace, folder: Path) -> Path:
 def _auto_round(args: argparse.Namespace, scheme: str) -> dict[str, Any]:
     command = auto_round.environment(CACHE / "auto-round-env")
     out = CACHE / "auto-round" / f"{args.name or args.model.name}-{scheme.removeprefix('gguf:')}"
-    lines = args.calibration if args.calibration.suffix == ".jsonl" else _json_lines(args)
+    lines = args.calibration if args.calibration.suffix == ".jsonl" else _as_json_lines(args)
     file, cost = auto_round.quantize(
         command, args.model, scheme, lines, out, args.samples, args.seqlen, args.steps, args.batch_size
     )
@@ -321,17 +324,12 @@ def _auto_round(args: argparse.Namespace, scheme: str) -> dict[str, Any]:
     return {"bytes": found.total_bytes, "bits_per_weight": found.bits_per_weight, **scores, **asdict(cost)}
 
 
-def _json_lines(args: argparse.Namespace) -> Path:
+def _as_json_lines(args: argparse.Namespace) -> Path:
     """The samples of a plain text as auto-round reads them, each a little longer than it takes."""
     tokenizer = load_tokenizer(args.model)
-    tokens = calibration_tokens(str(args.calibration), tokenizer, args.samples, args.seqlen + SPARE_TOKENS)
+    texts = tokenizer.batch_decode(_samples(args, longer=SPARE_TOKENS), skip_special_tokens=True)
     file = _made(CACHE / "auto-round") / f"{args.calibration.stem}-{args.samples}x{args.seqlen}.jsonl"
-    write_atomically(
-        file,
-        "".join(
-            json.dumps({"text": tokenizer.decode(row, skip_special_tokens=True)}) + "\n" for row in tokens
-        ).encode(),
-    )
+    write_atomically(file, json_lines(texts).encode())
     return file
 
 

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from signround_edge.tuning.calibration import load_tokenizer
 
 # Decoding and tokenizing again may merge tokens; with this many more, `seqlen` remain.
 SPARE_TOKENS = 16
+
+
+def json_lines(texts: Iterable[str]) -> str:
+    """What a `.jsonl` file of calibration texts holds."""
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
 def main() -> None:
@@ -32,10 +38,10 @@ def main() -> None:
     tokens = tokenizer(text[:half], add_special_tokens=False, verbose=False)["input_ids"]
     length = args.seqlen + SPARE_TOKENS
     step = (len(tokens) - length) // max(1, args.samples - 1)
-    rows = [{"text": tokenizer.decode(tokens[i * step : i * step + length])} for i in range(args.samples)]
+    texts = [tokenizer.decode(tokens[i * step : i * step + length]) for i in range(args.samples)]
     args.out.mkdir(parents=True, exist_ok=True)
     name = f"calibration-{args.samples}x{args.seqlen}.jsonl"
-    (args.out / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (args.out / name).write_text(json_lines(texts), encoding="utf-8")
     (args.out / "evaluation.txt").write_text(text[half:], encoding="utf-8")
 
 

@@ -22,7 +22,7 @@ def test_json_lines_of_a_text_hold_the_samples_and_a_little_more(
 ) -> None:
     monkeypatch.setattr(run, "CACHE", tmp_path)
     args = argparse.Namespace(model=tiny_llama, calibration=calibration_text, samples=4, seqlen=32)
-    file = run._json_lines(args)
+    file = run._as_json_lines(args)
     assert len(file.read_text().splitlines()) == 4
     tokenizer = load_tokenizer(tiny_llama)
     given = calibration_tokens(str(file), tokenizer, 4, 32)

@@ -10,7 +10,6 @@ samples, length and steps are a recipe's bear a name.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 from html import escape
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.table import OURS, RESULTS, steps_of
+from benchmarks.table import OURS, RESULTS, measured_and_failed, steps_of
 from signround_edge.run_directory import write_atomically
 from signround_edge.svg import (
     BOTTOM,
@@ -127,7 +126,7 @@ def main() -> None:
     parser.add_argument("--scheme", action="append", help="prefix of rows' schemes; repeatable, one picture each")
     parser.add_argument("-o", "--out", type=Path, default=TARGET)
     args = parser.parse_args()
-    rows = json.loads((RESULTS / f"{args.model}.json").read_text())
+    rows, _ = measured_and_failed(RESULTS / f"{args.model}.json")
     schemes = args.scheme or ["gguf:q4_k_s"]
     pictures = [
         chart([r for r in rows if r["scheme"].split(",")[0] == scheme], f"{args.model}, {scheme}") for scheme in schemes

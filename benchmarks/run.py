@@ -6,8 +6,9 @@
     python -m benchmarks.run --scheme onnx:w4g32 --tool onnx-peers  # what peers have of these bits and block size
 
 Results go to benchmarks/results/<model>.json, one entry per row; a row that is there already is not measured again
-unless --again is given. Two of these commands may run side by side, each pinned to a core (`taskset -c 0 …`), so that
-two tools are timed under the same conditions. `python -m benchmarks.table` renders docs/benchmarks.md from the results.
+unless --again is given. Where a peer cannot run, its row says why. Two of these commands may run side by side, each
+pinned to a core (`taskset -c 0 …`), so that two tools are timed under the same conditions. `python -m benchmarks.table`
+renders docs/benchmarks.md from the results.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,10 +33,10 @@ from torch import Tensor, nn
 from benchmarks import auto_round, llama_quantize, olive_gptq, onnx_peers
 from benchmarks.float_gguf import write_float_gguf
 from benchmarks.gguf_in_torch import load_llama_gguf
-from benchmarks.measure import run_measured
+from benchmarks.measure import Cost, run_measured
 from benchmarks.scoring import RememberingSession
 from benchmarks.split_text import SPARE_TOKENS, json_lines
-from benchmarks.table import steps_of
+from benchmarks.table import OURS, steps_of
 from exporters.gguf.imatrix import read_imatrix
 from signround_edge.decoder import set_parameter
 from signround_edge.demo import calibration_text_path, evaluation_text_path, tiny_llama_path
@@ -46,7 +48,7 @@ from signround_edge.tuning.plan import entry_bytes
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent.parent / ".cache"
-TOOLS = ("signround-edge", "auto-round", "gptq", "olive-gptq", "llama-quantize", "llama-quantize-imatrix", "onnx-peers")
+TOOLS = (OURS, "auto-round", "gptq", "olive-gptq", "llama-quantize", "llama-quantize-imatrix", "onnx-peers")
 ONNX_PEERS = (*(f"ort-{name}" for name in onnx_peers.QUANTIZERS), *onnx_peers.BUILDER_METHODS)
 DEFAULT_SCHEMES = ("gguf:q4_0,onnx:w4g32", "gguf:q4_1", "onnx:w4g128-asym")
 
@@ -62,14 +64,21 @@ def main() -> None:
         print(f"{row['key']} …", file=sys.stderr, flush=True)
         try:
             measured = _measure(args, row)
-        except llama_quantize.QuantizeFailed as error:  # Q2_K_S wants an importance matrix
-            print(f"skipped: {error}", file=sys.stderr, flush=True)
-            continue
+        except (llama_quantize.QuantizeFailed, subprocess.CalledProcessError) as error:
+            measured = {"failed": _reason(error)}
         machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
         done = {**row, **measured, "machine": machine, "commit": _commit()}
         others = [r for r in _read(results) if r["key"] != row["key"]]  # read again: another process may add rows
         write_atomically(results, (json.dumps([*others, done], indent=1) + "\n").encode())
         print(json.dumps(done, indent=1), flush=True)
+
+
+def _reason(error: llama_quantize.QuantizeFailed | subprocess.CalledProcessError) -> str:
+    """Why a peer cannot run, in a line: its last one that names an error, or else its last one."""
+    said = error.output if isinstance(error, subprocess.CalledProcessError) else str(error).replace(" | ", "\n")
+    lines = [line.strip() for line in str(said).splitlines() if line.strip()] or [str(error)]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (named or lines)[-1]
 
 
 def _check_text(args: argparse.Namespace) -> None:
@@ -126,13 +135,13 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     common = f"{args.samples}x{args.seqlen}, batch {args.batch_size}, {args.calibration.name} → {args.text.name}"
     rows = []
     tools = args.tool or TOOLS[:1]
-    for scheme in args.scheme or DEFAULT_SCHEMES if "signround-edge" in tools else ():
+    for scheme in args.scheme or DEFAULT_SCHEMES if OURS in tools else ():
         for steps, whole in dict.fromkeys([(0, 0), (args.steps, args.whole_model_steps)]):
             special = {"whole_model_steps": whole, **_whole_model_rates(args)} if whole else {}
             if steps:
                 special |= {"positions": "follow"} if args.positions == "follow" else {}
                 special |= {"start": "nearest"} if args.start == "nearest" else {}
-            rows.append({"tool": "signround-edge", "scheme": scheme, "steps": steps, **special})
+            rows.append({"tool": OURS, "scheme": scheme, "steps": steps, **special})
     for tool in (t for t in tools if t.startswith("llama-quantize")):
         presets = [s.split(",")[0] for s in args.scheme or DEFAULT_SCHEMES if s.startswith("gguf:")]
         rows += [{"tool": tool, "scheme": preset, "steps": 0} for preset in presets]
@@ -168,7 +177,7 @@ def _planned_onnx_peers(schemes: list[str] | tuple[str, ...], peers: tuple[str, 
 
 def _measure(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     tool, scheme = row["tool"], row["scheme"]
-    if tool == "signround-edge":
+    if tool == OURS:
         return _ours(args, row)
     if tool == "auto-round":
         return _auto_round(args, scheme)
@@ -188,7 +197,7 @@ def _ours(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     out = _run_folder(args, row["scheme"], f"{row['steps']}{suffix}")
     if (out / "manifest.json").is_file():
         raise SystemExit(f"{out} is there already; remove it to measure anew")
-    cost = run_measured(_quantize_command(args, row, out), Path(f"{out}.log"))
+    cost = _quantize(args, row, out)
     run = RunDirectory.open(out)
     return {**_size(run), **_score(args, TorchSession(load_run_model(run))), **asdict(cost)}
 
@@ -269,7 +278,7 @@ def _rounded_run(args: argparse.Namespace, scheme: str) -> RunDirectory:
     """Our run of the scheme without tuning, for what a peer leaves alone."""
     folder = _run_folder(args, scheme, "0")
     if not (folder / "manifest.json").is_file():
-        run_measured(_quantize_command(args, {"scheme": scheme, "steps": 0}, folder), Path(f"{folder}.log"))
+        _quantize(args, {"scheme": scheme, "steps": 0}, folder)
     return RunDirectory.open(folder)
 
 
@@ -278,13 +287,18 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _quantize_command(args: argparse.Namespace, row: dict[str, Any], out: Path) -> list[str]:
+def _quantize(args: argparse.Namespace, row: dict[str, Any], out: Path, *more: str) -> Cost:
+    """Our run directory of a row, with its log beside it; SystemExit where it fails, which is no peer's fault."""
     settings = {"samples": args.samples, "seqlen": args.seqlen, "batch_size": args.batch_size}
     chosen = ("steps", "start", "positions", "whole_model_steps", "whole_model_lr", "whole_model_code_lr")
     settings |= {name: row[name] for name in chosen if name in row}
     flags = [str(x) for name, value in settings.items() for x in (f"--{name.replace('_', '-')}", value)]
     command = [sys.executable, "-m", "signround_edge.cli", "quantize", str(args.model), "--scheme", row["scheme"]]
-    return [*command, "-o", str(out), "--calibration", str(args.calibration), *flags]
+    command += ["-o", str(out), "--calibration", str(args.calibration), *flags, *more]
+    try:
+        return run_measured(command, Path(f"{out}.log"))
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"{' '.join(command)}: {error.output}") from None
 
 
 def _llama_quantize(args: argparse.Namespace, scheme: str, with_imatrix: bool) -> dict[str, Any]:
@@ -307,8 +321,8 @@ def _plain_imatrix(args: argparse.Namespace, folder: Path) -> Path:
     file = folder / f"imatrix-{args.samples}x{args.seqlen}-{args.calibration.stem}.gguf"
     if not file.is_file():
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            command = _quantize_command(args, {"scheme": "gguf:q8_0", "steps": 0}, Path(temporary) / "run")
-            run_measured([*command, "--loss", "mse", "--save-imatrix", str(file)], Path(temporary) / "log.txt")
+            row = {"scheme": "gguf:q8_0", "steps": 0}
+            _quantize(args, row, Path(temporary) / "run", "--loss", "mse", "--save-imatrix", str(file))
     return file
 
 

@@ -42,12 +42,27 @@ def main() -> None:
     """Command line."""
     parts = [HEAD]
     for file in sorted(RESULTS.glob("*.json")):
-        rows = json.loads(file.read_text())
+        rows, failed = measured_and_failed(file)
         parts.append(_section(file.stem, [r for r in rows if not _is_onnx_peer(r)]))
         parts += preset_sections(file.stem, rows)
         parts += _onnx_sections(file.stem, rows)
+        parts += _failures(file.stem, failed)
     parts += [_decode_section(file.stem, json.loads(file.read_text())) for file in sorted(DECODE.glob("*.json"))]
     TARGET.write_text("\n".join(parts), encoding="utf-8")
+
+
+def measured_and_failed(results: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A result file's rows: those with figures, and those of peers that could not run."""
+    rows = json.loads(results.read_text())
+    return [r for r in rows if "failed" not in r], [r for r in rows if "failed" in r]
+
+
+def _failures(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [f"### {name}: peers that could not run", "", "| tool | scheme | why |", "|---|---|---|"]
+    lines += [f"| {r['tool']} | {r['scheme']} | {r['failed']} |" for r in rows]
+    return ["\n".join([*lines, ""])]
 
 
 def steps_of(row: dict[str, Any]) -> str:

@@ -15,6 +15,8 @@ from signround_edge.experts import Expert, stacks
 # An expert's E[x²] starts as that of all experts of its layer, which counts like this many tokens: some experts see few
 # tokens of a calibration text, or none.
 _PRIOR_TOKENS = 8
+# Products of channels are summed up by this many columns: half of a symmetric matrix, at the speed of large products.
+_COLUMNS_AT_ONCE = 256
 
 
 class InputMoments(ABC):
@@ -46,6 +48,10 @@ class InputMoments(ABC):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def waiting(self, name: str) -> Tensor:
+        """The input of the last call of a matrix."""
+        return self._pending[name][0]
 
     def settle(self, weights: Tensor) -> None:
         """Add the inputs that wait, with weights [n, seqlen, 1]."""
@@ -126,11 +132,13 @@ class InputProducts(InputMoments):
     def _add(self, name: str, inputs: Tensor, weights: Tensor) -> None:
         self._owners.setdefault(name, name)
         rows = inputs.float() * weights.sqrt()
-        if name in self._sums:
-            self._sums[name].addmm_(rows.T, rows)
-        else:
-            self._sums[name] = rows.T @ rows
+        if name not in self._sums:
+            self._sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+        for start in range(0, rows.shape[1], _COLUMNS_AT_ONCE):  # on and below the diagonal only
+            columns = slice(start, start + _COLUMNS_AT_ONCE)
+            self._sums[name][start:, columns].addmm_(rows[:, start:].T, rows[:, columns])
 
     def result(self) -> dict[str, Tensor]:
         """Name → Σ x·xᵀ f32 [in features, in features] of the matrices that had any input."""
-        return {name: self._sums[owner] for name, owner in self._owners.items()}
+        whole = {name: lower.tril() + lower.tril(-1).T for name, lower in self._sums.items()}
+        return {name: whole[owner] for name, owner in self._owners.items()}

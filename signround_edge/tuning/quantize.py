@@ -41,7 +41,7 @@ from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer
 from signround_edge.tuning.channel_scaling import ChannelScaling, stored_transform, transformed_matrix
 from signround_edge.tuning.divergence import TopProbabilities
 from signround_edge.tuning.importance import Importance, ImportanceSink, ImportanceSource, given_importance
-from signround_edge.tuning.input_moments import InputMoments, InputProducts, SecondMoments
+from signround_edge.tuning.input_moments import InputMoments, SecondMoments
 from signround_edge.tuning.loss import held_out_loss
 from signround_edge.tuning.plan import Plan, listing, make_plan, part_of_block
 from signround_edge.tuning.rms_norm import use_cached_rms_norm
@@ -290,15 +290,8 @@ class _Job:
 
         train, held_out = self._split()
 
-        def products() -> dict[str, Tensor]:
-            found = InputProducts(self._token_weights)
-            with found.watching(block, {m.name: m.module for m in matrices}):
-                for part in train.split(self.settings.batch_size):
-                    self._run(shell, index, inputs[part], found, self.tokens[part])
-            return found.result()
-
         targets = (lambda samples: target[samples].to(self.device), self._token_weights)
-        return Unit(matrices, forward, *targets, train, held_out, products)
+        return Unit(matrices, forward, *targets, train, held_out, block)
 
     def _layer_unit(self, shell: Shell, index: int, matrix: Matrix, inputs: Tensor) -> Unit:
         """One matrix against its own exact output for the input that the quantized model gives it."""
@@ -311,13 +304,6 @@ class _Job:
             targets = torch.cat([matrix.module(x.to(self.device)).float().cpu() for x in seen])
         train, held_out = self._split()
 
-        def products() -> dict[str, Tensor]:
-            found = InputProducts(self._token_weights)
-            for part in train.split(self.settings.batch_size):
-                weights = self._token_weights(targets[part].to(self.device))
-                found.add(matrix.name, layer_inputs[part].to(self.device), weights)
-            return found.result()
-
         return Unit(
             [replace(matrix, writes_to_stream=False)],  # its own exact output is the target: nothing is inherited
             lambda samples: matrix.module(layer_inputs[samples].to(self.device)),
@@ -325,7 +311,7 @@ class _Job:
             self._token_weights,
             train,
             held_out,
-            products,
+            matrix.module,
         )
 
     def _outside(
@@ -448,15 +434,13 @@ class _Job:
         index: int,
         hidden: Tensor,
         moments: InputMoments | None = None,
-        tokens: Tensor | None = None,
     ) -> Tensor:
-        """`hidden` of all samples, or of `tokens`, through block `index`, products in the dtype of its tuning."""
+        """`hidden` of all samples through block `index`, products in the dtype of its tuning."""
         names = self.decoder.matrices(index)
         grids = [self._grid(name) for name in names if self.run.is_quantized(name)]
         autocast = compute_context(self.settings, grids, self.device)
         size = self.settings.batch_size
-        tokens = self.tokens if tokens is None else tokens
-        return run_block(self.decoder, shell, index, tokens, hidden, size, self.device, autocast, moments)
+        return run_block(self.decoder, shell, index, self.tokens, hidden, size, self.device, autocast, moments)
 
     def _split(self) -> tuple[Tensor, Tensor]:
         """Sample indices to (train on, hold out): every n-th sample is held out, so the slice covers the whole text."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.scale_search import extreme_scales
-from signround_edge.tuning.drift import corrected_weights
+from signround_edge.tuning.drift import correct_drift
 from signround_edge.tuning.gptq import DAMPING, compensated
 from signround_edge.tuning.loss import held_out_loss
 from signround_edge.tuning.settings import TuningSettings, travel_from_gptq
@@ -96,23 +96,18 @@ def _gptq_targets(
 
     Modules hold the exact weights before, the corrected ones after.
     """
-    corrected: dict[str, Tensor] = {}
     loss = functools.partial(held_out_loss, unit, settings, autocast)
-    if settings.correct_drift:
-        corrected, unrounded = corrected_weights(unit, settings.batch_size, autocast, loss)
-    else:
-        unrounded = loss()
-    products = unit.products()
+    found = correct_drift(unit, settings.batch_size, autocast, loss, settings.correct_drift)
     targets: dict[str, _GptqTarget] = {}
     for m in unit.matrices:
-        if m.name not in products:
+        if m.name not in found.products:
             continue
         scales, weight = nearest[m.name].initial, m.weight
-        if m.name in corrected:
-            weight = corrected[m.name]
+        if m.name in found.weights:
+            weight = found.weights[m.name]
             scales = initial_scales(m.grid, weight, m.importance, settings.scale_init)
-        targets[m.name] = _GptqTarget(m.grid, weight, scales, products[m.name])
-    return targets, unrounded
+        targets[m.name] = _GptqTarget(m.grid, weight, scales, found.products[m.name])
+    return targets, found.loss
 
 
 def initial_scales(grid: Grid, weight: Tensor, importance: Tensor, method: str) -> BlockScales:

@@ -46,8 +46,7 @@ class Unit:
         target: sample indices [n] → the full-precision output, same shape.
         token_weights: full-precision output → weights of the tokens' squared errors [n, seqlen, 1].
         train, held_out: sample indices.
-        products: name → Σ x·xᵀ f32 [in, in] of what the training samples give each matrix in the quantized model, for
-            the weights that the modules hold then; experts that see no token have none.
+        module: what `forward` runs: the block, or the matrix's own module.
     """
 
     matrices: list[Matrix]
@@ -56,7 +55,7 @@ class Unit:
     token_weights: Callable[[Tensor], Tensor]
     train: Tensor
     held_out: Tensor
-    products: Callable[[], dict[str, Tensor]]
+    module: nn.Module
 
     def install(self, tensors: dict[str, QuantizedTensor]) -> None:
         """Put the dequantized weights into the modules; tensors by matrix name."""

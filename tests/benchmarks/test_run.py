@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
+from benchmarks.table import measured_and_failed
 from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer
 
 
@@ -32,3 +33,30 @@ def test_json_lines_of_a_text_hold_the_samples_and_a_little_more(
         tokenizer.decode(given[0], skip_special_tokens=True)
     )
     assert "<|bos|>" not in json.loads(file.read_text().splitlines()[0])["text"]
+
+
+def test_a_peer_that_cannot_run_is_a_row_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "CACHE", tmp_path / "cache")
+    script = tmp_path / "auto-round"
+    script.write_text("#!/bin/sh\necho 'ValueError: no such tokenizer'\necho 'a progress bar'\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(run.auto_round, "environment", lambda folder: script)
+    monkeypatch.setattr(sys, "argv", ["run", "--tool", "auto-round", "--scheme", "gguf:q4_0", "--name", "model"])
+    run.main()
+    rows, failed = measured_and_failed(tmp_path / "model.json")
+    assert rows == []
+    assert [(r["tool"], r["failed"]) for r in failed] == [("auto-round", "ValueError: no such tokenizer")]
+    run.main()  # known by now
+    assert capsys.readouterr().err.count("auto-round gguf:q4_0") == 1
+
+
+def test_where_our_own_run_fails_the_bench_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sys, "argv", ["run", "--scheme", "gguf:q9_9"])
+    with pytest.raises(SystemExit, match=r"quantize .* --scheme gguf:q9_9 .*q9_9"):
+        run.main()
+    assert not list(tmp_path.glob("*.json"))

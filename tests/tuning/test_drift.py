@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from signround_edge.formats import get_grid
 from signround_edge.tuning.activations import equal_weights
-from signround_edge.tuning.drift import corrected_weights
+from signround_edge.tuning.drift import correct_drift
 from signround_edge.tuning.roles import writes_to_stream
 from signround_edge.tuning.unit import Matrix, Unit
 
@@ -34,7 +34,7 @@ def residual_unit(missing: Tensor, writes: bool = True) -> tuple[Unit, nn.Linear
         equal_weights,
         samples[:24],
         samples[24:],
-        dict,
+        module,
     )
     return unit, module
 
@@ -48,10 +48,10 @@ def test_what_is_missing_is_found_and_installed() -> None:
     missing = 0.1 * torch.randn(16, 32, generator=torch.Generator().manual_seed(4))
     unit, module = residual_unit(missing)
     weight, before = module.weight.detach().clone(), loss_of(unit)
-    found, loss = corrected_weights(unit, 8, OFF, lambda: loss_of(unit))
-    assert loss_of(unit) == loss < 0.5 * before
-    assert torch.equal(found["down"], module.weight.detach())
-    change = found["down"] - weight
+    found = correct_drift(unit, 8, OFF, lambda: loss_of(unit))
+    assert loss_of(unit) == found.loss < 0.5 * before
+    assert torch.equal(found.weights["down"], module.weight.detach())
+    change = found.weights["down"] - weight
     assert float((change * missing).sum()) > 0.25 * float(missing.square().sum())  # the ridge shortens it
 
 
@@ -69,15 +69,17 @@ def test_the_solution_is_that_of_the_ridge() -> None:
         torch.cat([x, ridge.sqrt() * torch.eye(32, dtype=torch.float64)]),
         torch.cat([errors, torch.zeros(32, 16, dtype=torch.float64)]),
     ).solution.T
-    found = corrected_weights(unit, 8, OFF, lambda: loss_of(unit))[0]["down"] - matrix.weight
-    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-4)
+    found = correct_drift(unit, 8, OFF, lambda: loss_of(unit))
+    torch.testing.assert_close((found.weights["down"] - matrix.weight).double(), expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found.products["down"].double(), x.T @ x, atol=1e-3, rtol=1e-5)
 
 
 def test_a_correction_that_held_out_samples_do_not_confirm_is_taken_back() -> None:
     unit, module = residual_unit(0.1 * torch.randn(16, 32))
     weight = module.weight.detach().clone()
     losses = iter([1.0, 1.0])  # before, and with the correction
-    assert corrected_weights(unit, 8, OFF, lambda: next(losses)) == ({}, 1.0)
+    found = correct_drift(unit, 8, OFF, lambda: next(losses))
+    assert (found.weights, found.loss) == ({}, 1.0)
     assert torch.equal(module.weight, weight)
 
 
@@ -86,15 +88,60 @@ def test_inputs_that_say_nothing_change_nothing(value: float) -> None:
     unit, module = residual_unit(torch.zeros(16, 32))
     weight = module.weight.detach().clone()
     silent = replace(unit, forward=lambda index: module(torch.full((len(index), 64, 32), value)))
-    assert corrected_weights(silent, 8, OFF, lambda: 1.0) == ({}, 1.0)
+    assert correct_drift(silent, 8, OFF, lambda: 1.0).weights == {}
     assert torch.equal(module.weight, weight)
 
 
 def test_matrices_that_do_not_write_to_the_stream_are_left_alone() -> None:
     unit, module = residual_unit(torch.ones(16, 32), writes=False)
     weight = module.weight.detach().clone()
-    assert corrected_weights(unit, 8, OFF, lambda: loss_of(unit)) == ({}, loss_of(unit))
+    found = correct_drift(unit, 8, OFF, lambda: loss_of(unit))
+    assert (found.weights, found.loss) == ({}, loss_of(unit))
     assert torch.equal(module.weight, weight)
+
+
+class TwoWriters(nn.Module):
+    """x + out·tanh(first·x), and a feed-forward part upon it, listed in another order than they are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up, self.out, self.first = (nn.Linear(16, 16, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.out(torch.tanh(self.first(x)))
+        return x + self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("writers", [("out", "down"), ("out",), ("down",), ()])
+def test_products_are_of_the_inputs_among_the_corrected_weights(writers: tuple[str, ...]) -> None:
+    torch.manual_seed(5)
+    block, stream = TwoWriters(), torch.randn(32, 8, 16)
+    with torch.no_grad():
+        target = block(stream) + 0.5 * torch.tanh(stream.flip(-1))
+    matrices = [
+        Matrix(n, m, get_grid("Q4_0"), m.weight.detach().clone(), torch.ones(16), n in writers)
+        for n, m in block.named_children()
+    ]
+    samples = torch.arange(32)
+    unit = Unit(
+        matrices,
+        lambda index: block(stream[index]),
+        lambda index: target[index],
+        equal_weights,
+        samples[:24],
+        samples[24:],
+        block,
+    )
+    inputs: dict[str, Tensor] = {}
+    found = correct_drift(unit, 8, OFF, lambda: loss_of(unit))
+    assert tuple(found.weights) == writers
+    for name, module in block.named_children():
+        module.register_forward_pre_hook(lambda _, args, n=name: inputs.update({n: args[0].detach().flatten(0, 1)}))
+    with torch.no_grad():
+        block(stream[:24])
+    assert found.products.keys() == inputs.keys()
+    for name, x in inputs.items():
+        torch.testing.assert_close(found.products[name], x.T @ x, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from benchmarks.gptq import Options, gptq
 from signround_edge.formats import GRIDS, Grid, get_grid
 from signround_edge.formats.grid import Fields
 from signround_edge.tuning.activations import equal_weights
+from signround_edge.tuning.drift import correct_drift
 from signround_edge.tuning.gptq import DAMPING, compensated, inverse_factor
 from signround_edge.tuning.settings import V_TRAVEL, TuningSettings, travel_from_gptq
 from signround_edge.tuning.signround import TunedUnit, compute_context, tune_unit
@@ -93,17 +94,14 @@ def test_inputs_without_a_factor_leave_the_weight_as_it_is() -> None:
 SETTINGS = TuningSettings(steps=1, lr=1e-6, compute_dtype="float32", tune_scales=False)
 
 
-def unit_of_one(mix: Tensor, products: Tensor | None = None, samples: int = 32) -> Unit:
-    """A Q4_0 matrix of 64 inputs, mixed by `mix`; 8 tokens a sample, 8 samples held out.
-
-    GPTQ is given `products` instead of those of the inputs.
-    """
+def unit_of_one(mix: Tensor, held_out_mix: Tensor | None = None, samples: int = 32) -> Unit:
+    """A Q4_0 matrix of 64 inputs, mixed by `mix`; 8 tokens a sample, 8 samples held out, if wanted mixed otherwise."""
     torch.manual_seed(1)
-    inputs, module, grid = torch.randn(40, 8, 64) @ mix, nn.Linear(64, 16, bias=False), get_grid("Q4_0")
+    inputs, module, grid = torch.randn(40, 8, 64), nn.Linear(64, 16, bias=False), get_grid("Q4_0")
+    inputs = torch.cat([inputs[:32] @ mix, inputs[32:] @ (mix if held_out_mix is None else held_out_mix)])
     weight = module.weight.detach().clone()
     matrix = Matrix("m", module, grid, weight, torch.ones(64))
     target, train = inputs @ weight.T, torch.arange(samples)
-    seen = inputs[train].flatten(0, 1)
     return Unit(
         [matrix],
         lambda index: module(inputs[index]),
@@ -111,7 +109,7 @@ def unit_of_one(mix: Tensor, products: Tensor | None = None, samples: int = 32) 
         equal_weights,
         train,
         torch.arange(32, 40),
-        lambda: {"m": seen.T @ seen if products is None else products},
+        module,
     )
 
 
@@ -127,7 +125,8 @@ def mixing() -> Tensor:
 
 
 def test_tuning_starts_from_the_nearest_codes_where_gptq_is_worse_on_held_out_samples() -> None:
-    tuned, nearest = tune_one(unit_of_one(torch.eye(64), products=torch.ones(64, 64) + 0.01 * torch.eye(64)))
+    alike = torch.ones(64, 64) / 64 + 0.01 * torch.eye(64)
+    tuned, nearest = tune_one(unit_of_one(alike, held_out_mix=torch.eye(64)))
     assert tuned.report.start == tuned.report.rounded
     assert torch.equal(tuned.tensors["m"].codes, nearest)
 
@@ -143,8 +142,10 @@ def test_tuning_starts_from_gptq_where_that_is_better() -> None:
 def test_damping_is_higher_where_text_is_short(samples: int, damping: float) -> None:
     unit = unit_of_one(mixing(), samples=samples)
     (m,) = unit.matrices
-    start = find_start(unit, SETTINGS, compute_context(SETTINGS, [m.grid], torch.device("cpu")))
-    expected = compensated(m.weight, unit.products()["m"], m.grid, start.tensors["m"].fields, damping)
+    autocast = compute_context(SETTINGS, [m.grid], torch.device("cpu"))
+    products = correct_drift(unit, SETTINGS.batch_size, autocast, lambda: 0.0).products
+    start = find_start(unit, SETTINGS, autocast)
+    expected = compensated(m.weight, products["m"], m.grid, start.tensors["m"].fields, damping)
     assert torch.equal(start.states["m"].blocks.view(16, 64), expected)
     assert start.loss < start.rounded
 

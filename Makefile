@@ -28,8 +28,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
-	$(BIN)/python -m benchmarks.run
+bench: $(STAMP)  # all peers on the shipped tiny model, half an hour; other models: benchmarks/reproduce.sh
+	$(BIN)/python -m benchmarks.run --again
+	$(BIN)/python -m benchmarks.table
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -10,6 +10,7 @@ samples, length and steps are a recipe's bear a name.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from html import escape
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.table import OURS, RESULTS, measured_and_failed, steps_of
+from benchmarks.table import OURS, RESULTS, measured, steps_of
 from signround_edge.run_directory import write_atomically
 from signround_edge.svg import (
     BOTTOM,
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--scheme", action="append", help="prefix of rows' schemes; repeatable, one picture each")
     parser.add_argument("-o", "--out", type=Path, default=TARGET)
     args = parser.parse_args()
-    rows, _ = measured_and_failed(RESULTS / f"{args.model}.json")
+    rows = measured(json.loads((RESULTS / f"{args.model}.json").read_text()))
     schemes = args.scheme or ["gguf:q4_k_s"]
     pictures = [
         chart([r for r in rows if r["scheme"].split(",")[0] == scheme], f"{args.model}, {scheme}") for scheme in schemes

@@ -68,8 +68,8 @@ for group in "$@"; do
         shipped-auto-round) prepare; auto_round shipped smollm2-135m-shipped-presets ;;
         off-grid-onnx) prepare; onnx off-grid smollm2-135m-offgrid-presets ;;
         shipped-onnx) prepare; onnx shipped smollm2-135m-shipped-presets ;;
-        off-grid) prepare; smollm2 off-grid smollm2-135m-offgrid --scheme gguf:q4_0,onnx:w4g32 ;;
-        shipped) prepare; smollm2 shipped smollm2-135m-shipped --scheme gguf:q4_0,onnx:w4g32 ;;
+        off-grid) prepare; smollm2 off-grid smollm2-135m-offgrid --scheme gguf:q4_0,onnx:w4g32 --tool signround-edge ;;
+        shipped) prepare; smollm2 shipped smollm2-135m-shipped --scheme gguf:q4_0,onnx:w4g32 --tool signround-edge ;;
         tiny-presets)
             $PYTHON -m benchmarks.run "${PRESETS[@]/#/--scheme=gguf:}" "${ONNX[@]/#/--scheme=onnx:}" \
                 --tool signround-edge --tool llama-quantize --tool llama-quantize-imatrix
@@ -81,7 +81,7 @@ for group in "$@"; do
                 --tool signround-edge --tool llama-quantize-imatrix
             ;;
         tiny-recipes) # default and best, for docs/recipes.svg
-            schemes=(--calibration "$SPEECHES" --scheme=gguf:q4_k_s --scheme=gguf:q4_0 --seqlen 512)
+            schemes=(--calibration "$SPEECHES" --scheme=gguf:q4_k_s --scheme=gguf:q4_0 --seqlen 512 --tool signround-edge)
             $PYTHON -m benchmarks.run "${schemes[@]}" --samples 128 --steps 200
             $PYTHON -m benchmarks.run "${schemes[@]}" --samples 512 --steps 1000 --whole-model-steps 200
             ;;

@@ -1,14 +1,14 @@
 """Our schemes, rounded and tuned, and our peers on one model: the same calibration samples, the same evaluation.
 
-    python -m benchmarks.run                                        # the shipped tiny model, about 5 minutes
+    python -m benchmarks.run                                        # all tools, the shipped tiny model, 4, 3 and 2 bits
     python -m benchmarks.run --model HF_FOLDER --calibration C.jsonl --text T.txt --tool auto-round
     python -m benchmarks.run --scheme gguf:q4_k_s --tool signround-edge --tool llama-quantize-imatrix --tool auto-round
     python -m benchmarks.run --scheme onnx:w4g32 --tool onnx-peers  # what peers have of these bits and block size
 
-Results go to benchmarks/results/<model>.json, one entry per row; a row that is there already is not measured again
-unless --again is given. Where a peer cannot run, its row says why. Two of these commands may run side by side, each
-pinned to a core (`taskset -c 0 …`), so that two tools are timed under the same conditions. `python -m benchmarks.table`
-renders docs/benchmarks.md from the results.
+Results go to benchmarks/results/<model>.json, one entry per row, and are printed at the end; a row that is there
+already is not measured again unless --again is given. Where a peer cannot run, its row says why. Two of these commands
+may run side by side, each pinned to a core (`taskset -c 0 …`), so that two tools are timed under the same conditions.
+`python -m benchmarks.table` renders docs/benchmarks.md from the results.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,7 +38,7 @@ from benchmarks.gguf_in_torch import load_llama_gguf
 from benchmarks.measure import Cost, run_measured
 from benchmarks.scoring import RememberingSession
 from benchmarks.split_text import SPARE_TOKENS, json_lines
-from benchmarks.table import OURS, steps_of
+from benchmarks.table import OURS, sections, steps_of
 from exporters.gguf.imatrix import read_imatrix
 from signround_edge.decoder import set_parameter
 from signround_edge.demo import calibration_text_path, evaluation_text_path, tiny_llama_path
@@ -50,7 +52,15 @@ RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent.parent / ".cache"
 TOOLS = (OURS, "auto-round", "gptq", "olive-gptq", "llama-quantize", "llama-quantize-imatrix", "onnx-peers")
 ONNX_PEERS = (*(f"ort-{name}" for name in onnx_peers.QUANTIZERS), *onnx_peers.BUILDER_METHODS)
-DEFAULT_SCHEMES = ("gguf:q4_0,onnx:w4g32", "gguf:q4_1", "onnx:w4g128-asym")
+DEFAULT_SCHEMES = (
+    "gguf:q4_0,onnx:w4g32",
+    "gguf:q4_k_s",
+    "gguf:q3_k_s",
+    "gguf:q2_k_s",
+    "onnx:w4g32-asym",
+    "onnx:w4g128-asym",
+    "onnx:w2g32-asym",
+)
 
 
 def main() -> None:
@@ -58,7 +68,8 @@ def main() -> None:
     args = _parser().parse_args()
     _check_text(args)
     results = RESULTS / f"{args.name or args.model.name}.json"
-    for row in _planned(args):
+    planned = _planned(args)
+    for row in planned:
         if not args.again and any(r["key"] == row["key"] for r in _read(results)):
             continue
         print(f"{row['key']} …", file=sys.stderr, flush=True)
@@ -66,17 +77,17 @@ def main() -> None:
             measured = _measure(args, row)
         except (llama_quantize.QuantizeFailed, subprocess.CalledProcessError) as error:
             measured = {"failed": _reason(error)}
-        machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-        done = {**row, **measured, "machine": machine, "commit": _commit()}
+        done = {**row, **measured, "machine": _machine(), "commit": _commit()}
         others = [r for r in _read(results) if r["key"] != row["key"]]  # read again: another process may add rows
         write_atomically(results, (json.dumps([*others, done], indent=1) + "\n").encode())
-        print(json.dumps(done, indent=1), flush=True)
+    keys = {row["key"] for row in planned}
+    print("\n".join(sections(results.stem, [r for r in _read(results) if r["key"] in keys])))
 
 
 def _reason(error: llama_quantize.QuantizeFailed | subprocess.CalledProcessError) -> str:
     """Why a peer cannot run, in a line: its last one that names an error, or else its last one."""
-    said = error.output if isinstance(error, subprocess.CalledProcessError) else str(error).replace(" | ", "\n")
-    lines = [line.strip() for line in str(said).splitlines() if line.strip()] or [str(error)]
+    said = (isinstance(error, subprocess.CalledProcessError) and error.output) or str(error).replace(" | ", "\n")
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or [str(error)]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return (named or lines)[-1]
 
@@ -92,6 +103,14 @@ def _samples(args: argparse.Namespace, longer: int = 0) -> Tensor:
     """The calibration samples int64 [samples, seqlen + longer]."""
     seqlen = args.seqlen + longer
     return calibration_tokens(str(args.calibration), load_tokenizer(args.model), args.samples, seqlen)
+
+
+def _machine() -> str:
+    """The processor, whether it multiplies bfloat16 natively (see `compute_dtype`), and how many cores there were."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else []
+    dtype = "bf16" if torch.cpu._is_avx512_bf16_supported() else "f32"
+    return f"{names[0] if names else platform.machine()} ({dtype}), {len(os.sched_getaffinity(0))} cores"
 
 
 def _commit() -> str:
@@ -123,9 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--n-ctx", type=int, default=512)
-    parser.add_argument(
-        "--tool", action="append", choices=(*TOOLS, *ONNX_PEERS), help="repeatable (default: signround-edge)"
-    )
+    parser.add_argument("--tool", action="append", choices=(*TOOLS, *ONNX_PEERS), help="repeatable (default: all)")
     parser.add_argument("--again", action="store_true", help="replace rows that were measured before")
     return parser
 
@@ -134,7 +151,7 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows to measure, each with a key that names everything that decides its figures."""
     common = f"{args.samples}x{args.seqlen}, batch {args.batch_size}, {args.calibration.name} → {args.text.name}"
     rows = []
-    tools = args.tool or TOOLS[:1]
+    tools = args.tool or TOOLS
     for scheme in args.scheme or DEFAULT_SCHEMES if OURS in tools else ():
         for steps, whole in dict.fromkeys([(0, 0), (args.steps, args.whole_model_steps)]):
             special = {"whole_model_steps": whole, **_whole_model_rates(args)} if whole else {}
@@ -195,8 +212,10 @@ def _ours(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
     suffix = "".join(f"-{row[name]}" for name in ("start", "positions") if name in row)
     suffix = ("+" + str(whole) if whole else "") + suffix
     out = _run_folder(args, row["scheme"], f"{row['steps']}{suffix}")
-    if (out / "manifest.json").is_file():
-        raise SystemExit(f"{out} is there already; remove it to measure anew")
+    if args.again:
+        shutil.rmtree(out, ignore_errors=True)
+    elif (out / "manifest.json").is_file():
+        raise SystemExit(f"{out} is there already, without its row; remove it to measure anew")
     cost = _quantize(args, row, out)
     run = RunDirectory.open(out)
     return {**_size(run), **_score(args, TorchSession(load_run_model(run))), **asdict(cost)}

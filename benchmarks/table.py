@@ -33,8 +33,8 @@ reference implementation (benchmarks/gptq.py) on our grids, rows `olive-gptq` Ol
 samples, both with our embedding and head. KL is compared with the best of the peers that takes no more bytes than the
 row plus 1 %.
 
-auto-round has no rows of tiny-llama: its writer of GGUF files does not know that tokenizer ("BPE pre-tokenizer was not
-recognized").
+Times of different processors do not compare, above all where one multiplies bfloat16 natively and the other does not;
+numbers in brackets tell them apart.
 """
 
 
@@ -42,22 +42,26 @@ def main() -> None:
     """Command line."""
     parts = [HEAD]
     for file in sorted(RESULTS.glob("*.json")):
-        rows, failed = measured_and_failed(file)
-        parts.append(_section(file.stem, [r for r in rows if not _is_onnx_peer(r)]))
-        parts += preset_sections(file.stem, rows)
-        parts += _onnx_sections(file.stem, rows)
-        parts += _failures(file.stem, failed)
+        parts += sections(file.stem, json.loads(file.read_text()))
     parts += [_decode_section(file.stem, json.loads(file.read_text())) for file in sorted(DECODE.glob("*.json"))]
     TARGET.write_text("\n".join(parts), encoding="utf-8")
 
 
-def measured_and_failed(results: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A result file's rows: those with figures, and those of peers that could not run."""
-    rows = json.loads(results.read_text())
-    return [r for r in rows if "failed" not in r], [r for r in rows if "failed" in r]
+def sections(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    """All tables of a result file's rows."""
+    found = measured(rows)
+    of_files = [r for r in found if not _is_onnx_peer(r)]
+    parts = [_section(name, of_files)] if of_files else []
+    return [*parts, *preset_sections(name, found), *_onnx_sections(name, found), *_failures(name, rows)]
+
+
+def measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with figures, which those of peers that could not run do not have."""
+    return [r for r in rows if "failed" not in r]
 
 
 def _failures(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    rows = [r for r in rows if "failed" in r]
     if not rows:
         return []
     lines = [f"### {name}: peers that could not run", "", "| tool | scheme | why |", "|---|---|---|"]
@@ -95,13 +99,16 @@ def _section(name: str, rows: list[dict[str, Any]]) -> str:
     lines = [f"## {name} (perplexity of the original: {reference:.3f})", ""]
     lines += ["| tool | scheme | steps | bytes | bits/weight | PPL | mean KL | same top-1 | wall s | CPU s | peak MB |"]
     lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
+    machines = list(dict.fromkeys(r["machine"] for r in rows))
     for r in rows:
         figures = f"{r['ppl']:.3f} | {r['kld_mean']:.4f} ± {r['kld_stderr']:.4f} | {100 * r['top1_agreement']:.1f} %"
-        cost = f"{r['wall_s']:.0f} | {r['cpu_s']:.0f} | {_peak(r['peak_mb'])}"
+        mark = f" [{1 + machines.index(r['machine'])}]" if len(machines) > 1 else ""
+        cost = f"{r['wall_s']:.0f} | {r['cpu_s']:.0f}{mark} | {_peak(r['peak_mb'])}"
         size = f"{r['bytes']:,} | {r['bits_per_weight']:.3f}"
         lines.append(f"| {r['tool']} | {r['scheme']} | {steps_of(r)} | {size} | {figures} | {cost} |")
     settings = sorted({_text_of(r) for r in rows})
-    return "\n".join([*lines, "", f"Calibration → evaluation: {'; '.join(settings)}. {rows[0]['machine']}.", ""])
+    named = [f"[{i}] {m}" for i, m in enumerate(machines, 1)] if len(machines) > 1 else machines
+    return "\n".join([*lines, "", f"Calibration → evaluation: {'; '.join(settings)}. {'; '.join(named)}.", ""])
 
 
 def _text_of(row: dict[str, Any]) -> str:

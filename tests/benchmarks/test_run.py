@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
-from benchmarks.table import measured_and_failed
+from benchmarks.table import measured
 from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer
 
 
@@ -46,11 +46,14 @@ def test_a_peer_that_cannot_run_is_a_row_with_its_reason(
     monkeypatch.setattr(run.auto_round, "environment", lambda folder: script)
     monkeypatch.setattr(sys, "argv", ["run", "--tool", "auto-round", "--scheme", "gguf:q4_0", "--name", "model"])
     run.main()
-    rows, failed = measured_and_failed(tmp_path / "model.json")
-    assert rows == []
-    assert [(r["tool"], r["failed"]) for r in failed] == [("auto-round", "ValueError: no such tokenizer")]
+    assert "| auto-round | gguf:q4_0 | ValueError: no such tokenizer |" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "model.json").read_text())
+    assert (row["tool"], row["failed"]) == ("auto-round", "ValueError: no such tokenizer")
+    assert measured([row]) == []
     run.main()  # known by now
-    assert capsys.readouterr().err.count("auto-round gguf:q4_0") == 1
+    printed = capsys.readouterr()
+    assert "auto-round gguf:q4_0" not in printed.err
+    assert "ValueError" in printed.out
 
 
 def test_where_our_own_run_fails_the_bench_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.table import preset_sections
+from benchmarks.table import preset_sections, sections
 
 TEXT = "64x256, batch 8, a.txt → b.txt"
 
@@ -50,3 +50,18 @@ def test_steps_of_a_whole_model_stage_are_named() -> None:
 def test_without_tuning_there_is_nothing_to_compare() -> None:
     rows = [row("llama-quantize-imatrix", 0.2), row("signround-edge", 0.19)]
     assert last_line(rows).endswith("| 0.1900 | – | – | – | – |")
+
+
+def test_rows_of_two_machines_are_told_apart() -> None:
+    figures = {"kld_stderr": 0.0, "wall_s": 2.0, "cpu_s": 1.0, "peak_mb": 3.0, "ppl_reference": 10.0}
+    rows = [
+        row("auto-round", 0.2, machine="fast", **figures),
+        row("signround-edge", 0.1, machine="slow", **figures),
+    ]
+    (table,) = sections("model", rows)
+    assert "| 2 | 1 [1] | 3 |" in table
+    assert "| 2 | 1 [2] | 3 |" in table
+    assert "[1] fast; [2] slow." in table
+    (table,) = sections("model", rows[:1])
+    assert "| 2 | 1 | 3 |" in table
+    assert table.rstrip().endswith("b.txt. fast.")

@@ -140,5 +140,8 @@ class InputProducts(InputMoments):
 
     def result(self) -> dict[str, Tensor]:
         """Name → Σ x·xᵀ f32 [in features, in features] of the matrices that had any input."""
-        whole = {name: lower.tril() + lower.tril(-1).T for name, lower in self._sums.items()}
-        return {name: whole[owner] for name, owner in self._owners.items()}
+        for products in self._sums.values():
+            for end in range(_COLUMNS_AT_ONCE, len(products), _COLUMNS_AT_ONCE):
+                columns = slice(end - _COLUMNS_AT_ONCE, end)
+                products[columns, end:] = products[end:, columns].T
+        return {name: self._sums[owner] for name, owner in self._owners.items()}

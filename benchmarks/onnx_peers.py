@@ -127,7 +127,9 @@ def _dequantize(artifact: Artifact, node: object) -> np.ndarray[tuple[int, int],
     rows = operands["weight"].shape[0]
     shaped = {role: a if role == "weight" else a.reshape(rows, -1) for role, a in operands.items()}
     attributes = {name: artifact.attribute(node, name) for name in ("bits", "block_size")}
-    return dequantize_operands(node.op_type, shaped, attributes)  # type: ignore[attr-defined]
+    matrix = dequantize_operands(node.op_type, shaped, attributes)  # type: ignore[attr-defined]
+    padded = node.op_type == "MatMulNBits"  # type: ignore[attr-defined]
+    return matrix[:, : artifact.attribute(node, "K")] if padded else matrix  # rows end within their last block
 
 
 def _split(matrix: Tensor, names: tuple[str, ...], artifact: Artifact) -> tuple[Tensor, ...]:

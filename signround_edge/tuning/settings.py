@@ -95,7 +95,7 @@ class TuningSettings:
 # Published: arXiv 2309.05516, version 1 (no clip tuning, absmax scales) and version 2 (clip tuning, 200 steps).
 RECIPES: dict[str, TuningSettings] = {
     "default": TuningSettings(),
-    "fast": TuningSettings(steps=100, samples=64, seqlen=256),
+    "fast": TuningSettings(steps=20, samples=256, seqlen=256),
     "best": TuningSettings(steps=1000, samples=512, seqlen=512, whole_model_steps=200),
     "paper-v1": TuningSettings(
         steps=400,

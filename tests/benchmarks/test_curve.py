@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.curve import chart, frontier, recipe_of
 
 
-def row(cpu_s: float, kld: float, sizes: str = "64x256", steps: int = 100, **more: Any) -> dict[str, Any]:
+def row(cpu_s: float, kld: float, sizes: str = "256x256", steps: int = 20, **more: Any) -> dict[str, Any]:
     key = f"signround-edge gguf:q4_0 {steps} steps, {sizes}, batch 8, a → b"
     return {"tool": "signround-edge", "steps": steps, "cpu_s": cpu_s, "kld_mean": kld, "key": key, **more}
 
@@ -31,7 +31,7 @@ def test_chart_is_a_picture_with_every_row() -> None:
     picture = ElementTree.fromstring(chart(rows, "tiny-llama"))
     assert len(picture.findall("circle")) == 3
     texts = {element.text for element in picture.findall("text")}
-    assert {"fast: 64 × 256, 100", "default: 128 × 512, 200", "llama-quantize"} <= texts
+    assert {"fast: 256 × 256, 20", "default: 128 × 512, 200", "llama-quantize"} <= texts
 
 
 def test_chart_names_peers_recipes_and_the_frontier_once_each() -> None:
@@ -40,5 +40,5 @@ def test_chart_names_peers_recipes_and_the_frontier_once_each() -> None:
     picture = ElementTree.fromstring(chart([*ours, *peers], "tiny-llama"))
     assert len(picture.findall("circle")) == 6
     texts = [element.text or "" for element in picture.findall("text")]
-    assert [texts.count(name) for name in ("llama-quantize", "fast: 64 × 256, 100", "64 × 256, 0")] == [1, 1, 1]
+    assert [texts.count(name) for name in ("llama-quantize", "fast: 256 × 256, 20", "256 × 256, 0")] == [1, 1, 1]
     assert not any("96 × 256" in text or "from nearest" in text for text in texts)

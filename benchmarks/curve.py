@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.table import OURS, RESULTS, measured, steps_of
+from benchmarks.table import OURS, RESULTS, measured, samples_of, steps_of
 from signround_edge.run_directory import write_atomically
 from signround_edge.svg import (
     BOTTOM,
@@ -97,7 +96,7 @@ def frontier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def recipe_of(row: dict[str, Any]) -> str | None:
     """The recipe whose samples, length and steps a row of ours was measured with, in the way of today."""
-    sizes = None if "positions" in row or "start" in row else _sizes(row)
+    sizes = None if "positions" in row or "start" in row else samples_of(row)
     for name, settings in RECIPES.items():
         asked = (settings.samples, settings.seqlen, settings.steps, settings.whole_model_steps)
         if not name.startswith("paper") and sizes is not None and asked == (
@@ -107,15 +106,10 @@ def recipe_of(row: dict[str, Any]) -> str | None:
     return None
 
 
-def _sizes(row: dict[str, Any]) -> tuple[int, int] | None:
-    match = re.search(r"steps, (\d+)x(\d+),", row["key"])
-    return None if match is None else (int(match[1]), int(match[2]))
-
-
 def _name(row: dict[str, Any]) -> str:
     if row["tool"] != OURS:
         return str(row["tool"])
-    sizes = " × ".join(map(str, _sizes(row) or ()))
+    sizes = " × ".join(map(str, samples_of(row)))
     recipe = recipe_of(row)
     return f"{recipe + ': ' if recipe else ''}{sizes}, {steps_of(row)}"
 

@@ -170,7 +170,7 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     peers = ONNX_PEERS if "onnx-peers" in tools else tuple(t for t in tools if t in ONNX_PEERS)
     rows += _planned_onnx_peers(args.scheme or DEFAULT_SCHEMES, peers)
     if "auto-round" in tools:
-        presets = [s.split(",")[0] for s in args.scheme or ("gguf:q4_0",) if s.startswith("gguf:")]
+        presets = [s.split(",")[0] for s in args.scheme or DEFAULT_SCHEMES if s.startswith("gguf:")]
         rows += [{"tool": "auto-round", "scheme": preset, "steps": args.steps} for preset in presets]
     return [{"key": f"{r['tool']} {r['scheme']} {steps_of(r)} steps, {common}", **r} for r in rows]
 

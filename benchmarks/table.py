@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,13 @@ def steps_of(row: dict[str, Any]) -> str:
     return f"{blocks} + {whole}" + (f" at {', '.join(rates)}" if rates else "")
 
 
+def samples_of(row: dict[str, Any]) -> tuple[int, int]:
+    """(calibration samples, their tokens), as a row's key has them."""
+    match = re.search(r" steps, (\d+)x(\d+),", row["key"])
+    assert match is not None, row["key"]
+    return int(match[1]), int(match[2])
+
+
 def _decode_section(name: str, found: dict[str, Any]) -> str:
     lines = [f"## {name}: decoding in onnxruntime-genai", ""]
     lines += ["| folder | bytes | tokens a CPU second | beside genai-int4 | resident MB | loading, CPU s |"]
@@ -97,15 +105,19 @@ def _section(name: str, rows: list[dict[str, Any]]) -> str:
     rows = sorted(rows, key=lambda r: (r["scheme"], r["steps"], r.get("whole_model_steps", 0), r["tool"]))
     reference = rows[0]["ppl_reference"]
     lines = [f"## {name} (perplexity of the original: {reference:.3f})", ""]
-    lines += ["| tool | scheme | steps | bytes | bits/weight | PPL | mean KL | same top-1 | wall s | CPU s | peak MB |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines += [
+        "| tool | scheme | samples | steps | bytes | bits/weight | PPL | mean KL | same top-1 | wall s | CPU s |"
+        " peak MB |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|---|---|"]
     machines = list(dict.fromkeys(r["machine"] for r in rows))
     for r in rows:
         figures = f"{r['ppl']:.3f} | {r['kld_mean']:.4f} ± {r['kld_stderr']:.4f} | {100 * r['top1_agreement']:.1f} %"
         mark = f" [{1 + machines.index(r['machine'])}]" if len(machines) > 1 else ""
         cost = f"{r['wall_s']:.0f} | {r['cpu_s']:.0f}{mark} | {_peak(r['peak_mb'])}"
         size = f"{r['bytes']:,} | {r['bits_per_weight']:.3f}"
-        lines.append(f"| {r['tool']} | {r['scheme']} | {steps_of(r)} | {size} | {figures} | {cost} |")
+        samples = " × ".join(map(str, samples_of(r)))
+        lines.append(f"| {r['tool']} | {r['scheme']} | {samples} | {steps_of(r)} | {size} | {figures} | {cost} |")
     settings = sorted({_text_of(r) for r in rows})
     named = [f"[{i}] {m}" for i, m in enumerate(machines, 1)] if len(machines) > 1 else machines
     return "\n".join([*lines, "", f"Calibration → evaluation: {'; '.join(settings)}. {'; '.join(named)}.", ""])

@@ -169,6 +169,19 @@ def quantize(
 
 
 @main.command()
+@_model
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random rotation.")
+def rotate(model: str, out: Path, seed: int) -> None:
+    """Write MODEL with a rotated residual stream: the same function, to be quantized instead."""
+    from signround_edge.source_model import resolve_model
+    from signround_edge.transforms.rotation import rotate as run_rotate
+
+    divergence = run_rotate(resolve_model(model), out, seed)
+    _say(f"wrote {out} in f32 with an output head of its own; KL divergence from the original {divergence:.1e}")
+
+
+@main.command()
 @_run
 @click.option("--format", "target", required=True, help="gguf or onnx.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File or folder to write.")

@@ -8,6 +8,7 @@ the same; what changes is stored in the run directory.
     channel_scales.py   which scales make rounding cheaper
     block_transform.py  what the folds make of a block's weights
     check.py            that logits stay what they were
+    rotation.py         `rotate`: another basis of the residual stream, as a model folder of its own
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def find_folds(block: nn.Module, run: Callable[[], Tensor], inputs: Tensor, head
         inputs: those inputs, [1, tokens, hidden].
         head_size: channels of an attention head.
     """
-    expected, readers = _trace(block, run)
+    expected, readers = trace_norms(block, run)
     size = (expected - inputs).norm(dim=-1)
     found: list[Fold] = []
     for fold in (*_after_norms(block, readers), *_between_layers(block, readers, head_size)):
@@ -52,8 +52,8 @@ def _is_fold(block: nn.Module, fold: Fold, run: Callable[[], Tensor], expected: 
     return bool(change.isfinite().all()) and float(change.median()) <= _TOLERANCE
 
 
-def _trace(block: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, list[str]]]:
-    """The block's output, and for each norm the linear layers that read its output itself."""
+def trace_norms(block: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, list[str]]]:
+    """What `run` gives, and for each norm of a block (or model) the linear layers that read its output itself."""
     norms = {n: m for n, m in block.named_modules() if is_norm(m)}
     layers = linear_layers(block)
     outputs: dict[str, Tensor] = {}  # kept alive, so that an address names one tensor

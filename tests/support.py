@@ -21,6 +21,18 @@ from signround_edge.run_directory import OUTSIDE, Manifest, RunDirectory, Tensor
 CONFIG_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 
 
+# Of small random models, for the configs of transformers; ids of special tokens where theirs are beyond the vocabulary.
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+}
+TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+
+
 def save_random_model(config: PretrainedConfig, out: Path, tokenizer_from: Path | None = None, seed: int = 0) -> Path:
     """Save a randomly initialised model (f32) in Hugging Face layout, with another model's tokenizer files beside it.
 

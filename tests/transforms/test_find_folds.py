@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support import save_random_model
+from support import SIZES, TOKENS, save_random_model
 from torch import Tensor, nn
 
 from signround_edge.decoder import build_decoder
@@ -18,15 +18,6 @@ from signround_edge.transforms.find_folds import find_folds
 from signround_edge.transforms.folds import Fold
 from signround_edge.tuning.roles import head_size
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-}
-TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 QKV = "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj"
 LLAMA_LIKE = [
     f"input_layernorm → {QKV}",

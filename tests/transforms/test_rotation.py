@@ -7,22 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support import make_run, save_random_model
+from support import SIZES, TOKENS, make_run, save_random_model
 
 from signround_edge.errors import UserError
 from signround_edge.evaluation import TorchSession, evaluate, load_run_model, load_source_model, text_windows
 from signround_edge.source_model import SourceModel
 from signround_edge.transforms.rotation import random_rotation, rotate
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-}
-TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 ROTATABLE = {
     "llama, tied, with biases": transformers.LlamaConfig(
         **SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True

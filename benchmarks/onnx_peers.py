@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -122,14 +123,15 @@ def _float_name(initializer: str) -> str:
     return re.sub(r"_Q\d(G\d+)?$", "", initializer)
 
 
-def _dequantize(artifact: Artifact, node: object) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+def _dequantize(artifact: Artifact, node: ir.Node) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
     operands = {role: artifact.array(name) for role, name in quantized_initializers(node).items()}
     rows = operands["weight"].shape[0]
     shaped = {role: a if role == "weight" else a.reshape(rows, -1) for role, a in operands.items()}
     attributes = {name: artifact.attribute(node, name) for name in ("bits", "block_size")}
-    matrix = dequantize_operands(node.op_type, shaped, attributes)  # type: ignore[attr-defined]
-    padded = node.op_type == "MatMulNBits"  # type: ignore[attr-defined]
-    return matrix[:, : artifact.attribute(node, "K")] if padded else matrix  # rows end within their last block
+    matrix = dequantize_operands(node.op_type, shaped, attributes)
+    if node.op_type == "MatMulNBits":  # whose rows may end within their last block
+        return matrix[:, : artifact.attribute(node, "K")]
+    return matrix
 
 
 def _split(matrix: Tensor, names: tuple[str, ...], artifact: Artifact) -> tuple[Tensor, ...]:

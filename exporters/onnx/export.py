@@ -25,7 +25,6 @@ from exporters.onnx.graph_edit import drop_unused_initializers
 from exporters.onnx.matching import match_weights
 from exporters.onnx.model_file import write_model
 from exporters.onnx.ort_format import write_ort_format
-from exporters.onnx.output_folder import whole_folder
 from exporters.onnx.packing import container_of
 from exporters.onnx.passes.accuracy_level import set_accuracy_level
 from exporters.onnx.passes.embeddings import set_embedding
@@ -35,13 +34,14 @@ from exporters.onnx.passes.matched_weights import set_matched_weights
 from exporters.onnx.passes.operands import set_operands
 from exporters.onnx.passes.provenance import provenance, set_provenance
 from exporters.onnx.run_weights import RunWeights
-from exporters.onnx.sidecar import Sidecar, hash_files
+from exporters.onnx.sidecar import SIDECAR, Sidecar, hash_files
 from exporters.onnx.staging import can_pack_qkv, write_float_checkpoint, write_stand_in_checkpoint
 from exporters.onnx.template import copy_companions, match_template, open_template
 from exporters.onnx.tracing import trace_graph
 from signround_edge.errors import UserError
 from signround_edge.formats import get_grid
 from signround_edge.formats.gguf_presets import GGUF_PRESETS
+from signround_edge.output_folder import whole_folder
 from signround_edge.run_directory import RunDirectory
 
 MODEL_FILE = "model.onnx"
@@ -69,7 +69,7 @@ def export_folder(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
     """Write the folder; see `OnnxExporter.export`."""
     config = _checked_config(run, options)
     weights = RunWeights(run, half_scales=options.scale_dtype == "f16")
-    with whole_folder(out) as partial:
+    with whole_folder(out, "the ONNX export", marker=SIDECAR) as partial:
         scratch = partial / "scratch"
         companions = partial / "companions"
         companions.mkdir()

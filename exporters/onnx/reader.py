@@ -50,7 +50,7 @@ class Artifact:
         return [n for n in self.graph if n.op_type in QUANTIZED_INPUTS and "weight" in quantized_initializers(n)]
 
     def attribute(self, node: ir.Node, name: str) -> int:
-        """The node's "bits" or "block_size"; UserError when it is no positive integer."""
+        """The node's "bits", "block_size" or "K"; UserError when it is no positive integer."""
         attribute = node.attributes.get(name)
         if attribute is None:  # the operators' own defaults (ONNX Runtime, docs/ContribOperators.md)
             return {"bits": 4, "block_size": 128}[name]

@@ -12,8 +12,6 @@ is to be measured (docs/LOG.md: not with blocks of 16 to 128 weights).
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,11 @@ from torch import Tensor, nn
 from signround_edge.decoder import out_in, set_out_in, set_parameter, set_weight, weight_of
 from signround_edge.errors import UserError
 from signround_edge.evaluation import load_source_model
+from signround_edge.output_folder import whole_folder
 from signround_edge.source_model import SourceModel
 from signround_edge.transforms.check import LOGITS_LIMIT, logits_divergence
 from signround_edge.transforms.find_folds import trace_norms
+from signround_edge.transforms.folds import linear_layers
 from signround_edge.tuning.roles import writes_to_stream
 
 _TOKENS_TO_CHECK = (2, 64)
@@ -45,15 +45,14 @@ def rotate(model: Path, out: Path, seed: int = 0) -> float:
     """
     if out.exists():
         raise UserError(f"{out} exists already; give another -o")
-    source, loaded = SourceModel.open(model), load_source_model(model)
+    source = SourceModel.open(model)
+    loaded: Any = load_source_model(model)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    vocabulary = len(_embedding(loaded).weight)
+    vocabulary = len(loaded.get_input_embeddings().weight)
     tokens = torch.randint(vocabulary, _TOKENS_TO_CHECK, generator=torch.Generator().manual_seed(seed))
     exact = _logits(loaded, tokens)
     _rotate_in_memory(loaded, str(config.get("model_type", "")), tokens, seed)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_folder(out, "the rotated model") as partial:
         source.copy_config(partial)
         config |= {"tie_word_embeddings": False, "dtype": "float32"}
         config.pop("torch_dtype", None)
@@ -67,14 +66,11 @@ def rotate(model: Path, out: Path, seed: int = 0) -> float:
                 f"{LOGITS_LIMIT:.0e} is allowed); that takes plain RMS norms before the layers that read, as Llama, "
                 "Mistral and Qwen have them, so quantize it as it is"
             )
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return divergence
 
 
-def _rotate_in_memory(model: nn.Module, model_type: str, tokens: Tensor, seed: int) -> None:
-    embedding, head = _embedding(model), _head(model)
+def _rotate_in_memory(model: Any, model_type: str, tokens: Tensor, seed: int) -> None:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     rotation = random_rotation(embedding.weight.shape[1], seed)
     set_weight(head, weight_of(head).clone())  # no longer the embedding's
     set_weight(embedding, weight_of(embedding) @ rotation)
@@ -86,22 +82,12 @@ def _rotate_in_memory(model: nn.Module, model_type: str, tokens: Tensor, seed: i
         for layer in map(model.get_submodule, layers):
             set_out_in(layer, (out_in(layer) * gain) @ rotation)
         set_weight(model.get_submodule(norm), torch.ones_like(gain))
-    for name, module in model.named_modules():
-        if isinstance(module._parameters.get("weight"), Tensor) and writes_to_stream(f"{name}.weight", model_type):
+    for name, module in linear_layers(model).items():
+        if writes_to_stream(f"{name}.weight", model_type):
             set_out_in(module, rotation.T @ out_in(module))
             bias = module._parameters.get("bias")
             if bias is not None:
                 set_parameter(model, f"{name}.bias", nn.Parameter(bias.detach() @ rotation, requires_grad=False))
-
-
-def _embedding(model: Any) -> nn.Embedding:
-    found: nn.Embedding = model.get_input_embeddings()
-    return found
-
-
-def _head(model: Any) -> nn.Module:
-    found: nn.Module = model.get_output_embeddings()
-    return found
 
 
 def random_rotation(size: int, seed: int) -> Tensor:

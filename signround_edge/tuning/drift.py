@@ -63,9 +63,10 @@ def correct_drift(
         change = _ridge(found[writer.name], errors)
         if change is None:
             continue
-        writer.install(writer.weight + change)
+        corrected = writer.weight + change
+        writer.install(corrected)
         if (now := loss()) < best:
-            weights[writer.name], best = writer.weight + change, now
+            weights[writer.name], best = corrected, now
         else:
             writer.install(writer.weight)
     if waiting:

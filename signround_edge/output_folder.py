@@ -9,24 +9,26 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from exporters.onnx.sidecar import SIDECAR
 from signround_edge.errors import UserError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def whole_folder(out: Path, what: str, marker: str | None = None) -> Iterator[Path]:
     """Give `<out>.partial` to write in; it becomes `out` when the block ends well, and is removed when it does not.
 
-    An earlier export at `out` is replaced only then; a partial folder of a killed export is removed first.
+    An earlier output at `out` is replaced only then; a partial folder of a killed process is removed first.
 
+    Args:
+        what: is written, for the message: "the ONNX export".
+        marker: name of a file that tells an earlier output of ours, which may be replaced; None: nothing may.
     Raises:
-        UserError: `out` is a file or holds something that is not an export of ours, or the disk is full.
+        UserError: `out` is a file or holds something else, or the disk is full.
     """
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give -o a folder for the ONNX export")
-    if out.is_dir() and any(out.iterdir()) and not (out / SIDECAR).is_file():
+        raise UserError(f"{out} is a file; give -o a folder for {what}")
+    if out.is_dir() and any(out.iterdir()) and not (marker and (out / marker).is_file()):
         raise UserError(f"{out} is a folder with other files in it; give -o a new or empty folder")
     partial = out.with_name(out.name + ".partial")
     try:

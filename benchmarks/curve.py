@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.table import OURS, RESULTS, measured, samples_of, steps_of
-from signround_edge.run_directory import write_atomically
+from signround_edge.files import write_atomically
 from signround_edge.svg import (
     BOTTOM,
     HEIGHT,

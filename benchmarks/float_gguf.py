@@ -8,11 +8,12 @@ from pathlib import Path
 
 from exporters.gguf import GgufExporter
 from exporters.interface import ExportOptions
-from signround_edge.decoder import build_decoder, checkpoint_name
-from signround_edge.formats.schemes import parse_scheme
-from signround_edge.run_directory import Manifest, RunDirectory
-from signround_edge.source_model import SourceModel
-from signround_edge.tuning.plan import make_plan
+from signround_edge.manifest import Manifest
+from signround_edge.model.decoder import build_decoder, checkpoint_name
+from signround_edge.model.source import SourceModel
+from signround_edge.run_directory import RunDirectory
+from signround_edge.schemes.plan import make_plan
+from signround_edge.schemes.scheme import parse_scheme
 
 
 def write_float_gguf(model: Path, out: Path) -> Path:

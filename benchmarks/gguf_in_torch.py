@@ -17,11 +17,11 @@ import gguf
 import torch
 from torch import Tensor, nn
 
-from exporters.gguf.container_reader import GgufFile
-from runtime_tests.runtimes.llama_cpp_engine import ggml_to_float
-from signround_edge.decoder import build_decoder
-from signround_edge.evaluation import TorchSession, evaluate, load_source_model, text_windows
-from signround_edge.gguf_names import name_table
+from exporters.gguf.container.reader import GgufFile
+from runtime_tests.worker.llama_cpp_engine import ggml_to_float
+from signround_edge.evaluation.perplexity import TorchSession, evaluate, load_source_model, text_windows
+from signround_edge.model.decoder import build_decoder
+from signround_edge.schemes.gguf_names import name_table
 
 
 def unpermute(weight: Tensor, heads: int) -> Tensor:

@@ -28,7 +28,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from signround_edge.decoder import (
+from signround_edge.formats import Grid, QuantizedTensor
+from signround_edge.formats.grid import Fields
+from signround_edge.model.decoder import (
     Decoder,
     build_decoder,
     checkpoint_name,
@@ -36,15 +38,14 @@ from signround_edge.decoder import (
     set_out_in,
     set_parameter,
 )
-from signround_edge.formats import Grid, QuantizedTensor
-from signround_edge.formats.grid import Fields
+from signround_edge.model.source import SourceModel
+from signround_edge.model.tokenizer import load_tokenizer
 from signround_edge.run_directory import RunDirectory
-from signround_edge.source_model import SourceModel
-from signround_edge.tuning.activations import Shell, block_returns_tuple, run_block
-from signround_edge.tuning.attention import use_blocked_attention
-from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer
-from signround_edge.tuning.gptq import inverse_factor
-from signround_edge.tuning.start import initial_scales
+from signround_edge.tuning.block.gptq import inverse_factor
+from signround_edge.tuning.block.start import initial_scales
+from signround_edge.tuning.calibration.activations import Shell, block_returns_tuple, run_block
+from signround_edge.tuning.calibration.text import calibration_tokens
+from signround_edge.tuning.cpu.attention import use_blocked_attention
 
 # Matrices whose inputs differ, in the order in which a block computes them; matrices of unknown names come last.
 _STAGES = (("q_proj", "k_proj", "v_proj", "c_attn"), ("o_proj",), ("gate_proj", "up_proj", "c_fc"), ("down_proj",))

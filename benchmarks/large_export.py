@@ -29,10 +29,11 @@ from gguf import GGMLQuantizationType, quants
 
 from benchmarks.measure import Cost, run_measured
 from benchmarks.synthetic_run import Shape, finite_logits, write_synthetic_run
-from exporters.gguf.container_reader import GgufFile
-from exporters.gguf.families import canonical_config, read_config
-from exporters.gguf.naming import Placement, builtin_placements
+from exporters.gguf.container.reader import GgufFile
+from exporters.gguf.families.family import canonical_config
+from exporters.gguf.placement import Placement, builtin_placements
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
+from signround_edge.model.config import read_config
 from signround_edge.run_directory import RunDirectory
 
 LIMIT_MB = 3000

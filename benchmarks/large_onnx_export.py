@@ -27,7 +27,7 @@ import numpy as np
 
 from benchmarks.measure import Cost, run_measured
 from benchmarks.synthetic_run import Shape, finite_logits, write_synthetic_run
-from exporters.onnx.reader import read_tensors
+from exporters.onnx.artifact.reader import read_tensors
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 
 SHARD = "500M"

@@ -208,7 +208,7 @@ def _check(params: Any) -> None:
 
 def main() -> None:
     """Command line."""
-    from exporters.gguf.imatrix import read_imatrix
+    from exporters.gguf.imatrix.file import read_imatrix
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)

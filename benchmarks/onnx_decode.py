@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.onnx_peers import build_int4
+from signround_edge.files import write_atomically
 from signround_edge.inspection import inspect
-from signround_edge.run_directory import write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "decode"
 CACHE = Path(__file__).parent.parent / ".cache"

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Cost, run_measured
+from exporters.onnx.artifact.reader import Artifact, open_artifact
 from exporters.onnx.bindings import quantized_initializers
-from exporters.onnx.families import EMBEDDING, HEAD, parameters_of
-from exporters.onnx.graph_builder import build_graph
-from exporters.onnx.reader import Artifact, open_artifact
-from runtime_tests.runtimes.onnx_dequantize import dequantize_operands
+from exporters.onnx.builder_names import EMBEDDING, HEAD, parameters_of
+from exporters.onnx.routes.builder import build_graph
+from runtime_tests.worker.onnx_dequantize import dequantize_operands
 
 HEAD_NODE = "/lm_head/MatMul"
 # Quantizer → bits that it packs. RTN and k_quant write float weights for anything but 4 and 8 bits.

@@ -39,14 +39,16 @@ from benchmarks.measure import Cost, run_measured
 from benchmarks.scoring import RememberingSession
 from benchmarks.split_text import SPARE_TOKENS, json_lines
 from benchmarks.table import OURS, sections, steps_of
-from exporters.gguf.imatrix import read_imatrix
-from signround_edge.decoder import set_parameter
+from exporters.gguf.imatrix.file import read_imatrix
 from signround_edge.demo import calibration_text_path, evaluation_text_path, tiny_llama_path
-from signround_edge.evaluation import TorchSession, evaluate, load_run_model, load_source_model, text_windows
+from signround_edge.evaluation.perplexity import TorchSession, evaluate, load_run_model, load_source_model, text_windows
+from signround_edge.files import write_atomically
 from signround_edge.inspection import inspect
-from signround_edge.run_directory import RunDirectory, write_atomically
-from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer
-from signround_edge.tuning.plan import entry_bytes
+from signround_edge.model.decoder import set_parameter
+from signround_edge.model.tokenizer import load_tokenizer
+from signround_edge.run_directory import RunDirectory
+from signround_edge.schemes.plan import entry_bytes
+from signround_edge.tuning.calibration.text import calibration_tokens
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent.parent / ".cache"

@@ -3,10 +3,10 @@
     python -m benchmarks.same_bytes before.json MODEL...       # MODEL: folders of small models, besides tiny-llama
     python -m benchmarks.same_bytes after.json MODEL... --against before.json
 
-tiny-llama is tuned for a few steps on every grid, and each run is exported in each of its formats, packed and in floats,
-built in, from a template, traced, in shards and as `.ort`; each further MODEL is rounded once and exported to both
-formats, as far as it can be: a refusal is recorded by its sentence. Only the command line is used, in this process, so the
-code of any commit can be measured (`PYTHONPATH=<checkout> python -m benchmarks.same_bytes`).
+tiny-llama is tuned for a few steps on every grid, and each run is exported in each of its formats, packed and in
+floats, built in, from a template, in shards and as `.ort`; each further MODEL is rounded once and exported to both
+formats, as far as it can be: a refusal is recorded by its sentence. Only the command line is used, in this process, so
+the code of any commit can be measured (`PYTHONPATH=<checkout> python -m benchmarks.same_bytes`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ GGUF_SCHEMES = (
     "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs",
 )  # fmt: skip
 ONNX_SCHEMES = (
-    "w2g32", "w3g64", "w4g16", "w4g128", "w8g32", "w2g32-asym", "w3g32-asym", "w4g64-asym", "w4g256-asym", "w8g128-asym",
-    "w4", "w4-asym",
+    "w2g32", "w3g64", "w4g16", "w4g128", "w8g32", "w2g32-asym", "w3g32-asym", "w4g64-asym", "w4g256-asym",
+    "w8g128-asym", "w4", "w4-asym",
 )  # fmt: skip
 TUNED = ("--steps", "3", "--samples", "8", "--seqlen", "32", "--batch-size", "4", "--calibration", str(TEXT))
 ROUNDED = ("--steps", "0", "--samples", "2", "--seqlen", "16", "--calibration", str(TEXT))
@@ -53,8 +53,6 @@ def main() -> int:
     parser.add_argument("--against", type=Path, help="an earlier document to compare with")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    # The folder's name stands in no file, but a path of another length would change alignments of nothing we know of:
-    # one fixed place is the safer choice.
     work = Path(tempfile.gettempdir()) / "signround-edge-same-bytes"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -151,7 +149,9 @@ def _compare(before: dict[str, str], after: dict[str, str]) -> int:
     differing = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
     for name in differing:
         print(f"differs: {name}: {before.get(name, 'not there')} before, {after.get(name, 'not there')} now")
-    print(f"{len(before.keys() & after.keys()) - sum(n in before and n in after for n in differing)} files are the same")
+    print(
+        f"{len(before.keys() & after.keys()) - sum(n in before and n in after for n in differing)} files are the same"
+    )
     return 1 if differing else 0
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from signround_edge.evaluation import TorchSession
-from signround_edge.metrics import FloatArray, TokenArray
+from signround_edge.evaluation.metrics import FloatArray, TokenArray
+from signround_edge.evaluation.perplexity import TorchSession
 
 
 class RememberingSession:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from signround_edge.tuning.calibration import load_tokenizer
+from signround_edge.model.tokenizer import load_tokenizer
 
 # Decoding and tokenizing again may merge tokens; with this many more, `seqlen` remain.
 SPARE_TOKENS = 16

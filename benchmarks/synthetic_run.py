@@ -18,9 +18,10 @@ from torch import Tensor
 
 from runtime_tests.interface import Runtime
 from signround_edge.demo import tiny_llama_path
+from signround_edge.evaluation.metrics import FloatArray
 from signround_edge.formats import QuantizedTensor, get_grid
-from signround_edge.metrics import FloatArray
-from signround_edge.run_directory import OUTSIDE, Manifest, RunDirectory, TensorEntry
+from signround_edge.manifest import OUTSIDE, Manifest, TensorEntry
+from signround_edge.run_directory import RunDirectory
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _SCALE_BITS = (0x0800, 0x1000)  # fp16 from 1.2e-4 to 4.9e-4

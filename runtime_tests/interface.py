@@ -9,7 +9,7 @@ from typing import Protocol
 
 from devices import DeviceProfile
 from runtime_tests.transports.interface import Transport
-from signround_edge.metrics import FloatArray, TokenArray
+from signround_edge.evaluation.metrics import FloatArray, TokenArray
 
 
 @dataclass(frozen=True)

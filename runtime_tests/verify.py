@@ -16,26 +16,26 @@ from functools import partial
 from pathlib import Path
 
 from devices import DEFAULT_DEVICE, DeviceProfile, get_device
-from runtime_tests.artifacts import artifact_format, expect
-from runtime_tests.certificate.evidence import Evidence
-from runtime_tests.certificate.fingerprints import fingerprint, fingerprint_run
-from runtime_tests.divergence.locate import TOKENS, ShowsHiddenStates, locate
-from runtime_tests.divergence.torch_points import torch_points
-from runtime_tests.exactness import check_exactness
-from runtime_tests.expectation import Expectation
+from runtime_tests.artifacts.expectation import Expectation
+from runtime_tests.artifacts.lookup import artifact_format, expect
+from runtime_tests.checks.exactness import check_exactness
+from runtime_tests.checks.layers import TOKENS, ShowsHiddenStates, locate
+from runtime_tests.checks.parity import ComputesAhead, Contender, GivesLogits, score
+from runtime_tests.checks.torch_points import torch_points
 from runtime_tests.interface import Runtime, Session
-from runtime_tests.judgement import Trial, judge, judge_weights
 from runtime_tests.llama_binaries.kl_base import KlBaseWriter
 from runtime_tests.llama_binaries.perplexity import RUNTIME, CannotStart, LlamaBinaries, measure
-from runtime_tests.parity import ComputesAhead, Contender, GivesLogits, score
-from runtime_tests.report import ArtifactReport, RuntimeReport, Status, VerifyReport
+from runtime_tests.report.evidence import Evidence
+from runtime_tests.report.fingerprints import fingerprint, fingerprint_run
+from runtime_tests.report.judgement import Trial, judge, judge_weights
+from runtime_tests.report.report import ArtifactReport, RuntimeReport, Status, VerifyReport
 from runtime_tests.temporary import is_disk_trouble, temporary_folder
 from runtime_tests.transports.interface import Transport
 from runtime_tests.transports.lookup import transport_to
-from signround_edge.decoder import build_decoder
 from signround_edge.errors import CheckFailed, UserError
-from signround_edge.evaluation import TorchSession, load_run_model, load_source_model, text_windows
-from signround_edge.metrics import Windows
+from signround_edge.evaluation.metrics import Windows
+from signround_edge.evaluation.perplexity import TorchSession, load_run_model, load_source_model, text_windows
+from signround_edge.model.decoder import build_decoder
 from signround_edge.plugins import runtimes as runtimes_by_name
 from signround_edge.run_directory import RunDirectory
 

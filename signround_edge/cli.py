@@ -138,12 +138,12 @@ def quantize(
     imatrix: Path | None, save_imatrix: Path | None, resume: bool, float_fallback: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Tune MODEL (a folder or a Hugging Face name) on the grids of a scheme."""
-    from signround_edge.formats.schemes import parse_scheme
+    from signround_edge.schemes.scheme import parse_scheme
 
     parsed = parse_scheme(scheme).with_overrides(tensor_type)
     parsed = parsed.with_outside_types(token_embedding_type, output_tensor_type)
+    from signround_edge.model.source import resolve_model
     from signround_edge.progress import terminal_progress
-    from signround_edge.source_model import resolve_model
     from signround_edge.tuning.settings import settings_from
 
     chosen = settings_from(recipe, settings)
@@ -152,7 +152,7 @@ def quantize(
 
         calibration = str(calibration_text_path())
         _say("note: calibrating on the shipped speeches; text like your application's (--calibration) is better")
-    from exporters.gguf.importance import importance_files
+    from exporters.gguf.imatrix.importance import importance_files
     from signround_edge.tuning.quantize import quantize as run_quantize
 
     try:
@@ -174,7 +174,7 @@ def quantize(
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random rotation.")
 def rotate(model: str, out: Path, seed: int) -> None:
     """Write MODEL with a rotated residual stream: the same function, to be quantized instead."""
-    from signround_edge.source_model import resolve_model
+    from signround_edge.model.source import resolve_model
     from signround_edge.transforms.rotation import rotate as run_rotate
 
     divergence = run_rotate(resolve_model(model), out, seed)
@@ -245,12 +245,12 @@ def verify(
         missing = "argument 'RUN'" if run is None else "argument 'ARTIFACTS...'" if not artifacts else "option '--text'"
         raise click.UsageError(f"Missing {missing}.")
     from runtime_tests.certificate.write import write_certificate
-    from runtime_tests.report import render
+    from runtime_tests.report.report import render
     from runtime_tests.verify import DEFAULT_WINDOWS
     from runtime_tests.verify import verify as run_verify
+    from signround_edge.model.source import resolve_model
     from signround_edge.progress import terminal_progress
     from signround_edge.run_directory import RunDirectory
-    from signround_edge.source_model import resolve_model
 
     folder = None if reference is None else resolve_model(reference)
     try:
@@ -357,7 +357,7 @@ def evaluate(
         _evaluate_tasks(path, tasks, reference, task_dir, limit, as_json)
         return
     assert text is not None
-    from signround_edge.scoring import score
+    from signround_edge.evaluation.scoring import score
 
     scores = score(path, text, reference, n_ctx, windows)
     if as_json:
@@ -371,7 +371,7 @@ def evaluate(
 def _evaluate_tasks(
     path: str, tasks: str, reference: str | None, task_dir: Path | None, limit: int | None, as_json: bool
 ) -> None:
-    from signround_edge.zero_shot import render, score_tasks
+    from signround_edge.evaluation.zero_shot import render, score_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     found, original = score_tasks(path, names, reference, task_dir, limit)

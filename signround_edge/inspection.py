@@ -65,7 +65,7 @@ def inspect(path: Path) -> Inspection:
 def _inspect_run(path: Path) -> Inspection:
     from exporters.interface import TensorInfo
     from signround_edge.run_directory import RunDirectory
-    from signround_edge.tuning.plan import entry_bytes
+    from signround_edge.schemes.plan import entry_bytes
 
     run = RunDirectory.open(path)
     target = run.manifest.targets[0]

@@ -15,11 +15,9 @@ The manifest holds the sha256 of each complete part, so a changed part is refuse
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,152 +28,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from signround_edge.errors import UserError
+from signround_edge.files import sha256_of, write_atomically
 from signround_edge.formats import QuantizedTensor, get_grid
+from signround_edge.formats.channel_scales import ChannelScales
+from signround_edge.manifest import Manifest, PartRecord, TensorEntry
 
-SCHEMA_VERSION = 1
-OUTSIDE = "outside"
 _SEPARATOR = "#"
 _SCALES = ("row_scales", "column_scales")
-
-
-@dataclass
-class TensorEntry:
-    """One parameter of the model.
-
-    Attributes:
-        name: Hugging Face parameter name.
-        part: name of the part file that holds it.
-        shape: shape of the Hugging Face parameter.
-        dtype: dtype in the source model ("float16").
-        format: grid name, or None for a tensor kept in floats.
-        transposed: the source stores [in, out] (Conv1D); codes are always [out, in].
-        fallback_from: the format that the scheme asked for, where the row length forced another one.
-    """
-
-    name: str
-    part: str
-    shape: list[int]
-    dtype: str
-    format: str | None = None
-    transposed: bool = False
-    fallback_from: str | None = None
-
-    @property
-    def out_in_shape(self) -> tuple[int, ...]:
-        """[out, in] of a matrix, which is also the shape of its codes; [n] of a vector."""
-        return tuple(self.shape[::-1] if self.transposed else self.shape)
-
-
-@dataclass
-class PartRecord:
-    """A complete part: its file's hash, what tuning and transforms report about it, the hash of its statistics."""
-
-    sha256: str
-    report: dict[str, Any] = field(default_factory=dict)
-    transforms: dict[str, Any] = field(default_factory=dict)
-    statistics_sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class ChannelScales:
-    """How a transform scaled a matrix: the run holds diag(rows)·W·diag(columns) in the place of the source's W.
-
-    Attributes:
-        rows: f32 [out features], or None for ones.
-        columns: f32 [in features], or None for ones.
-    """
-
-    rows: Tensor | None = None
-    columns: Tensor | None = None
-
-    def apply(self, weight: Tensor) -> Tensor:
-        """The scaled weight f32 [out, in]; every reader of a run computes it by these very operations."""
-        if self.columns is not None:
-            weight = weight * self.columns
-        return weight if self.rows is None else weight * self.rows.unsqueeze(1)
-
-    def times(self, rows: Tensor | None = None, columns: Tensor | None = None) -> ChannelScales:
-        """These scales and others after them."""
-        both = ((self.rows, rows), (self.columns, columns))
-        return ChannelScales(*(old if new is None else new if old is None else old * new for old, new in both))
-
-    def to(self, device: torch.device) -> ChannelScales:
-        """The same scales on a device."""
-        return ChannelScales(*(None if t is None else t.to(device) for t in (self.rows, self.columns)))
-
-
-@dataclass
-class Manifest:
-    """manifest.json. `settings` and `source` decide whether a run may be resumed.
-
-    It holds no times, so that a resumed run and an uninterrupted one are byte-identical.
-
-    Attributes:
-        scheme: the scheme's text.
-        targets: exporters that need no further rounding ("gguf", "onnx").
-        source: {"model": path or name, "files": {file name: sha256}}.
-        settings: tuning settings, seed and the hash of the calibration tokens.
-        versions: versions of the libraries that ran.
-        parts: part names in order.
-        tied: parameter name → name of the parameter whose data it shares.
-        tensors: every parameter, in model order.
-        complete: part name → record, for parts that are written.
-        whole_model: what the whole-model stage reports, once it is done; the parts are its own from then on.
-    """
-
-    scheme: str
-    targets: list[str]
-    source: dict[str, Any]
-    settings: dict[str, Any]
-    versions: dict[str, str]
-    parts: list[str]
-    tied: dict[str, str]
-    tensors: list[TensorEntry]
-    complete: dict[str, PartRecord] = field(default_factory=dict)
-    whole_model: dict[str, Any] | None = None
-    schema_version: int = SCHEMA_VERSION
-
-    @property
-    def state(self) -> str:
-        """Either "complete" or "incomplete"."""
-        pending = self.settings.get("whole_model_steps", 0) and self.whole_model is None
-        return "complete" if all(p in self.complete for p in self.parts) and not pending else "incomplete"
-
-    def to_json(self) -> str:
-        data = asdict(self)
-        return json.dumps({"schema_version": data.pop("schema_version"), "state": self.state, **data}, indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Manifest:
-        """Raises ValueError, KeyError or TypeError on anything that is not a manifest of this version."""
-        data = json.loads(text)
-        if data.pop("schema_version") != SCHEMA_VERSION:
-            raise ValueError("another schema version")
-        data.pop("state")
-        data["tensors"] = [TensorEntry(**t) for t in data["tensors"]]
-        data["complete"] = {k: PartRecord(**v) for k, v in data["complete"].items()}
-        return cls(**data)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write under a temporary name, flush to disk, rename: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with temporary.open("wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class RunDirectory:

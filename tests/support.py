@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from signround_edge.experts import replace_experts
+from signround_edge.files import sha256_of
 from signround_edge.formats import Grid, QuantizedTensor
-from signround_edge.formats.gguf_presets import ModelTraits, Place, Role
-from signround_edge.formats.schemes import Scheme, after_fallback, parse_scheme
-from signround_edge.run_directory import OUTSIDE, Manifest, RunDirectory, TensorEntry, dtype_name, sha256_of
+from signround_edge.manifest import OUTSIDE, Manifest, TensorEntry
+from signround_edge.model.experts import replace_experts
+from signround_edge.run_directory import RunDirectory, dtype_name
+from signround_edge.schemes.gguf_presets import ModelTraits, Place, Role
+from signround_edge.schemes.scheme import Scheme, after_fallback, parse_scheme
 
 CONFIG_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 

@@ -85,7 +85,7 @@ def test_verify_says_which_argument_is_missing(arguments: list[str], missing: st
 
 
 def test_flipped_byte_fails_verification_and_names_the_tensor(chain: Path, evaluation_text: Path) -> None:
-    from exporters.gguf.container_reader import GgufFile
+    from exporters.gguf.container.reader import GgufFile
 
     broken = chain / "broken.gguf"
     data = bytearray((chain / "model.gguf").read_bytes())

@@ -11,17 +11,17 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from signround_edge.decoder import build_decoder
 from signround_edge.errors import UserError
-from signround_edge.evaluation import load_run_model, load_source_model
-from signround_edge.experts import Expert, Experts, split_expert, stacks
-from signround_edge.formats.schemes import parse_scheme
+from signround_edge.evaluation.perplexity import load_run_model, load_source_model
+from signround_edge.model.decoder import build_decoder
+from signround_edge.model.experts import Expert, Experts, split_expert, stacks
+from signround_edge.model.source import SourceModel
 from signround_edge.run_directory import RunDirectory
-from signround_edge.source_model import SourceModel
-from signround_edge.tuning import input_moments
-from signround_edge.tuning.activations import equal_weights
-from signround_edge.tuning.input_moments import InputProducts, SecondMoments
-from signround_edge.tuning.plan import listing, make_plan
+from signround_edge.schemes.plan import listing, make_plan
+from signround_edge.schemes.scheme import parse_scheme
+from signround_edge.tuning.calibration import input_moments
+from signround_edge.tuning.calibration.activations import equal_weights
+from signround_edge.tuning.calibration.input_moments import InputProducts, SecondMoments
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
 from tests.support import assert_same_files, save_random_model

@@ -18,11 +18,11 @@ from onnx.numpy_helper import to_array
 
 from exporters.interface import ExportOptions
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
-from signround_edge.evaluation import load_run_model
-from signround_edge.formats.schemes import parse_scheme
+from signround_edge.evaluation.perplexity import load_run_model
+from signround_edge.model.tokenizer import load_tokenizer
 from signround_edge.plugins import exporters
 from signround_edge.run_directory import RunDirectory
-from signround_edge.tuning.calibration import load_tokenizer
+from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
 

@@ -19,7 +19,7 @@ from benchmarks.paper import bits, granularity, hyperparameters, optimizer
 from benchmarks.paper.experiment import Results, Setup, measure, planned
 from benchmarks.paper.table import document
 from signround_edge.demo import calibration_text_path, evaluation_text_path, tiny_llama_path
-from signround_edge.run_directory import write_atomically
+from signround_edge.files import write_atomically
 
 TABLES = {table.NAME: table for table in (bits, granularity, hyperparameters, optimizer)}
 ROOT = Path(__file__).parent.parent.parent

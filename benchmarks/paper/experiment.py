@@ -16,11 +16,13 @@ from torch import nn
 
 from benchmarks import gptq
 from benchmarks.scoring import RememberingSession
-from signround_edge.decoder import set_parameter
-from signround_edge.evaluation import TorchSession, evaluate, load_run_model, load_source_model, text_windows
-from signround_edge.formats.schemes import parse_scheme
-from signround_edge.run_directory import RunDirectory, write_atomically
-from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer
+from signround_edge.evaluation.perplexity import TorchSession, evaluate, load_run_model, load_source_model, text_windows
+from signround_edge.files import write_atomically
+from signround_edge.model.decoder import set_parameter
+from signround_edge.model.tokenizer import load_tokenizer
+from signround_edge.run_directory import RunDirectory
+from signround_edge.schemes.scheme import parse_scheme
+from signround_edge.tuning.calibration.text import calibration_tokens
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings, settings_from
 

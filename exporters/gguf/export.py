@@ -6,21 +6,18 @@ from pathlib import Path
 
 import gguf
 
-from exporters.gguf.container import write_file
-from exporters.gguf.families import canonical_config, family_of, read_config
-from exporters.gguf.metadata import (
-    add_architecture,
-    add_provenance,
-    file_type,
-    model_name,
-)
-from exporters.gguf.naming import builtin_placements
-from exporters.gguf.rope import factor_tensors
-from exporters.gguf.template import export_with_template
+from exporters.gguf.container.writer import write_file
+from exporters.gguf.families.architecture import add_architecture
+from exporters.gguf.families.family import canonical_config, family_of
+from exporters.gguf.families.rope import factor_tensors
+from exporters.gguf.placement import builtin_placements
+from exporters.gguf.provenance import add_provenance, file_type, model_name
+from exporters.gguf.routes.template import export_with_template
 from exporters.gguf.tensors import f32_tensor, plan_tensor
-from exporters.gguf.tokenizer import add_tokenizer
+from exporters.gguf.tokenizer.tokenizer import add_tokenizer
 from exporters.interface import ExportOptions
 from signround_edge.errors import UserError
+from signround_edge.model.config import read_config
 from signround_edge.run_directory import RunDirectory
 
 _DTYPES = (None, "f32", "f16")

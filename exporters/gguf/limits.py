@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from exporters.gguf.families import Family
-from exporters.gguf.rope import TEMPLATE_HINT, rope_parameters, rotary_dims
-from exporters.gguf.row_orders import Config
+from exporters.gguf.families.family import Family
+from exporters.gguf.families.rope import TEMPLATE_HINT, rope_parameters, rotary_dims
+from exporters.gguf.families.row_orders import Config
 from signround_edge.errors import UserError
 
 _WAY_OUT = "to take what llama.cpp makes of it, give an f16 GGUF made by its convert_hf_to_gguf.py as --template"

@@ -11,13 +11,14 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.gguf.container_reader import GgufFile
-from exporters.gguf.families import FAMILIES, canonical_config, read_config
-from exporters.gguf.ggml_types import F16, GgmlType
-from exporters.gguf.naming import Placement, builtin_placements, dequantized_rows
-from exporters.gguf.row_orders import RowOrder
-from exporters.gguf.template import match_by_value
+from exporters.gguf.blocks.ggml_types import F16, GgmlType
+from exporters.gguf.container.reader import GgufFile
+from exporters.gguf.families.family import FAMILIES, canonical_config
+from exporters.gguf.families.row_orders import RowOrder
+from exporters.gguf.placement import Placement, builtin_placements, dequantized_rows
+from exporters.gguf.routes.template import match_by_value
 from signround_edge.errors import CheckFailed, UserError
+from signround_edge.model.config import read_config
 from signround_edge.run_directory import RunDirectory
 
 

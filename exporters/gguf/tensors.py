@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exporters.gguf.container import PlannedTensor
-from exporters.gguf.ggml_types import BF16, F16, F32, GgmlType
-from exporters.gguf.naming import Placement, dequantized_pieces, float_data, row_groups
-from exporters.gguf.packing import pack, require_layout
+from exporters.gguf.blocks.ggml_types import BF16, F16, F32, GgmlType
+from exporters.gguf.blocks.packing import pack, require_layout
+from exporters.gguf.container.writer import PlannedTensor
+from exporters.gguf.placement import Placement, dequantized_pieces, float_data, row_groups
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 

@@ -28,7 +28,7 @@ class OnnxExporter:
     def inspect(self, path: Path) -> list[TensorInfo]:
         """Tensors of a folder or .onnx file; UserError when it is truncated or broken."""
         from exporters.interface import TensorInfo
-        from exporters.onnx.reader import read_tensors
+        from exporters.onnx.artifact.reader import read_tensors
 
         return [TensorInfo(*row) for row in read_tensors(path)]
 

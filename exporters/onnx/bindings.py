@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from exporters.onnx.families import parameters_of
+from exporters.onnx.builder_names import parameters_of
 
 # Positions of the stored operands among a node's inputs (ONNX Runtime, docs/ContribOperators.md).
 QUANTIZED_INPUTS = {

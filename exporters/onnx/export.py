@@ -16,33 +16,33 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from exporters.interface import ExportOptions, LevelCost
+from exporters.onnx.artifact.card import write_card
+from exporters.onnx.artifact.check import check_bindings, check_complete, check_stand_ins
+from exporters.onnx.artifact.model_file import write_model
+from exporters.onnx.artifact.ort_format import write_ort_format
+from exporters.onnx.artifact.sidecar import SIDECAR, Sidecar, hash_files
 from exporters.onnx.bindings import Binding, find_bindings
-from exporters.onnx.card import write_card
-from exporters.onnx.check import check_bindings, check_complete, check_stand_ins
-from exporters.onnx.families import EMBEDDING, builder_knows, check_rope, check_traceable
-from exporters.onnx.graph_builder import build_graph
-from exporters.onnx.graph_edit import drop_unused_initializers
-from exporters.onnx.matching import match_weights
-from exporters.onnx.model_file import write_model
-from exporters.onnx.ort_format import write_ort_format
+from exporters.onnx.builder_names import EMBEDDING, builder_knows, check_rope, check_traceable
 from exporters.onnx.packing import container_of
 from exporters.onnx.passes.accuracy_level import set_accuracy_level
 from exporters.onnx.passes.embeddings import set_embedding
 from exporters.onnx.passes.float_matrices import set_float_matrices
+from exporters.onnx.passes.graph_edit import drop_unused_initializers
 from exporters.onnx.passes.half_weights import halve_weights
 from exporters.onnx.passes.matched_weights import set_matched_weights
 from exporters.onnx.passes.operands import set_operands
 from exporters.onnx.passes.provenance import provenance, set_provenance
+from exporters.onnx.routes.builder import build_graph
+from exporters.onnx.routes.matching import match_weights
+from exporters.onnx.routes.staging import can_pack_qkv, write_float_checkpoint, write_stand_in_checkpoint
+from exporters.onnx.routes.template import copy_companions, match_template, open_template
+from exporters.onnx.routes.tracing import trace_graph
 from exporters.onnx.run_weights import RunWeights
-from exporters.onnx.sidecar import SIDECAR, Sidecar, hash_files
-from exporters.onnx.staging import can_pack_qkv, write_float_checkpoint, write_stand_in_checkpoint
-from exporters.onnx.template import copy_companions, match_template, open_template
-from exporters.onnx.tracing import trace_graph
 from signround_edge.errors import UserError
+from signround_edge.files import whole_folder
 from signround_edge.formats import get_grid
-from signround_edge.formats.gguf_presets import GGUF_PRESETS
-from signround_edge.output_folder import whole_folder
 from signround_edge.run_directory import RunDirectory
+from signround_edge.schemes.gguf_presets import GGUF_PRESETS
 
 MODEL_FILE = "model.onnx"
 ACCURACY_LEVELS = (0, 1, 4)

@@ -13,7 +13,8 @@ from exporters.onnx.packing import OperandLayout, Operands, layout_of, pack_oper
 from signround_edge.errors import UserError
 from signround_edge.formats import get_grid
 from signround_edge.formats.grid import to_fp16
-from signround_edge.run_directory import RunDirectory, TensorEntry
+from signround_edge.manifest import TensorEntry
+from signround_edge.run_directory import RunDirectory
 
 FloatArray = NDArray[np.float32]
 

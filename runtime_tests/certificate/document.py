@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from devices import DeviceProfile
-from runtime_tests.certificate.evidence import Evidence
-from runtime_tests.report import RuntimeReport, VerifyReport
+from runtime_tests.report.evidence import Evidence
+from runtime_tests.report.report import RuntimeReport, VerifyReport
 from signround_edge import __version__
-from signround_edge.metrics import FloatArray
-from signround_edge.run_directory import write_atomically
+from signround_edge.evaluation.metrics import FloatArray
+from signround_edge.files import write_atomically
 
 SCHEMA_VERSION = 1
 KIND = "signround-edge parity certificate"

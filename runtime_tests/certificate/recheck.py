@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime_tests.certificate.document import KIND, SCHEMA_VERSION, digest_of
 from signround_edge.errors import CheckFailed, UserError
-from signround_edge.run_directory import sha256_of
+from signround_edge.files import sha256_of
 
 
 def recheck(path: Path) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from runtime_tests.certificate.document import certificate, write_document
 from runtime_tests.certificate.page import page
-from runtime_tests.report import VerifyReport
+from runtime_tests.report.report import VerifyReport
 from signround_edge.errors import UserError
-from signround_edge.run_directory import write_atomically
+from signround_edge.files import write_atomically
 
 
 def write_certificate(report: VerifyReport, folder: Path) -> list[Path]:

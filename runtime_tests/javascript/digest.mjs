@@ -1,4 +1,4 @@
-// Digests of logits: see runtime_tests/digest.py, whose arithmetic this repeats in double precision.
+// Digests of logits: see runtime_tests/worker/digest.py, whose arithmetic this repeats in double precision.
 
 /**
  * @param {Float32Array} logits [n, vocab]

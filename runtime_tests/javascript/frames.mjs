@@ -1,4 +1,4 @@
-// Frames of the worker protocol: see runtime_tests/transports/protocol.py. "SRE1", uint32 length of the header, the
+// Frames of the worker protocol: see runtime_tests/worker/protocol.py. "SRE1", uint32 length of the header, the
 // header (JSON; its "arrays" lists [name, dtype, shape]), and the arrays' bytes in that order. All little-endian.
 
 const TYPES = { '<f4': Float32Array, '<i4': Int32Array, '<i8': BigInt64Array, '|u1': Uint8Array };

@@ -93,7 +93,7 @@ export class OnnxDecoder {
   }
 }
 
-/** Float32Array [rows, cols] of one node's weights: see `NodeModel` in runtime_tests/runtimes/onnx_dequantize.py. */
+/** Float32Array [rows, cols] of one node's weights: see `NodeModel` in runtime_tests/worker/onnx_dequantize.py. */
 export async function dequantizeNode(ort, model, { node_op, rows, cols, dtype }) {
   if (dtype !== 'float32') throw new Refusal(`scales of ${dtype} cannot be compared in JavaScript`);
   let session;

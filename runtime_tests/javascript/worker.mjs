@@ -1,4 +1,4 @@
-// The worker of JavaScript runtimes: what runtime_tests/worker.py is for Python ones. `Worker.answer` turns a request
+// The worker of JavaScript runtimes: what runtime_tests/worker/__main__.py is for Python ones. `Worker.answer` turns a request
 // into a reply; a Refusal is a sentence about the input, anything else ends the worker.
 
 import { digestOf } from './digest.mjs';

@@ -17,7 +17,7 @@ from typing import BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from signround_edge.metrics import FloatArray, Windows
+from signround_edge.evaluation.metrics import FloatArray, Windows
 
 _MAGIC = b"_logits_"
 _RANGE = np.float32(16.0)  # log-probabilities further below the largest are cut

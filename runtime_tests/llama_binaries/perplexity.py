@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from devices import DeviceProfile
-from runtime_tests.certificate.fingerprints import model_parts
 from runtime_tests.llama_binaries.hosts import Host, host_of
 from runtime_tests.llama_binaries.statistics import has_statistics, read_statistics
+from runtime_tests.report.fingerprints import model_parts
 from signround_edge.errors import UserError
-from signround_edge.metrics import Scores, Windows
+from signround_edge.evaluation.metrics import Scores, Windows
 
 RUNTIME = "llama-perplexity"
 SECONDS_A_WINDOW = 900.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from signround_edge.errors import UserError
-from signround_edge.metrics import Scores
+from signround_edge.evaluation.metrics import Scores
 
 _NUMBER = r"\s*(-?(?:\d[\d.]*(?:e[-+]?\d+)?|nan|inf))"
 _WITH_ERROR = _NUMBER + r"\s*±" + _NUMBER

@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.gguf.container_reader import GgufFile
+from exporters.gguf.container.reader import GgufFile
 from runtime_tests.interface import StoredTensor
-from runtime_tests.runtimes import llama_cpp_bindings
 from runtime_tests.runtimes.worker_runtime import WorkerRuntime
 from runtime_tests.runtimes.worker_session import WorkerSession
 from runtime_tests.transports.interface import Worker, WorkerFailure
 from runtime_tests.transports.local import LocalTransport
 from runtime_tests.transports.reconnecting import ReconnectingWorker
+from runtime_tests.worker import llama_cpp_bindings
 from signround_edge.errors import UserError
-from signround_edge.metrics import FloatArray
+from signround_edge.evaluation.metrics import FloatArray
 
 _CHUNK_BYTES = 16 << 20  # packed bytes that travel to the worker at once
 

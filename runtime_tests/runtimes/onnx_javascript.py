@@ -13,10 +13,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from runtime_tests.interface import StoredTensor
-from runtime_tests.runtimes.onnx_engine import decoder_config, model_file
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from runtime_tests.runtimes.worker_session import WorkerSession
 from runtime_tests.setup.npm import ONNXRUNTIME_NODE, ONNXRUNTIME_WEB
+from runtime_tests.worker.onnx_engine import decoder_config, model_file
 from signround_edge.errors import UserError
 
 
@@ -62,7 +62,7 @@ class OnnxRuntimeNode(OnnxRuntimeWeb):
 
 def external_files(model: Path) -> list[str]:
     """Names of the files beside an .onnx file that hold its tensors' data; UserError when they lie elsewhere."""
-    from exporters.onnx.reader import open_model
+    from exporters.onnx.artifact.reader import open_model
 
     tensors = [value.const_value for value in open_model(model).graph.initializers.values()]
     names = sorted({str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from runtime_tests.interface import StoredTensor
-from runtime_tests.runtimes.onnx_dequantize import NodeModel, dequantize_through_runtime
 from runtime_tests.runtimes.worker_runtime import WorkerRuntime
 from runtime_tests.runtimes.worker_session import WorkerSession
 from runtime_tests.transports.local import LocalTransport
 from runtime_tests.transports.reconnecting import ReconnectingWorker
-from signround_edge.metrics import FloatArray
+from runtime_tests.worker.onnx_dequantize import NodeModel, dequantize_through_runtime
+from signround_edge.evaluation.metrics import FloatArray
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class OnnxRuntime(WorkerRuntime):
 
     def stored_tensors(self, artifact: Path) -> Iterator[StoredTensor]:
         """Every weight of the run: quantized ones [N, K] through ONNX Runtime's kernels, floats as they are stored."""
-        from exporters.onnx.reader import read_tensors
+        from exporters.onnx.artifact.reader import read_tensors
 
         types = {name: kind for name, kind, _, _ in read_tensors(artifact)}
         with self.worker(artifact) as worker:

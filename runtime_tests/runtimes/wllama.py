@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporters.gguf.container_reader import GgufFile
+from exporters.gguf.container.reader import GgufFile
 from runtime_tests.interface import StoredTensor
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from runtime_tests.runtimes.worker_runtime import WorkerRuntime

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime_tests.digest import DEFAULT_TOP, Digest
 from runtime_tests.transports.interface import Transport, Worker
-from runtime_tests.transports.protocol import Message
 from runtime_tests.transports.reconnecting import ReconnectingWorker
-from signround_edge.metrics import FloatArray, TokenArray, Windows
+from runtime_tests.worker.digest import DEFAULT_TOP, Digest
+from runtime_tests.worker.protocol import Message
+from signround_edge.evaluation.metrics import FloatArray, TokenArray, Windows
 
 
 class WorkerSession(ReconnectingWorker):

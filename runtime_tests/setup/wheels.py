@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime_tests.cache import cache_folder, fill
-from runtime_tests.runtimes.llama_cpp_bindings import PACKAGE, VERSION
 from runtime_tests.setup.requirement import Log, run_tool
+from runtime_tests.worker.llama_cpp_bindings import PACKAGE, VERSION
 
 # The packages that `runtime_tests.worker` imports, and the versions that the tolerances were measured with.
 PINNED = (

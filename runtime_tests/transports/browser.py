@@ -23,8 +23,8 @@ from runtime_tests.setup.devices import CHROMIUM
 from runtime_tests.transports import leash
 from runtime_tests.transports.interface import DEFAULT_TIMEOUT, ConnectionLost, Transport, WorkerFailure
 from runtime_tests.transports.page_server import PageGone, PageServer
-from runtime_tests.transports.protocol import Message
 from runtime_tests.transports.push import files_of
+from runtime_tests.worker.protocol import Message
 from signround_edge.errors import UserError
 
 _FLAGS = (

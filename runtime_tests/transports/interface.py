@@ -7,7 +7,7 @@ from typing import Any, Protocol, Self
 
 from numpy.typing import NDArray
 
-from runtime_tests.transports.protocol import Message
+from runtime_tests.worker.protocol import Message
 from signround_edge.errors import UserError
 
 DEFAULT_TIMEOUT = 900.0  # seconds a request may take before the worker counts as hung

@@ -29,8 +29,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from runtime_tests import javascript
 from runtime_tests.setup.npm import ONNXRUNTIME_WEB, WLLAMA
-from runtime_tests.transports.protocol import Message, ProtocolError, receive, send
-from signround_edge.run_directory import sha256_of
+from runtime_tests.worker.protocol import Message, ProtocolError, receive, send
+from signround_edge.files import sha256_of
 
 _POLL_SECONDS = 15.0
 _CHUNK = 1 << 18

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Self, cast
 from numpy.typing import NDArray
 
 from runtime_tests.transports.interface import ConnectionLost, WorkerFailure
-from runtime_tests.transports.protocol import Message, ProtocolError, receive, send
+from runtime_tests.worker.protocol import Message, ProtocolError, receive, send
 from signround_edge.errors import UserError
 
 _SECONDS_TO_LEAVE = 2.0

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from signround_edge.run_directory import sha256_of
+from signround_edge.files import sha256_of
 
 _CHUNK = 1 << 20
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 from numpy.typing import NDArray
 
 from runtime_tests.transports.interface import ConnectionLost, Worker
-from runtime_tests.transports.protocol import Message
+from runtime_tests.worker.protocol import Message
 from signround_edge.errors import UserError
 
 _T = TypeVar("_T")

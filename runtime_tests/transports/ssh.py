@@ -24,12 +24,12 @@ from devices import DeviceProfile
 from runtime_tests.setup.requirement import SystemProgram
 from runtime_tests.setup.wheels import WorkerPackages
 from runtime_tests.setup.worker_bundle import worker_bundle
-from runtime_tests.transports import remote_store
 from runtime_tests.transports.interface import DEFAULT_TIMEOUT
 from runtime_tests.transports.local import QUIET_ENVIRONMENT
 from runtime_tests.transports.process import ProcessWorker
-from runtime_tests.transports.protocol import ProtocolError
 from runtime_tests.transports.push import files_of, push_file
+from runtime_tests.worker import remote_store
+from runtime_tests.worker.protocol import ProtocolError
 from signround_edge.errors import UserError
 
 OPTIONS_VARIABLE = "SIGNROUND_EDGE_SSH_OPTIONS"  # more options of ssh, such as "-i key" or "-F config"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from signround_edge.analysis.charts import pictures
 from signround_edge.analysis.roundings import SALIENT, Analysis, Roundings
 from signround_edge.errors import UserError
-from signround_edge.run_directory import write_atomically
+from signround_edge.files import write_atomically
 from signround_edge.svg import STYLE, standing_alone
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from signround_edge.errors import UserError
-from signround_edge.run_directory import OUTSIDE, RunDirectory
+from signround_edge.manifest import OUTSIDE
+from signround_edge.run_directory import RunDirectory
 
 SALIENT = 0.05  # share of a matrix's input channels, those of largest E[x²], that are called salient
 SALIENCE_BINS = 20

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporters.interface import ExportOptions
-from runtime_tests.report import VerifyReport
+from runtime_tests.report.report import VerifyReport
 from runtime_tests.verify import verify
 from signround_edge.demo import calibration_text_path, evaluation_text_path, tiny_llama_path
-from signround_edge.evaluation import TorchSession, evaluate, load_run_model, load_source_model, text_windows
-from signround_edge.formats.schemes import parse_scheme
+from signround_edge.evaluation.metrics import Scores
+from signround_edge.evaluation.perplexity import TorchSession, evaluate, load_run_model, load_source_model, text_windows
 from signround_edge.inspection import Inspection, inspect
-from signround_edge.metrics import Scores
 from signround_edge.plugins import exporters
 from signround_edge.progress import Progress
 from signround_edge.run_directory import RunDirectory
+from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
 

@@ -6,48 +6,11 @@ in f32 (11 significant bits of fp16, at most 8 of the sub-scale, at most 6 of th
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 import torch
 from torch import Tensor
 
-from signround_edge.formats.grid import BlockScales, Fields, Grid, safe_reciprocal, to_fp16, zero_position
-from signround_edge.formats.super_search import search_super
-
-SUPER_BLOCK = 256
-
-
-class SuperBlockGrid(Grid):
-    """What both kinds share: sub-blocks of `block_size` values, `blocks_per_super` of them in 256 values."""
-
-    row_multiple = SUPER_BLOCK
-    code_min = 0
-
-    def __init__(self, name: str, bits: int, block_size: int, bits_per_weight: float) -> None:
-        self.name = name
-        self.block_size = block_size
-        self.blocks_per_super = SUPER_BLOCK // block_size
-        self.code_max = (1 << bits) - 1
-        self.bits_per_weight = bits_per_weight
-
-    def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:
-        return search_super(self, blocks, importance)
-
-    def per_super(self, blocks: Tensor) -> Tensor:
-        """[R, B] as [R, super-blocks, blocks_per_super]."""
-        return blocks.reshape(blocks.shape[0], -1, self.blocks_per_super)
-
-    def per_block(self, supers: Tensor) -> Tensor:
-        """[R, super-blocks] repeated for every sub-block: f32 [R, B]."""
-        return supers.float().repeat_interleave(self.blocks_per_super, dim=-1)
-
-    @abstractmethod
-    def scales_of(self, fields: Fields) -> BlockScales:
-        """The scales that `store` turns into these very fields."""
-
-    def _sub_codes(self, values: Tensor, super_scale: Tensor, low: int, high: int) -> Tensor:
-        """Real scales or minimums [R, B] as integer multiples of their fp16 super-scale [R, super-blocks]."""
-        return (values * safe_reciprocal(self.per_block(super_scale))).round().clamp(low, high)
+from signround_edge.formats.grid import BlockScales, Fields, to_fp16, zero_position
+from signround_edge.formats.super_block import SUPER_BLOCK, SuperBlockGrid
 
 
 class SuperSymmetric(SuperBlockGrid):

@@ -25,7 +25,7 @@ from signround_edge.formats.scale_search import (
 )
 
 if TYPE_CHECKING:
-    from signround_edge.formats.ggml_k_quants import SuperBlockGrid
+    from signround_edge.formats.super_block import SuperBlockGrid
 
 # Super-scales relative to the one that just reaches the largest sub-scale: smaller ones resolve the others better.
 SUPER_FACTORS = (1.0, 0.93, 0.86, 0.8)

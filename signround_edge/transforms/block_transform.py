@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from signround_edge.decoder import out_in, set_out_in, set_parameter
-from signround_edge.run_directory import ChannelScales
+from signround_edge.formats.channel_scales import ChannelScales
+from signround_edge.model.decoder import out_in, set_out_in, set_parameter
 from signround_edge.transforms.folds import Fold, scaled_vectors
 
 _UNCHANGED = ChannelScales()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from signround_edge.decoder import out_in, set_parameter
+from signround_edge.model.decoder import out_in, set_parameter
 from signround_edge.transforms.block_transform import BlockTransform
 from signround_edge.transforms.folds import Fold, is_norm, linear_layers, output_count
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from signround_edge.decoder import out_in, weight_of
-from signround_edge.experts import Experts
+from signround_edge.model.decoder import out_in, weight_of
+from signround_edge.model.experts import Experts
 
 
 @dataclass(frozen=True)

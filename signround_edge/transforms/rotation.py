@@ -19,15 +19,15 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from signround_edge.decoder import out_in, set_out_in, set_parameter, set_weight, weight_of
 from signround_edge.errors import UserError
-from signround_edge.evaluation import load_source_model
-from signround_edge.output_folder import whole_folder
-from signround_edge.source_model import SourceModel
+from signround_edge.evaluation.perplexity import load_source_model
+from signround_edge.files import whole_folder
+from signround_edge.model.decoder import out_in, set_out_in, set_parameter, set_weight, weight_of
+from signround_edge.model.source import SourceModel
+from signround_edge.schemes.roles import writes_to_stream
 from signround_edge.transforms.check import LOGITS_LIMIT, logits_divergence
 from signround_edge.transforms.find_folds import trace_norms
 from signround_edge.transforms.folds import linear_layers
-from signround_edge.tuning.roles import writes_to_stream
 
 _TOKENS_TO_CHECK = (2, 64)
 

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from signround_edge.decoder import (
+from signround_edge.errors import UserError
+from signround_edge.formats import Grid, QuantizedTensor, get_grid
+from signround_edge.manifest import OUTSIDE, Manifest, TensorEntry
+from signround_edge.model.decoder import (
     Decoder,
     build_decoder,
     checkpoint_name,
@@ -22,37 +25,36 @@ from signround_edge.decoder import (
     unload_parameters,
     weight_of,
 )
-from signround_edge.errors import UserError
-from signround_edge.formats import Grid, QuantizedTensor, get_grid
-from signround_edge.formats.schemes import Scheme
+from signround_edge.model.source import SourceModel
+from signround_edge.model.tokenizer import load_tokenizer
 from signround_edge.progress import SILENT, Progress
-from signround_edge.run_directory import OUTSIDE, Manifest, RunDirectory, TensorEntry
-from signround_edge.source_model import SourceModel
+from signround_edge.run_directory import RunDirectory
+from signround_edge.schemes.plan import Plan, listing, make_plan, part_of_block
+from signround_edge.schemes.roles import writes_to_stream
+from signround_edge.schemes.scheme import Scheme
 from signround_edge.transforms.block_transform import BlockTransform
-from signround_edge.tuning.activations import (
+from signround_edge.tuning.block.channel_scaling import ChannelScaling, stored_transform, transformed_matrix
+from signround_edge.tuning.block.loss import held_out_loss
+from signround_edge.tuning.block.start import initial_scales
+from signround_edge.tuning.block.tune import TunedUnit, compute_context, compute_dtype, tune_unit
+from signround_edge.tuning.block.unit import Matrix, Unit
+from signround_edge.tuning.calibration.activations import (
     Shell,
     block_returns_tuple,
     equal_weights,
     relative_weights,
     run_block,
 )
-from signround_edge.tuning.attention import use_blocked_attention
-from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer, tokens_hash
-from signround_edge.tuning.channel_scaling import ChannelScaling, stored_transform, transformed_matrix
-from signround_edge.tuning.divergence import TopProbabilities
-from signround_edge.tuning.importance import Importance, ImportanceSink, ImportanceSource, given_importance
-from signround_edge.tuning.input_moments import InputMoments, SecondMoments
-from signround_edge.tuning.loss import held_out_loss
-from signround_edge.tuning.plan import Plan, listing, make_plan, part_of_block
-from signround_edge.tuning.rms_norm import use_cached_rms_norm
-from signround_edge.tuning.roles import writes_to_stream
-from signround_edge.tuning.run_opening import open_or_create, versions
+from signround_edge.tuning.calibration.importance import Importance, ImportanceSink, ImportanceSource, given_importance
+from signround_edge.tuning.calibration.input_moments import InputMoments, SecondMoments
+from signround_edge.tuning.calibration.text import calibration_tokens, tokens_hash
+from signround_edge.tuning.cpu.attention import use_blocked_attention
+from signround_edge.tuning.cpu.rms_norm import use_cached_rms_norm
+from signround_edge.tuning.resume import open_or_create, versions
 from signround_edge.tuning.settings import TuningSettings
-from signround_edge.tuning.signround import TunedUnit, compute_context, compute_dtype, tune_unit
-from signround_edge.tuning.start import initial_scales
-from signround_edge.tuning.tunables import FloatShift, Tunable, TunedMatrix
-from signround_edge.tuning.unit import Matrix, Unit
-from signround_edge.tuning.whole_model import TOKENS_AT_ONCE, WholeModel, tune_whole_model
+from signround_edge.tuning.whole_model.divergence import TopProbabilities
+from signround_edge.tuning.whole_model.stage import TOKENS_AT_ONCE, WholeModel, tune_whole_model
+from signround_edge.tuning.whole_model.tunables import FloatShift, Tunable, TunedMatrix
 
 
 def quantize(

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from signround_edge.errors import UserError
-
-# The first rate of V times the number of steps; rates fall linearly to 0, so no V can go further than half of this.
-V_TRAVEL = 0.7
 
 
 @dataclass(frozen=True)
@@ -122,31 +118,6 @@ RECIPES: dict[str, TuningSettings] = {
         held_out=0.02,
     ),
 }
-
-
-def travel_from_gptq(settings: TuningSettings, codes: int, left: float, distinct: int) -> float:
-    """The first rate of V times the number of steps where V starts from GPTQ's codes.
-
-    It is 1.2 for 16 codes and 800 samples in all steps, if GPTQ's codes were no better than the nearest. It goes with
-    1/codes; with the root of the samples, as what signs of gradients say grows with their number and what they sum up
-    to by chance with its root; with the square of what is left to V; and where more than 56 samples are distinct with
-    the root of their number, as what is true of these samples alone falls with it. See docs/LOG.md.
-
-    Args:
-        codes: how many the grid has.
-        left: loss of GPTQ's codes over that of the nearest ones, both without what the block inherits.
-        distinct: the samples that are trained on.
-    """
-    samples = settings.steps * settings.batch_size * max(1, distinct / 56)
-    return min(V_TRAVEL, 19.2 / codes * math.sqrt(samples / 800) * left**2)
-
-
-def check_steps(steps: int, checks: int) -> set[int]:
-    """After how many steps the held-out loss is measured: evenly over the second half.
-
-    In the first half the rate is high and the loss still falls: no block of a real model ever had its best there.
-    """
-    return {steps - steps * i // (2 * checks) for i in range(checks)}
 
 
 def settings_from(recipe: str, overrides: dict[str, Any]) -> TuningSettings:

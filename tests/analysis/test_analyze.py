@@ -15,9 +15,9 @@ from support import make_run
 from signround_edge.analysis.roundings import analyze
 from signround_edge.cli import main
 from signround_edge.errors import UserError
-from signround_edge.evaluation import load_source_model
-from signround_edge.formats.schemes import parse_scheme
+from signround_edge.evaluation.perplexity import load_source_model
 from signround_edge.run_directory import RunDirectory
+from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
 

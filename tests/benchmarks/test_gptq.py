@@ -12,8 +12,9 @@ from torch import Tensor
 
 from benchmarks.gptq import Options, gptq, quantize
 from signround_edge.formats import QuantizedTensor, get_grid
-from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer
-from signround_edge.tuning.start import initial_scales
+from signround_edge.model.tokenizer import load_tokenizer
+from signround_edge.tuning.block.start import initial_scales
+from signround_edge.tuning.calibration.text import calibration_tokens
 
 GRIDS = ("Q4_0", "Q4_1", "w4g32-asym", "w4g128", "w2g64-asym", "w4g256", "Q4_K", "Q2_K", "IQ4_NL")
 OPTIONS = (Options(act_order=True), Options(act_order=False), Options(act_order=False, scale_init="absmax"))

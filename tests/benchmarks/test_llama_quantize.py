@@ -14,11 +14,11 @@ import pytest
 
 from benchmarks.llama_quantize import QuantizeFailed, installed_library, quantize, why_unavailable
 from exporters.gguf import GgufExporter
-from exporters.gguf.container_reader import GgufFile
-from exporters.gguf.imatrix import read_imatrix, write_imatrix
+from exporters.gguf.container.reader import GgufFile
+from exporters.gguf.imatrix.file import read_imatrix, write_imatrix
 from exporters.interface import ExportOptions
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
-from runtime_tests.runtimes.llama_cpp_bindings import load_library
+from runtime_tests.worker.llama_cpp_bindings import load_library
 from tests.support import make_run
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))

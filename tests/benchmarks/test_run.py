@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks import run
 from benchmarks.table import measured
-from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer
+from signround_edge.model.tokenizer import load_tokenizer
+from signround_edge.tuning.calibration.text import calibration_tokens
 
 
 def test_a_text_of_fewer_samples_than_the_row_would_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from signround_edge.errors import UserError
 from signround_edge.formats import GRIDS, as_matmul_nbits, get_grid
-from signround_edge.formats.ggml_k_quants import SuperBlockGrid
-from signround_edge.formats.gguf_presets import ModelTraits, Place, Role
 from signround_edge.formats.scale_search import extreme_scales
-from signround_edge.formats.schemes import after_fallback, known_schemes, parse_scheme
+from signround_edge.formats.super_block import SuperBlockGrid
+from signround_edge.schemes.gguf_presets import ModelTraits, Place, Role
+from signround_edge.schemes.scheme import after_fallback, known_schemes, parse_scheme
 
 ALL_GRIDS = sorted(GRIDS)
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from exporters.gguf import GgufExporter
 from exporters.interface import ExportOptions
 from exporters.onnx import OnnxExporter
-from runtime_tests.report import VerifyReport
+from runtime_tests.report.report import VerifyReport
 from runtime_tests.verify import verify
 from signround_edge.demo.train_tiny_llama import save_tokenizer, train_tokenizer
 from signround_edge.run_directory import RunDirectory

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from devices import DeviceProfile, get_device
-from runtime_tests.report import VerifyReport
+from runtime_tests.report.report import VerifyReport
 from runtime_tests.setup.devices import requirements
 from runtime_tests.transports.browser import Chromium
 from signround_edge.errors import UserError

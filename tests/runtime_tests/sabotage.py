@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from exporters.onnx.sidecar import SIDECAR, hash_files
+from exporters.onnx.artifact.sidecar import SIDECAR, hash_files
 from tests.fuzz.gguf_document import STRING, Document, Entry, Tensor, number, text
 
 FLOAT32, UINT32 = 6, 4

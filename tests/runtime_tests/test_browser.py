@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from devices import DeviceProfile, get_device
-from runtime_tests.digest import Digest
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from runtime_tests.runtimes.onnx_javascript import OnnxRuntimeWeb
 from runtime_tests.runtimes.wllama import WllamaRuntime
@@ -28,8 +27,9 @@ from runtime_tests.transports.interface import ConnectionLost, WorkerFailure
 from runtime_tests.transports.page_server import PageServer
 from runtime_tests.transports.phone import listening_address, qr_code
 from runtime_tests.verify import verify
+from runtime_tests.worker.digest import Digest
 from signround_edge.errors import UserError
-from signround_edge.metrics import Windows, log_softmax
+from signround_edge.evaluation.metrics import Windows, log_softmax
 from signround_edge.run_directory import RunDirectory
 from tests.runtime_tests.javascript_support import assert_both_pass, phone_browser, ready_device
 from tests.runtime_tests.processes import command_of, descendants, wait_until

@@ -151,9 +151,11 @@ def test_the_workers_code_in_one_file_runs_without_ours(empty_cache: Path, tmp_p
     for name in ("numpy", "numpy.libs"):
         if (packages / name).exists():
             (tmp_path / "site" / name).symlink_to(packages / name)
-    script = "import runtime_tests.worker, runtime_tests.digest, runtime_tests.runtimes.llama_cpp_engine\n"
-    script += "import runtime_tests.runtimes.onnx_engine, runtime_tests.runtimes.onnx_dequantize\n"
-    script += "import runtime_tests.transports.remote_store; print(runtime_tests.worker.__file__)"
+    script = (
+        "import runtime_tests.worker.__main__, runtime_tests.worker.digest, runtime_tests.worker.llama_cpp_engine\n"
+    )
+    script += "import runtime_tests.worker.onnx_engine, runtime_tests.worker.onnx_dequantize\n"
+    script += "import runtime_tests.worker.remote_store; print(runtime_tests.worker.__main__.__file__)"
     path = f"{tmp_path / 'site'}:{bundle}"
     done = subprocess.run(
         [sys.executable, "-S", "-P", "-c", script], env={"PYTHONPATH": path}, capture_output=True, text=True

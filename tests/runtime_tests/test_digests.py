@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime_tests.digest import Digest, digest_of, divergence
-from runtime_tests.parity import Contender, score
-from signround_edge.metrics import FloatArray, ScoreKeeper, TokenArray, Windows, log_softmax
+from runtime_tests.checks.parity import Contender, score
+from runtime_tests.worker.digest import Digest, digest_of, divergence
+from signround_edge.evaluation.metrics import FloatArray, ScoreKeeper, TokenArray, Windows, log_softmax
 
 
 def random_logits(seed: int, rows: int, vocab: int, spread: float) -> FloatArray:

@@ -9,7 +9,7 @@ import torch
 from adversarial import random_fields
 from gguf import GGMLQuantizationType, quants
 
-from exporters.gguf.packing import LAYOUTS, pack, unpack
+from exporters.gguf.blocks.packing import LAYOUTS, pack, unpack
 from runtime_tests.runtimes.llama_cpp import dequantize
 from signround_edge.formats import QuantizedTensor, get_grid
 

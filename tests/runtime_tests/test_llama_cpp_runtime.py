@@ -13,15 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exporters.gguf import GgufExporter
-from exporters.gguf.container_reader import GgufFile
+from exporters.gguf.container.reader import GgufFile
 from exporters.interface import ExportOptions
-from runtime_tests.runtimes import llama_cpp_bindings as bindings
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime, dequantize
-from runtime_tests.runtimes.llama_cpp_engine import MICRO_BATCH
 from runtime_tests.transports.local import WorkerFailure
+from runtime_tests.worker import llama_cpp_bindings as bindings
+from runtime_tests.worker.llama_cpp_engine import MICRO_BATCH
 from signround_edge.errors import UserError
-from signround_edge.evaluation import TorchSession, load_run_model
-from signround_edge.metrics import ScoreKeeper
+from signround_edge.evaluation.metrics import ScoreKeeper
+from signround_edge.evaluation.perplexity import TorchSession, load_run_model
 from signround_edge.run_directory import RunDirectory
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime_tests.digest import digest_of
 from runtime_tests.runtimes.onnx_javascript import OnnxRuntimeNode, OnnxRuntimeWeb
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from runtime_tests.transports.interface import WorkerFailure
 from runtime_tests.transports.node import LeashedWorker, NodeTransport
 from runtime_tests.verify import verify
+from runtime_tests.worker.digest import digest_of
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 from tests.runtime_tests.javascript_support import ready_device

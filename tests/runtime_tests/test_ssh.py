@@ -16,10 +16,10 @@ import pytest
 from devices import DeviceProfile, get_device
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
-from runtime_tests.transports import remote_store
 from runtime_tests.transports.interface import WorkerFailure
 from runtime_tests.transports.ssh import OPTIONS_VARIABLE, SshTransport
 from runtime_tests.verify import verify
+from runtime_tests.worker import remote_store
 from signround_edge.run_directory import RunDirectory
 from tests.runtime_tests.processes import command_of, wait_until
 from tests.runtime_tests.sshd import Sshd, free_port, running_sshd

@@ -15,10 +15,10 @@ import onnx
 import pytest
 
 from exporters.gguf import GgufExporter
-from exporters.gguf.container_reader import GgufFile
+from exporters.gguf.container.reader import GgufFile
 from exporters.interface import ExportOptions
-from exporters.onnx.sidecar import SIDECAR, hash_files
-from runtime_tests.report import VerifyReport
+from exporters.onnx.artifact.sidecar import SIDECAR, hash_files
+from runtime_tests.report.report import VerifyReport
 from runtime_tests.transports.local import LocalWorker
 from runtime_tests.verify import verify
 from signround_edge.errors import UserError

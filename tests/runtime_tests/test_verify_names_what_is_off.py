@@ -11,7 +11,7 @@ import pytest
 
 from exporters.gguf import GgufExporter
 from exporters.interface import ExportOptions
-from runtime_tests.report import VerifyReport
+from runtime_tests.report.report import VerifyReport
 from runtime_tests.verify import verify
 from signround_edge.run_directory import RunDirectory
 from tests.runtime_tests import sabotage as s

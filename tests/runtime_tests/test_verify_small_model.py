@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from runtime_tests.report import render
+from runtime_tests.report.report import render
 from runtime_tests.verify import verify
 from signround_edge.run_directory import RunDirectory
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime_tests.transports.local import LocalWorker, WorkerFailure
-from runtime_tests.transports.protocol import Message, ProtocolError, receive, send
+from runtime_tests.worker.protocol import Message, ProtocolError, receive, send
 from signround_edge.errors import UserError
 from tests.runtime_tests.processes import killed_client_of_worker, wait_until
 
@@ -118,6 +118,6 @@ def test_a_worker_leaves_when_its_client_is_killed() -> None:
 
 def test_peak_memory_is_the_workers_own_and_not_its_parents() -> None:
     held = b"x" * (800 << 20)
-    script = "from runtime_tests.worker import _peak_memory; print(_peak_memory())"
+    script = "from runtime_tests.worker.__main__ import _peak_memory; print(_peak_memory())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert 1 << 20 < int(done.stdout) < len(held) // 2

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from signround_edge.errors import UserError
 from signround_edge.formats import get_grid
-from signround_edge.run_directory import ChannelScales
+from signround_edge.formats.channel_scales import ChannelScales
 from signround_edge.transforms import parse_transforms
 from signround_edge.transforms.channel_scales import Consumer, search_scales
 from signround_edge.transforms.check import check_hidden_states, check_logits, logits_divergence

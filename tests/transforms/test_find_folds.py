@@ -10,13 +10,13 @@ import transformers
 from support import SIZES, TOKENS, save_random_model
 from torch import Tensor, nn
 
-from signround_edge.decoder import build_decoder
-from signround_edge.evaluation import load_source_model
+from signround_edge.evaluation.perplexity import load_source_model
+from signround_edge.model.decoder import build_decoder
+from signround_edge.schemes.roles import head_size
 from signround_edge.transforms.block_transform import BlockTransform
 from signround_edge.transforms.check import LOGITS_LIMIT, logits_divergence
 from signround_edge.transforms.find_folds import find_folds
 from signround_edge.transforms.folds import Fold
-from signround_edge.tuning.roles import head_size
 
 QKV = "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj"
 LLAMA_LIKE = [

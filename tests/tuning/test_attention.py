@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from signround_edge.tuning import attention
-from signround_edge.tuning.attention import NAME, attention_forward, causal_attention, use_blocked_attention
+from signround_edge.tuning.cpu import attention
+from signround_edge.tuning.cpu.attention import NAME, attention_forward, causal_attention, use_blocked_attention
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (9, 3), (6, 1)])

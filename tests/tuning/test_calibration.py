@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from signround_edge.errors import UserError
-from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer
+from signround_edge.model.tokenizer import load_tokenizer
+from signround_edge.tuning.calibration.text import calibration_tokens
 
 
 @pytest.fixture(scope="module")

@@ -21,19 +21,19 @@ from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from runtime_tests.verify import verify
 from signround_edge.cli import main
 from signround_edge.errors import UserError
-from signround_edge.evaluation import load_run_model, load_source_model
+from signround_edge.evaluation.metrics import FloatArray
+from signround_edge.evaluation.perplexity import load_run_model, load_source_model
 from signround_edge.formats import QuantizedTensor
-from signround_edge.formats.schemes import parse_scheme
-from signround_edge.metrics import FloatArray
 from signround_edge.plugins import exporters
 from signround_edge.run_directory import RunDirectory
+from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.transforms.check import LOGITS_LIMIT, logits_divergence
 from signround_edge.transforms.folds import Fold
-from signround_edge.tuning import channel_scaling
 from signround_edge.tuning import quantize as quantize_module
+from signround_edge.tuning.block import channel_scaling
+from signround_edge.tuning.block.unit import Matrix
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
-from signround_edge.tuning.unit import Matrix
 
 full = pytest.mark.full
 SCALED = replace(SMALL, steps=0, samples=8, transforms=("channel-scales",))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from signround_edge.tuning import divergence
-from signround_edge.tuning.divergence import TopProbabilities, kl_divergence
+from signround_edge.tuning.whole_model import divergence
+from signround_edge.tuning.whole_model.divergence import TopProbabilities, kl_divergence
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from signround_edge.formats import get_grid
-from signround_edge.tuning.activations import equal_weights
-from signround_edge.tuning.drift import correct_drift
-from signround_edge.tuning.roles import writes_to_stream
-from signround_edge.tuning.unit import Matrix, Unit
+from signround_edge.schemes.roles import writes_to_stream
+from signround_edge.tuning.block.drift import correct_drift
+from signround_edge.tuning.block.unit import Matrix, Unit
+from signround_edge.tuning.calibration.activations import equal_weights
 
 OFF = torch.autocast("cpu", enabled=False)
 

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from benchmarks.gptq import Options, gptq
 from signround_edge.formats import GRIDS, Grid, get_grid
 from signround_edge.formats.grid import Fields
-from signround_edge.tuning.activations import equal_weights
-from signround_edge.tuning.drift import correct_drift
-from signround_edge.tuning.gptq import DAMPING, compensated, inverse_factor
-from signround_edge.tuning.settings import V_TRAVEL, TuningSettings, travel_from_gptq
-from signround_edge.tuning.signround import TunedUnit, compute_context, tune_unit
-from signround_edge.tuning.start import find_start, initial_scales
-from signround_edge.tuning.unit import Matrix, Unit
+from signround_edge.tuning.block.drift import correct_drift
+from signround_edge.tuning.block.gptq import DAMPING, compensated, inverse_factor
+from signround_edge.tuning.block.start import find_start, initial_scales
+from signround_edge.tuning.block.tune import TunedUnit, compute_context, tune_unit
+from signround_edge.tuning.block.unit import Matrix, Unit
+from signround_edge.tuning.calibration.activations import equal_weights
+from signround_edge.tuning.schedule import V_TRAVEL, travel_from_gptq
+from signround_edge.tuning.settings import TuningSettings
 
 ALL_GRIDS = sorted(GRIDS)
 

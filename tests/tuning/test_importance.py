@@ -14,9 +14,10 @@ import transformers
 from click.testing import CliRunner, Result
 from support import save_random_model
 
-from exporters.gguf.imatrix import read_imatrix, write_imatrix
+from exporters.gguf.imatrix.file import read_imatrix, write_imatrix
 from signround_edge.cli import main
-from signround_edge.run_directory import RunDirectory, sha256_of
+from signround_edge.files import sha256_of
+from signround_edge.run_directory import RunDirectory
 
 SIZES = ["--steps", "0", "--samples", "4", "--seqlen", "32", "--batch-size", "2"]
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -68,8 +69,9 @@ def test_what_was_saved_and_given_back_gives_the_same_run(
 
 
 def test_saved_figures_are_the_mean_squares_of_the_inputs(model: Path, tmp_path: Path, calibration_text: Path) -> None:
-    from signround_edge.evaluation import load_source_model
-    from signround_edge.tuning.calibration import calibration_tokens, load_tokenizer
+    from signround_edge.evaluation.perplexity import load_source_model
+    from signround_edge.model.tokenizer import load_tokenizer
+    from signround_edge.tuning.calibration.text import calibration_tokens
 
     file = tmp_path / "imatrix.gguf"
     exact = ["--loss", "mse", "--compute-dtype", "float32"]
@@ -186,8 +188,7 @@ def test_interrupted_runs_and_complete_ones_save_the_same_file(
 
 
 def test_reading_and_writing_files_imports_no_tuner() -> None:
-    code = (
-        "import sys, exporters.gguf.importance; print([m for m in sys.modules if m.startswith('signround_edge.tun')])"
-    )
+    tuner = "[m for m in sys.modules if m.startswith('signround_edge.tun')]"
+    code = f"import sys, exporters.gguf.imatrix.importance; print({tuner})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

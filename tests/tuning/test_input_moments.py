@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from signround_edge.tuning.activations import equal_weights
-from signround_edge.tuning.input_moments import InputProducts
+from signround_edge.tuning.calibration.activations import equal_weights
+from signround_edge.tuning.calibration.input_moments import InputProducts
 
 
 @pytest.mark.parametrize("channels", [3, 256, 257, 600])

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import transformers
 
-from signround_edge.decoder import build_decoder
 from signround_edge.errors import UserError
-from signround_edge.formats.schemes import parse_scheme
-from signround_edge.source_model import SourceModel
-from signround_edge.tuning.plan import Plan, make_plan
+from signround_edge.model.decoder import build_decoder
+from signround_edge.model.source import SourceModel
+from signround_edge.schemes.plan import Plan, make_plan
+from signround_edge.schemes.scheme import parse_scheme
 from tests.support import save_random_model
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

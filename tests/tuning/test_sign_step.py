@@ -10,8 +10,9 @@ from torch import Tensor
 
 from signround_edge.formats import get_grid
 from signround_edge.formats.grid import safe_reciprocal
-from signround_edge.tuning.settings import V_TRAVEL, TuningSettings
-from signround_edge.tuning.sign_step import RoundingState, fused_step, learning_rates
+from signround_edge.tuning.block.sign_step import RoundingState, fused_step, learning_rates
+from signround_edge.tuning.schedule import V_TRAVEL
+from signround_edge.tuning.settings import TuningSettings
 
 GRIDS = ["Q4_0", "Q4_1", "Q8_0", "w4g64", "w4g128-asym", "Q6_K", "Q4_K"]
 POSITIONS = ["fixed", "follow"]

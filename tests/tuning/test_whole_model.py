@@ -12,20 +12,20 @@ import transformers
 from support import assert_same_files, files_of, save_random_model
 from test_quantize import CONFIGS, SMALL
 
-from signround_edge.decoder import Decoder, build_decoder, set_parameter
 from signround_edge.errors import UserError
-from signround_edge.evaluation import TorchSession, evaluate, load_run_model, load_source_model, text_windows
+from signround_edge.evaluation.perplexity import TorchSession, evaluate, load_run_model, load_source_model, text_windows
 from signround_edge.formats import get_grid
-from signround_edge.formats.schemes import parse_scheme
+from signround_edge.model.decoder import Decoder, build_decoder, set_parameter
 from signround_edge.run_directory import RunDirectory
-from signround_edge.tuning import divergence
+from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning import quantize as quantize_module
-from signround_edge.tuning.activations import Shell, block_returns_tuple
-from signround_edge.tuning.divergence import TopProbabilities
+from signround_edge.tuning.block.sign_step import RoundingState
+from signround_edge.tuning.calibration.activations import Shell, block_returns_tuple
 from signround_edge.tuning.quantize import quantize
-from signround_edge.tuning.sign_step import RoundingState
-from signround_edge.tuning.tunables import FloatShift, TunedMatrix, starting_positions
-from signround_edge.tuning.whole_model import WholeModel
+from signround_edge.tuning.whole_model import divergence
+from signround_edge.tuning.whole_model.divergence import TopProbabilities
+from signround_edge.tuning.whole_model.stage import WholeModel
+from signround_edge.tuning.whole_model.tunables import FloatShift, TunedMatrix, starting_positions
 
 # Few steps on a tiny model: ten times the rates that suit hundreds of steps on a large one.
 RATES = {"whole_model_lr": 2e-3, "whole_model_code_lr": 5e-3}

@@ -11,8 +11,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from exporters.onnx.bindings import Binding
-from exporters.onnx.families import EMBEDDING, EMBEDDING_NODE, HEAD, HEAD_BASE
-from exporters.onnx.graph_edit import gather_attributes, replace_node, set_float_initializer, set_gather_operands
+from exporters.onnx.builder_names import EMBEDDING, EMBEDDING_NODE, HEAD, HEAD_BASE
+from exporters.onnx.passes.graph_edit import gather_attributes, replace_node, set_float_initializer, set_gather_operands
 from exporters.onnx.run_weights import RunWeights
 
 _BASE = "model.embed_tokens.MatMulNBits"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from exporters.onnx.bindings import Binding, find_bindings
-from exporters.onnx.graph_edit import replace_node, set_float_initializer
+from exporters.onnx.passes.graph_edit import replace_node, set_float_initializer
 from exporters.onnx.run_weights import RunWeights
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from exporters.onnx.bindings import Binding
-from exporters.onnx.graph_edit import cast_to_float, set_float_initializer
+from exporters.onnx.passes.graph_edit import cast_to_float, set_float_initializer
 from exporters.onnx.run_weights import RunWeights
 
 

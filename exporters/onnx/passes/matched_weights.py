@@ -11,15 +11,15 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from exporters.onnx.bindings import Binding, quantized_initializers
-from exporters.onnx.graph_edit import (
+from exporters.onnx.packing import OperandLayout
+from exporters.onnx.passes.graph_edit import (
     gather_attributes,
     set_float_initializer,
     set_gather_operands,
     set_operand_initializers,
 )
-from exporters.onnx.packing import OperandLayout
+from exporters.onnx.routes.weight_uses import WeightUse, weight_uses
 from exporters.onnx.run_weights import RunWeights
-from exporters.onnx.weight_uses import WeightUse, weight_uses
 from signround_edge.errors import UserError
 
 _DOMAIN = "com.microsoft"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from exporters.onnx.bindings import find_bindings
-from exporters.onnx.graph_edit import set_operand_initializers
+from exporters.onnx.passes.graph_edit import set_operand_initializers
 from exporters.onnx.run_weights import RunWeights
 
 

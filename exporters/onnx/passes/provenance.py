@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 import signround_edge
 from exporters.onnx.run_weights import RunWeights
-from signround_edge.run_directory import sha256_of
+from signround_edge.files import sha256_of
 
 
 def provenance(weights: RunWeights, graph_builder: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.synthetic_run import Shape, write_synthetic_run
-from exporters.gguf import naming
+from exporters.gguf import placement as naming
 from tests.exporters.gguf.conftest import export
 
 SMALL = Shape(layers=2, hidden=512, intermediate=2048, heads=8, kv_heads=4, vocab=3072)

@@ -16,10 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from exporters.gguf import GgufExporter, container, container_reader
-from exporters.gguf.container import PlannedTensor, write_file
-from exporters.gguf.container_reader import GgufFile
-from exporters.gguf.ggml_types import F32
+from exporters.gguf import GgufExporter
+from exporters.gguf.blocks.ggml_types import F32
+from exporters.gguf.container import reader as container_reader
+from exporters.gguf.container import writer as container_writer
+from exporters.gguf.container.reader import GgufFile
+from exporters.gguf.container.writer import PlannedTensor, write_file
 from exporters.gguf.reader import read_metadata, read_tensors
 from exporters.interface import TensorInfo
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
@@ -206,8 +208,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
 def test_a_disk_known_to_be_too_small_is_refused_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = container.shutil._ntuple_diskusage(100, 99, 1)  # type: ignore[attr-defined]
-    monkeypatch.setattr(container.shutil, "disk_usage", lambda _: usage)
+    usage = container_writer.shutil._ntuple_diskusage(100, 99, 1)  # type: ignore[attr-defined]
+    monkeypatch.setattr(container_writer.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="disk is full"):
         small_file(tmp_path / "a.gguf")
     assert_nothing_left(tmp_path)
@@ -219,8 +221,8 @@ def test_a_really_full_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount], capture_output=True).returncode:
         pytest.skip("this user cannot mount a tmpfs")
     try:
-        usage = container.shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # type: ignore[attr-defined]
-        monkeypatch.setattr(container.shutil, "disk_usage", lambda _: usage)
+        usage = container_writer.shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # type: ignore[attr-defined]
+        monkeypatch.setattr(container_writer.shutil, "disk_usage", lambda _: usage)
         writer = gguf.GGUFWriter(None, "llama")
         with pytest.raises(UserError, match="disk is full"):
             write_file(mount / "a.gguf", writer, [matrix("t", 512, 256)])

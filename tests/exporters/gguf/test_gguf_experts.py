@@ -19,18 +19,18 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 
 from benchmarks.llama_quantize import installed_library, why_unavailable
 from benchmarks.llama_quantize import quantize as llama_quantize
-from exporters.gguf.container_reader import GgufFile
-from exporters.gguf.imatrix import read_imatrix, write_imatrix
-from exporters.gguf.importance import ImatrixSink, ImatrixSource
+from exporters.gguf.container.reader import GgufFile
+from exporters.gguf.imatrix.file import read_imatrix, write_imatrix
+from exporters.gguf.imatrix.importance import ImatrixSink, ImatrixSource
 from exporters.gguf.reader import name_map, read_metadata, read_tensors
 from exporters.interface import ExportOptions
 from exporters.onnx import OnnxExporter
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from runtime_tests.verify import verify
 from signround_edge.errors import UserError
-from signround_edge.formats.schemes import parse_scheme
 from signround_edge.inspection import inspect
 from signround_edge.run_directory import RunDirectory
+from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
 from tests.exporters.gguf.conftest import export

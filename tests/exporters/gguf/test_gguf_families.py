@@ -13,19 +13,21 @@ import torch
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer, MistralConfig, Phi3Config, PretrainedConfig
 
-from exporters.gguf import pretokenizer
-from exporters.gguf.families import canonical_config, read_config
+from exporters.gguf.families.architecture import sliding_window
+from exporters.gguf.families.family import canonical_config
+from exporters.gguf.families.rope import rope_frequency_factors, rope_parameters, rotary_dims
+from exporters.gguf.families.row_orders import grouped_rows, interleaved_rows
 from exporters.gguf.limits import window_period
-from exporters.gguf.metadata import sliding_window
 from exporters.gguf.reader import iter_expected, name_map, read_metadata, read_tensors
-from exporters.gguf.rope import rope_frequency_factors, rope_parameters, rotary_dims
-from exporters.gguf.row_orders import grouped_rows, interleaved_rows
+from exporters.gguf.tokenizer import pretokenizer
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from signround_edge import __version__
 from signround_edge.errors import UserError
-from signround_edge.experts import stacks
-from signround_edge.metrics import ScoreKeeper
-from signround_edge.run_directory import RunDirectory, sha256_of
+from signround_edge.evaluation.metrics import ScoreKeeper
+from signround_edge.files import sha256_of
+from signround_edge.model.config import read_config
+from signround_edge.model.experts import stacks
+from signround_edge.run_directory import RunDirectory
 from tests.exporters.gguf.conftest import BASE, export, gpt2_split, train_byte_level
 from tests.exporters.gguf.family_table import FAMILIES, LLAMA3_ROPE, LONG_PHI3, REFUSED, VARIANTS, VOCAB
 from tests.exporters.gguf.test_gguf_tokenizers import TEXTS, assert_same_tokens, split

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporters.gguf.packing import LAYOUTS, pack, require_layout, unpack
+from exporters.gguf.blocks.packing import LAYOUTS, pack, require_layout, unpack
 from signround_edge.errors import UserError
 from signround_edge.formats import QuantizedTensor, get_grid
 

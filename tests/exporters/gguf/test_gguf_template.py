@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig
 
-from exporters.gguf.matching import find_row_order, find_vector
+from exporters.gguf.families.row_orders import interleaved_rows
 from exporters.gguf.reader import iter_expected, name_map, read_metadata, read_tensors
-from exporters.gguf.row_orders import interleaved_rows
-from exporters.gguf.tokenizer import add_tokenizer
+from exporters.gguf.routes.matching import find_row_order, find_vector
+from exporters.gguf.tokenizer.tokenizer import add_tokenizer
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from signround_edge.errors import CheckFailed, UserError
-from signround_edge.run_directory import OUTSIDE, RunDirectory, TensorEntry
+from signround_edge.manifest import OUTSIDE, TensorEntry
+from signround_edge.run_directory import RunDirectory
 from tests.exporters.gguf.conftest import BASE, export
 from tests.exporters.gguf.test_gguf_families import kld, torch_logits
 from tests.support import save_random_model
@@ -240,7 +241,7 @@ def test_vectors_take_the_order_of_their_weight_or_gemmas_offset() -> None:
 
 
 def test_gemma_norms_are_written_with_their_offset(tmp_path: Path) -> None:
-    from exporters.gguf.naming import Placement, dequantized_rows
+    from exporters.gguf.placement import Placement, dequantized_rows
 
     class OneVector:
         def is_quantized(self, name: str) -> bool:

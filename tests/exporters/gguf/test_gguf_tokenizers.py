@@ -13,9 +13,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from exporters.gguf import pretokenizer
 from exporters.gguf.reader import read_metadata
-from exporters.gguf.sentencepiece_vocab import extra_splits, from_merges
+from exporters.gguf.tokenizer import pretokenizer
+from exporters.gguf.tokenizer.sentencepiece_vocab import extra_splits, from_merges
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory

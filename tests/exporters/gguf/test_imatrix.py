@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporters.gguf.imatrix import read_imatrix, write_imatrix
+from exporters.gguf.imatrix.file import read_imatrix, write_imatrix
 from signround_edge.errors import UserError
-from signround_edge.gguf_names import gguf_name
+from signround_edge.schemes.gguf_names import gguf_name
 
 VECTORS = {
     "blk.0.attn_q.weight": np.array([0.25, 3.0, 1e-7, 0.0], dtype=np.float32),

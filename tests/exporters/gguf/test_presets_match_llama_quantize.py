@@ -20,14 +20,14 @@ from transformers import (
 
 from benchmarks import llama_quantize
 from benchmarks.float_gguf import write_float_gguf
-from exporters.gguf.container_reader import GgufFile
-from signround_edge.decoder import build_decoder
-from signround_edge.formats.gguf_presets import GGUF_PRESETS
-from signround_edge.formats.schemes import parse_scheme
-from signround_edge.gguf_names import gguf_name
-from signround_edge.run_directory import TensorEntry
-from signround_edge.source_model import SourceModel
-from signround_edge.tuning.plan import Plan, make_plan
+from exporters.gguf.container.reader import GgufFile
+from signround_edge.manifest import TensorEntry
+from signround_edge.model.decoder import build_decoder
+from signround_edge.model.source import SourceModel
+from signround_edge.schemes.gguf_names import gguf_name
+from signround_edge.schemes.gguf_presets import GGUF_PRESETS
+from signround_edge.schemes.plan import Plan, make_plan
+from signround_edge.schemes.scheme import parse_scheme
 from tests.support import save_random_model
 
 _SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "vocab_size": 600}

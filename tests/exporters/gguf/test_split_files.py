@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig
 
-from exporters.gguf.container_reader import GgufFile
+from exporters.gguf.container.reader import GgufFile
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory

@@ -13,8 +13,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from exporters.interface import ExportOptions
 from exporters.onnx import OnnxExporter
-from signround_edge.formats.schemes import Scheme
 from signround_edge.run_directory import RunDirectory
+from signround_edge.schemes.scheme import Scheme
 from tests.support import make_run, save_random_model
 
 VOCABULARY = 600

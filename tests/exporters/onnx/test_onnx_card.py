@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from exporters.interface import LevelCost
-from exporters.onnx.reader import changed_files, read_tensors
+from exporters.onnx.artifact.reader import changed_files, read_tensors
 from runtime_tests import accuracy_levels
 from runtime_tests.accuracy_levels import level_4_measurement
-from runtime_tests.runtimes.onnx_engine import OnnxEngine
+from runtime_tests.worker.onnx_engine import OnnxEngine
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.onnx.conftest import Exported, export
@@ -54,7 +54,7 @@ def test_the_card_says_which_level_and_what_level_4_costs(measured: Exported) ->
 def test_the_cost_is_that_of_the_graph_at_both_levels(measured: Exported, text: Path) -> None:
     cost = level_4_measurement(measured.run.config_dir, text)(measured.folder)
     assert isinstance(cost, LevelCost)
-    from signround_edge.evaluation import text_windows
+    from signround_edge.evaluation.perplexity import text_windows
 
     windows = text_windows(measured.run.config_dir, text, 256, 8)
     assert cost.tokens == len(windows.tokens) * 127

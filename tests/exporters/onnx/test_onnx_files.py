@@ -13,10 +13,11 @@ import onnxruntime
 import pytest
 import torch
 
-from exporters.onnx import OnnxExporter, ort_format
-from exporters.onnx.reader import changed_files, open_artifact, read_tensors
-from runtime_tests.runtimes.onnx_engine import OnnxEngine
+from exporters.onnx import OnnxExporter
+from exporters.onnx.artifact import ort_format
+from exporters.onnx.artifact.reader import changed_files, open_artifact, read_tensors
 from runtime_tests.verify import verify
+from runtime_tests.worker.onnx_engine import OnnxEngine
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.onnx.conftest import Exported, export
@@ -155,7 +156,8 @@ def test_a_model_too_large_for_the_format_is_one_sentence(
 
 def test_reading_the_format_leaves_no_trace(with_ort: Exported) -> None:
     code = (
-        "import logging, sys; from pathlib import Path; from exporters.onnx.ort_format import read_ort_format; "
+        "import logging, sys; from pathlib import Path; "
+        "from exporters.onnx.artifact.ort_format import read_ort_format; "
         f"read_ort_format(Path({str(with_ort.folder / 'model.ort')!r})); "
         "sys.exit(len(logging.getLogger().handlers))"
     )

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from exporters.onnx.graph_builder import build_graph
-from exporters.onnx.reader import open_artifact, read_sidecar
-from exporters.onnx.sidecar import SIDECAR, hash_files
+from exporters.onnx.artifact.reader import open_artifact, read_sidecar
+from exporters.onnx.artifact.sidecar import SIDECAR, hash_files
+from exporters.onnx.routes.builder import build_graph
 from runtime_tests.verify import verify
 from signround_edge.cli import main
 from signround_edge.errors import UserError

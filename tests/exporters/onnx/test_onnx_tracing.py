@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
 from exporters.onnx import export as export_module
-from exporters.onnx.reader import changed_files, open_artifact, read_sidecar, read_tensors
+from exporters.onnx.artifact.reader import changed_files, open_artifact, read_sidecar, read_tensors
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.inspection import inspect
 from signround_edge.run_directory import RunDirectory

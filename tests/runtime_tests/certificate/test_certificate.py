@@ -21,10 +21,11 @@ from runtime_tests.certificate.document import certificate, digest_of
 from runtime_tests.certificate.page import page
 from runtime_tests.certificate.recheck import recheck
 from runtime_tests.certificate.write import write_certificate
-from runtime_tests.report import PerToken, VerifyReport
+from runtime_tests.report.report import PerToken, VerifyReport
 from runtime_tests.verify import verify
 from signround_edge.errors import CheckFailed, UserError
-from signround_edge.run_directory import RunDirectory, sha256_of
+from signround_edge.files import sha256_of
+from signround_edge.run_directory import RunDirectory
 from tests.support import make_run
 
 WINDOWS, N_CTX = 3, 64

@@ -22,8 +22,8 @@ from runtime_tests.llama_binaries.statistics import read_statistics
 from runtime_tests.transports.ssh import OPTIONS_VARIABLE
 from runtime_tests.verify import verify
 from signround_edge.errors import UserError
-from signround_edge.evaluation import TorchSession, load_run_model, text_windows
-from signround_edge.metrics import Scores, Windows, log_softmax
+from signround_edge.evaluation.metrics import Scores, Windows, log_softmax
+from signround_edge.evaluation.perplexity import TorchSession, load_run_model, text_windows
 from signround_edge.run_directory import RunDirectory
 from tests.runtime_tests import sabotage
 from tests.runtime_tests.processes import descendants, killed_client, wait_until

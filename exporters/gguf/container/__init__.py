@@ -1,0 +1,1 @@
+"""The file itself: head and tensor data, read, written and split. Nothing here knows a model."""

@@ -1,0 +1,147 @@
+"""Writing a GGUF file: head by gguf's GGUFWriter, then tensor data streamed, and the file appears only when whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFWriter
+from numpy.typing import NDArray
+
+from exporters.gguf.blocks.ggml_types import GgmlType
+from exporters.gguf.container.reader import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, split_path
+from signround_edge.errors import UserError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_HEAD_ROOM = 1 << 20
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the file to be: its description now, its data when its turn comes.
+
+    Attributes:
+        name: GGUF tensor name.
+        ggml_type: how the data is stored.
+        shape: logical shape, rows first ([rows, values a row], or [n]).
+        nbytes: bytes of the data.
+        data: yields arrays whose bytes, joined, are the data.
+    """
+
+    name: str
+    ggml_type: GgmlType
+    shape: tuple[int, ...]
+    nbytes: int
+    data: Callable[[], Iterator[NDArray[Any]]]
+
+
+def write_file(path: Path, writer: GGUFWriter, tensors: Iterable[PlannedTensor], max_bytes: int | None = None) -> Path:
+    """Write the metadata collected in `writer` and the tensors to `path`, one tensor in memory at a time.
+
+    The data goes to `<path>.partial`, which is renamed when everything is on disk and removed when anything fails.
+
+    Args:
+        writer: a GGUFWriter without file and without tensors.
+        max_bytes: split into files of at most so many bytes of tensor data (or one tensor), named as llama.cpp wants
+            them; the first holds all metadata.
+    Returns:
+        The file to load: `path`, or the first of several.
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    groups = _grouped(list(tensors), max_bytes)
+    count = len(groups)
+    paths = [path] if count == 1 else [split_path(path, i, count) for i in range(count)]
+    writers = [writer, *(GGUFWriter(None, writer.arch) for _ in groups[1:])]
+    partials = [p.with_name(p.name + ".partial") for p in paths]
+    needed = sum(t.nbytes for group in groups for t in group) + _HEAD_ROOM
+    with _as_user_errors(path, needed):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        try:
+            for index, (own, group, partial) in enumerate(zip(writers, groups, partials, strict=True)):
+                if count > 1:
+                    own.add_uint16(SPLIT_NO, index)
+                    own.add_uint16(SPLIT_COUNT, count)
+                    own.add_int32(SPLIT_TENSORS, sum(map(len, groups)))
+                _write_partial(own, group, partial)
+            for partial, final in zip(partials, paths, strict=True):
+                os.replace(partial, final)
+        except BaseException:
+            for partial in partials:
+                partial.unlink(missing_ok=True)
+            raise
+    return paths[0]
+
+
+def _grouped(tensors: list[PlannedTensor], max_bytes: int | None) -> list[list[PlannedTensor]]:
+    """The tensors of each file, in order."""
+    groups: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if max_bytes is not None and groups[-1] and size + tensor.nbytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    return groups
+
+
+def _write_partial(writer: GGUFWriter, tensors: list[PlannedTensor], partial: Path) -> None:
+    """One whole file, safely on disk."""
+    for tensor in tensors:
+        # float32 as dtype: gguf takes the shape as logical then; raw_dtype is what is stored.
+        number: Any = tensor.ggml_type.number  # gguf-py wants its enum, which lacks some types, and only writes it
+        writer.add_tensor_info(tensor.name, tensor.shape, np.float32, tensor.nbytes, raw_dtype=number)
+    _write_head(writer, partial)
+    with partial.open("ab") as out:
+        for tensor in tensors:
+            _write_tensor(out.write, tensor, writer.data_alignment)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _write_head(writer: GGUFWriter, partial: Path) -> None:
+    """Header, metadata and tensor descriptions, padded to where the data starts."""
+    try:
+        writer.write_header_to_file(partial)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+    size = partial.stat().st_size
+    with partial.open("ab") as out:
+        out.write(bytes(-size % writer.data_alignment))
+
+
+def _write_tensor(write: Callable[[memoryview], object], tensor: PlannedTensor, alignment: int) -> None:
+    written = 0
+    for piece in tensor.data():
+        view = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+        write(view)
+        written += view.nbytes
+    assert written == tensor.nbytes, (tensor.name, written, tensor.nbytes)
+    write(memoryview(bytes(-written % alignment)))
+
+
+@contextmanager
+def _as_user_errors(path: Path, needed: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise UserError(
+                f"{path} was not written: the disk is full; free {needed / 1e6:.0f} MB there or choose another -o"
+            ) from error
+        raise UserError(
+            f"{path} was not written ({error.strerror or error}); choose another -o or check its folder"
+        ) from error

@@ -1,0 +1,1 @@
+"""The model families whose GGUF metadata is built in, one file a family."""

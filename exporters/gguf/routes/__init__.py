@@ -1,0 +1,1 @@
+"""The ways to a file's metadata other than the built-in families."""

@@ -1,0 +1,98 @@
+"""Recognising a parameter in someone else's file by its values: the same rows, perhaps in another order.
+
+The run's weights are rounded and the template's are not, so rows are compared by their cosine: rounding to 2 bits still
+leaves more than 0.8, other rows of a trained or random matrix are far below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporters.gguf.families.row_orders import RowOrder, interleaved_rows
+
+Matrix = NDArray[np.float32]
+
+_SAME = 0.75  # mean cosine of rows from which two matrices count as the same
+_CLEAR = 0.98  # above it no better order is searched
+_SEARCH_COLUMNS = 512
+_SEARCH_ROWS = 1024
+_VECTOR_ERROR = 0.5
+
+
+def find_row_order(ours: Matrix, theirs: Matrix, heads: Iterable[int]) -> tuple[bool, RowOrder | None]:
+    """Whether `theirs` [R, K] holds the rows of `ours` [R, K], and in which order.
+
+    Tried in turn: the same order, interleaved halves of each head (Llama's q and k) for the head counts given, and any
+    one-to-one assignment of rows.
+
+    Returns:
+        (found, order): stored row i is our row order[i]; order None means the same order.
+    """
+    if ours.shape != theirs.shape:
+        return False, None
+    rows = ours.shape[0]
+    unit_ours, unit_theirs = _unit_rows(ours), _unit_rows(theirs)
+    best, order = _mean_cosine(unit_ours, unit_theirs), None
+    for count in dict.fromkeys(heads):
+        if count > 0 and rows % (2 * count) == 0 and best < _CLEAR:
+            candidate = interleaved_rows(rows, count)
+            score = _mean_cosine(unit_ours[candidate], unit_theirs)
+            if score > best:
+                best, order = score, candidate
+    if best < _CLEAR:
+        assigned = _assign(unit_ours, unit_theirs)
+        if assigned is not None:
+            score = _mean_cosine(unit_ours[assigned], unit_theirs)
+            if score > best + 1e-3:
+                best, order = score, assigned
+    return best >= _SAME, order
+
+
+def find_vector(ours: Matrix, theirs: Matrix, orders: Iterable[RowOrder]) -> tuple[bool, RowOrder | None, float]:
+    """The same for vectors [n], with the orders of the weight they belong to as candidates.
+
+    Returns:
+        (found, order, added): `added` is 1 where the file's convention stores 1 + the parameter (Gemma's norms).
+    """
+    if ours.shape != theirs.shape:
+        return False, None, 0.0
+    candidates: list[tuple[RowOrder | None, float]] = [(None, 0.0)]
+    candidates += [(order, 0.0) for order in orders if len(order) == len(ours)]
+    candidates.append((None, 1.0))
+    errors = [
+        float(np.linalg.norm((ours if order is None else ours[order]) + added - theirs)) for order, added in candidates
+    ]
+    least = int(np.argmin(errors))
+    # An all-zero vector (a bias that was never trained) contradicts nothing.
+    size = float(np.linalg.norm(theirs))
+    found = errors[least] <= _VECTOR_ERROR * size or size == 0
+    order, added = candidates[least] if size else candidates[0]
+    return found, order, added
+
+
+def _unit_rows(matrix: Matrix) -> Matrix:
+    """Rows scaled to length 1; zero rows stay zero."""
+    scale = np.abs(matrix).max(axis=1, keepdims=True)
+    scaled = matrix / np.where(scale > 0, scale, np.float32(1))
+    norm = np.linalg.norm(scaled, axis=1, keepdims=True)
+    return (scaled / np.where(norm > 0, norm, 1)).astype(np.float32)
+
+
+def _mean_cosine(ours: Matrix, theirs: Matrix) -> float:
+    """Mean cosine over rows that are not zero on both sides; 1 when all are."""
+    cosine = np.einsum("rk,rk->r", ours, theirs)
+    counted = ours.any(axis=1) | theirs.any(axis=1)
+    return float(cosine[counted].mean()) if counted.any() else 1.0
+
+
+def _assign(ours: Matrix, theirs: Matrix) -> RowOrder | None:
+    """For each of their rows our most similar one; None unless that is one-to-one."""
+    step = max(1, ours.shape[1] // _SEARCH_COLUMNS)
+    ours, theirs = ours[:, ::step], theirs[:, ::step]
+    order = np.concatenate(
+        [(theirs[i : i + _SEARCH_ROWS] @ ours.T).argmax(axis=1) for i in range(0, len(theirs), _SEARCH_ROWS)]
+    )
+    return order if len(np.unique(order)) == len(order) else None

@@ -1,0 +1,188 @@
+"""The template route: everything from a GGUF file that llama.cpp's converter made, except the weights themselves.
+
+It serves every architecture that llama.cpp knows. Names come from gguf's TensorNameMap, and each match is checked by
+value, which also finds the order of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import quants
+from numpy.typing import NDArray
+
+from exporters.gguf.blocks.ggml_types import F32
+from exporters.gguf.container.reader import GgufFile, StoredTensorInfo, shown
+from exporters.gguf.container.writer import PlannedTensor, write_file
+from exporters.gguf.families.row_orders import RowOrder
+from exporters.gguf.placement import Placement, candidate_names, dequantized_rows, iter_dequantized
+from exporters.gguf.provenance import PROVENANCE, add_provenance, file_type
+from exporters.gguf.routes.matching import find_row_order, find_vector
+from exporters.gguf.tensors import plan_tensor
+from exporters.interface import ExportOptions
+from signround_edge.errors import UserError
+from signround_edge.run_directory import RunDirectory
+
+_COPY_BYTES = 64 << 20
+_OWN_KEYS = ("general.architecture", "general.file_type", "general.quantization_version")
+_DROPPED_PREFIXES = ("split.", "quantize.imatrix.", f"{PROVENANCE}.")
+
+
+def export_with_template(run: RunDirectory, path: Path, options: ExportOptions, template: Path) -> Path:
+    """Write `path` with the template's metadata and tensor names and the run's data.
+
+    Raises:
+        UserError: the template is unreadable, or a parameter of the run finds no place in it.
+    """
+    source = GgufFile.open(template)
+    if template.resolve() == path.resolve():
+        raise UserError(f"--template and -o are the same file ({path}); choose another -o")
+    placements = {p.gguf_name: p for p in match_by_value(run, source)}
+    missing = set(run.names()) - {name for p in placements.values() for name in p.hf_names}
+    if missing:
+        raise UserError(
+            f"{template} has no place for {len(missing)} of the run's parameters ({', '.join(sorted(missing)[:3])}"
+            f"{', …' if len(missing) > 3 else ''}): by name or by value none of its tensors is theirs; make "
+            "the template from the same model"
+            + (", or quantize without --transform, which changes weights" if run.is_transformed else "")
+        )
+    kept = [name for name in source.tensors if name not in placements]
+    if kept:
+        options.log(f"kept {len(kept)} tensors of the template as they are: {', '.join(kept[:8])}")
+    tensors = [
+        _planned(run, source, info, placements.get(name), options.dtype) for name, info in source.tensors.items()
+    ]
+    writer = gguf.GGUFWriter(None, source.architecture)
+    _copy_metadata(writer, source, options)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(file_type(run, options.dtype))
+    add_provenance(writer, run)
+    # `verify` must not expect the built-in route's metadata here.
+    writer.add_string(f"{PROVENANCE}.template", template.name)
+    options.log(f"writing {path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:.1f} MB")
+    return write_file(path, writer, tensors, options.split_max_bytes)
+
+
+def match_by_value(run: RunDirectory, file: GgufFile) -> list[Placement]:
+    """Placement of the run's parameters in a file of any architecture; those without a place are left out."""
+    arch = file.architecture
+    names = candidate_names(run, _block_count(file), arch)
+    heads = _head_counts(file)
+    orders: dict[str, RowOrder] = {}
+    placements = []
+    # Weights first: a bias has the order of its weight's rows.
+    for gguf_name in sorted(set(names) & set(file.tensors), key=lambda name: name.endswith(".bias")):
+        placement = _place(run, file, Placement(gguf_name, names[gguf_name]), heads, orders)
+        if placement is not None:
+            placements.append(placement)
+            if placement.rows is not None:
+                orders[placement.hf_names[0]] = placement.rows
+    return placements
+
+
+@np.errstate(all="ignore")  # a damaged file may hold NaN and infinity; they match nothing
+def _place(
+    run: RunDirectory, file: GgufFile, candidate: Placement, heads: list[int], orders: dict[str, RowOrder]
+) -> Placement | None:
+    """The candidate with the order of rows that the file has; None when the file holds something else."""
+    if len(candidate.hf_names) > 1:
+        return candidate if _same_experts(run, file, candidate) else None
+    ours = dequantized_rows(run, candidate)
+    theirs = float_rows(file, candidate.gguf_name)
+    if ours.shape != theirs.shape:
+        return None
+    if len(file.tensors[candidate.gguf_name].shape) > 1:
+        found, order = find_row_order(ours, theirs, heads)
+        return replace(candidate, rows=order) if found else None
+    weight = orders.get(candidate.hf_names[0].removesuffix(".bias") + ".weight")
+    found, order, added = find_vector(ours[0], theirs[0], [weight] if weight is not None else [])
+    return replace(candidate, rows=order, added=added) if found else None
+
+
+def _same_experts(run: RunDirectory, file: GgufFile, candidate: Placement) -> bool:
+    """Whether the file holds the same experts, rows in the same order, one expert in memory at a time."""
+    shape = candidate.shape(run)
+    if file.tensors[candidate.gguf_name].shape != shape:
+        return False
+    rows = shape[-2]
+    for expert, ours in enumerate(iter_dequantized(run, candidate)):
+        theirs = float_rows(file, candidate.gguf_name, slice(expert * rows, (expert + 1) * rows))
+        found, order = find_row_order(ours, theirs, [])
+        if not found or order is not None:
+            return False
+    return True
+
+
+def float_rows(file: GgufFile, name: str, rows: slice = slice(None)) -> NDArray[np.float32]:
+    """Rows of a stored tensor as f32 [rows, values a row], through gguf's dequantizer (numpy)."""
+    info = file.tensors[name]
+    try:
+        weights: NDArray[np.float32] = quants.dequantize(
+            file.raw(name)[rows], gguf.GGMLQuantizationType(info.ggml_type.number)
+        )
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(
+            f"{file.path}: tensor {name} has type {info.ggml_type.name}, which cannot be read; "
+            "use an f16 or f32 template"
+        ) from error
+    return weights.reshape(-1, info.shape[-1])
+
+
+def _block_count(file: GgufFile) -> int:
+    """Decoder blocks that the file announces, checked before a table of names is made for each of them."""
+    count = file.get(f"{file.architecture}.block_count") or 0
+    if not isinstance(count, int) or not 0 <= count <= len(file.tensors):
+        raise UserError(
+            f"{file.path} has {len(file.tensors)} tensors and says that it has {shown(count)} blocks: it is damaged; "
+            "export or download it again"
+        )
+    return count
+
+
+def _head_counts(file: GgufFile) -> list[int]:
+    """Head counts of queries and of keys; some architectures have one of each for every layer."""
+    counts: list[int] = []
+    for key in ("head_count", "head_count_kv"):
+        value = file.get(f"{file.architecture}.attention.{key}")
+        counts += value if isinstance(value, list) else [value]
+    return [count for count in dict.fromkeys(counts) if isinstance(count, int) and count > 0]
+
+
+def _planned(
+    run: RunDirectory, source: GgufFile, info: StoredTensorInfo, placement: Placement | None, dtype: str | None
+) -> PlannedTensor:
+    if placement is None:
+        return PlannedTensor(info.name, info.ggml_type, info.shape, info.nbytes, lambda: _copied(source, info.name))
+    template_is_f32 = info.ggml_type is F32
+    keep_f32 = template_is_f32 and not run.is_quantized(placement.hf_names[0])
+    return plan_tensor(run, placement, dtype, keep_f32)
+
+
+def _copied(source: GgufFile, name: str) -> Iterator[NDArray[Any]]:
+    data = source.raw(name).reshape(-1)
+    for start in range(0, data.size, _COPY_BYTES):
+        yield data[start : start + _COPY_BYTES]
+
+
+def _copy_metadata(writer: gguf.GGUFWriter, source: GgufFile, options: ExportOptions) -> None:
+    for key, entry in source.metadata.items():
+        if key in _OWN_KEYS or key.startswith(_DROPPED_PREFIXES):
+            continue
+        if key == "general.alignment":
+            writer.add_custom_alignment(entry.value)
+        elif isinstance(entry.value, list) and not entry.value:
+            options.log(f"metadata {key} is an empty array and was left out")
+        else:
+            writer.add_key_value(key, _writable(entry.value), entry.type, entry.item_type)
+
+
+def _writable(value: Any) -> Any:
+    """Text as the bytes that it was read from: it need not be valid UTF-8."""
+    if isinstance(value, str):
+        return value.encode("utf-8", errors="surrogateescape")
+    return [_writable(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,1 @@
+"""The exported folder: written, described, read back and checked."""

@@ -1,0 +1,122 @@
+"""Comparing what a graph stores with the run directory, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from exporters.onnx.bindings import Binding
+from exporters.onnx.routes.staging import stand_in_container, stand_in_numbers
+from exporters.onnx.run_weights import RunWeights
+from signround_edge.errors import CheckFailed
+
+_VALUES_AT_ONCE = 1 << 24
+_WORDS = {"weight": "codes", "scales": "scales", "zero_points": "zero points"}
+
+
+def check_bindings(graph: ir.Graph, bindings: list[Binding], weights: RunWeights) -> None:
+    """CheckFailed, naming the parameters and the node, at the first stored value that is not the run's."""
+    nodes = {node.name: node for node in graph}
+    for binding in bindings:
+        if binding.quantized:
+            check_quantized(graph, nodes[binding.node], binding, weights)
+        else:
+            _check_floats(graph, binding, weights)
+        _release(graph, binding)
+
+
+def _check_floats(graph: ir.Graph, binding: Binding, weights: RunWeights) -> None:
+    stored = _array(graph, binding.initializers["weight"])
+    _compare(binding, "weights", stored, weights.stored_floats(binding, str(stored.dtype)))
+
+
+def _release(graph: ir.Graph, binding: Binding) -> None:
+    """Unmap the tensors' part of the data file, or what was read of a large one stays in memory until the end."""
+    for initializer in binding.initializers.values():
+        tensor = graph.initializers[initializer].const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()
+
+
+def check_complete(bindings: list[Binding], weights: RunWeights) -> list[str]:
+    """CheckFailed when a parameter of the run is in no initializer.
+
+    Returns the biases that the builder left out because all their values are 0; nothing else may be missing.
+    """
+    held = {weights.owner(p) for binding in bindings for p in (*binding.parameters, *binding.duplicates)}
+    missing = [name for name in weights.run.names() if name not in held]
+    for name in missing:
+        if not name.endswith(".bias") or bool(weights.run.dequantized(name).any()):
+            raise CheckFailed(f"tensor {name} of the run directory is not in the ONNX graph")
+    return missing
+
+
+def check_quantized(graph: ir.Graph, node: ir.Node, binding: Binding, weights: RunWeights) -> None:
+    """Check attributes, integers, zero points and scales of one quantized node; flat operands are accepted."""
+    expected = weights.operands(binding.parameters)
+    attributes = {name: node.attributes[name].as_int() for name in ("bits", "block_size")}
+    if attributes != {"bits": expected.bits, "block_size": expected.block_size}:
+        raise CheckFailed(
+            f"tensor {_title(binding)} has {attributes['bits']} bits in blocks of {attributes['block_size']} in node "
+            f"{node.name}, but {expected.bits} in blocks of {expected.block_size} in the run directory"
+        )
+    operands: dict[str, NDArray[Any]] = {
+        "weight": expected.weight,
+        "scales": expected.scales,
+        "zero_points": expected.zero_points,
+    }
+    for role, array in operands.items():
+        what = _WORDS[role]
+        if role not in binding.initializers:
+            raise CheckFailed(f"tensor {_title(binding)} has no {what} in node {node.name}")
+        _compare(binding, what, _array(graph, binding.initializers[role]).reshape(-1), array.reshape(-1))
+
+
+def check_stand_ins(graph: ir.Graph, bindings: list[Binding], weights: RunWeights) -> None:
+    """CheckFailed unless every stand-in is where its parameter's operands belong, as the builder was given it."""
+    numbers, nodes = stand_in_numbers(weights.run), {node.name: node for node in graph}
+    for binding in bindings:
+        rows = [weights.run.entry(weights.owner(p)).shape[0] for p in binding.parameters]
+        node, container = nodes[binding.node], stand_in_container(weights, binding.parameters[0])
+        found = tuple(node.attributes[name].as_int() for name in ("bits", "block_size"))
+        for role in ("weight", "scales", "zero_points"):
+            stored = _array(graph, binding.initializers[role]).reshape(-1)
+            wanted = np.repeat([float(numbers[p]) for p in binding.parameters], rows)
+            wanted = wanted if role == "scales" else np.zeros(len(stored) // len(wanted) * len(wanted))
+            differing = int(np.count_nonzero(stored != wanted)) if len(stored) == len(wanted) else len(stored)
+            if differing or found != container:
+                raise CheckFailed(
+                    f"{_WORDS[role]} of tensor {_title(binding)} in node {binding.node} differ from what the graph "
+                    f"builder was given in {differing} of {len(stored)} values ({found[0]} bits, blocks of {found[1]})"
+                )
+
+
+def _array(graph: ir.Graph, initializer: str) -> NDArray[Any]:
+    array: NDArray[Any] = graph.initializers[initializer].const_value.numpy()
+    return array
+
+
+def _compare(binding: Binding, what: str, stored: NDArray[Any], expected: NDArray[Any]) -> None:
+    place = f"{what} of tensor {_title(binding)} in node {binding.node}"
+    if stored.shape != expected.shape or stored.dtype != expected.dtype:
+        raise CheckFailed(
+            f"{place} are {stored.dtype} {list(stored.shape)}, expected {expected.dtype} {list(expected.shape)}"
+        )
+    differing = _count_differing(stored.reshape(-1), expected.reshape(-1))
+    if differing:
+        raise CheckFailed(f"{place} differ from the run directory in {differing} of {expected.size} values")
+
+
+def _count_differing(stored: NDArray[Any], expected: NDArray[Any]) -> int:
+    """By parts: the answers of a comparison take as much memory as an embedding of 8 bits."""
+    starts = range(0, stored.size, _VALUES_AT_ONCE)
+    return sum(
+        int(np.count_nonzero(stored[i : i + _VALUES_AT_ONCE] != expected[i : i + _VALUES_AT_ONCE])) for i in starts
+    )
+
+
+def _title(binding: Binding) -> str:
+    return " + ".join(binding.parameters)

@@ -1,0 +1,1 @@
+"""What `verify` expects of an artifact, one file a format."""

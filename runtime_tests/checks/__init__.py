@@ -1,0 +1,1 @@
+"""What `verify` compares: stored weights, logits, hidden states; and the gates that decide."""

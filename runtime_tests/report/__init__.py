@@ -1,0 +1,1 @@
+"""What `verify` found: figures, verdicts and evidence as data."""

@@ -1,0 +1,283 @@
+"""What `verify` found: the report, its JSON form (a contract, design section 9) and its table for people."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from runtime_tests.checks.exactness import Exactness
+from runtime_tests.checks.layers import Divergence
+from runtime_tests.report.evidence import Evidence
+from signround_edge.evaluation.metrics import FloatArray, Scores
+
+Status = Literal["pass", "fail", "skipped"]
+_STYLES = {"pass": "green", "fail": "bold red", "skipped": "yellow"}
+_DIFFERENCES_SHOWN = 20
+_MORE_FIGURES = ("ppl_stderr", "kld_stderr", "kld_median", "kld_p99", "kld_max", "ln_ratio_stderr")
+
+
+@dataclass
+class ArtifactReport:
+    """Exactness of one artifact.
+
+    Attributes:
+        path, format: which artifact ("gguf" or "onnx").
+        exactness: the comparison, or None when it could not be made; then `reason` says why.
+        status: "skipped" when no runtime of its format is available.
+    """
+
+    path: str
+    format: str
+    status: Status = "skipped"
+    reason: str | None = None
+    exactness: Exactness | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        differences = self.exactness.differences if self.exactness else []
+        return {
+            "path": self.path,
+            "format": self.format,
+            "status": self.status,
+            "reason": self.reason,
+            "weights_exact": self.status == "pass",
+            "tensors_checked": self.exactness.tensors_checked if self.exactness else 0,
+            "values_checked": self.exactness.values_checked if self.exactness else 0,
+            "tensors_differing": len(differences),
+            "values_differing": sum(d.values for d in differences),
+            "first_difference": f"{differences[0].tensor} {differences[0].what}" if differences else None,
+            "differences": [
+                {"tensor": d.tensor, "values": d.values, "what": d.what} for d in differences[:_DIFFERENCES_SHOWN]
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One comparison that decided: it passes when `figure` is at most `limit`.
+
+    Attributes:
+        name: "kld_mean", "ln_ppl_difference" (its absolute value), "control_kld_mean" or "layer_error".
+        figure: what was found; None when it is no number.
+    """
+
+    name: str
+    figure: float | None
+    limit: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """Figures of every scored token in nats, f32 [n]: loss of the runtime and of torch, and KL divergence."""
+
+    nll: FloatArray
+    nll_reference: FloatArray
+    kld: FloatArray
+
+
+@dataclass
+class RuntimeReport:
+    """One artifact on one runtime of one device.
+
+    Attributes:
+        name, device, artifact: which runtime, device profile and file.
+        gate: "exact" where the runtime computes in floats, "quantized" where it rounds activations.
+        parity: the artifact against torch with the same dequantized weights.
+        control: the same graph computing in floats, against torch; None where the artifact itself is that.
+        fidelity: the artifact against the original model.
+        divergence: where the graph leaves torch, when that was looked for and the runtime shows it.
+        gates: the comparisons that decided.
+        per_token: figures of every scored token.
+        seconds: time that the device computed, where the session says it.
+        peak_memory_bytes: of the process that computed, where the session says it.
+        notes: what a person should know although it decides nothing.
+    """
+
+    name: str
+    device: str
+    artifact: str
+    status: Status = "skipped"
+    reason: str | None = None
+    gate: Literal["exact", "quantized"] | None = None
+    parity: Scores | None = None
+    control: Scores | None = None
+    fidelity: Scores | None = None
+    divergence: Divergence | None = None
+    gates: list[Gate] = field(default_factory=list)
+    per_token: PerToken | None = None
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        parity = self.parity
+        return {
+            "name": self.name,
+            "device": self.device,
+            "status": self.status,
+            "reason": self.reason,
+            **{name: _figure(parity, name) for name in ("ppl", "ppl_reference", "kld_mean", "top1_agreement")},
+            "artifact": self.artifact,
+            "gate": self.gate,
+            "control_kld_mean": _figure(self.control, "kld_mean"),
+            **{name: _figure(parity, name) for name in _MORE_FIGURES},
+            "tokens": parity.tokens if parity else 0,
+            "fidelity": _fidelity_json(self.fidelity),
+            "divergence": None if self.divergence is None else self.divergence.to_json(),
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "notes": self.notes,
+        }
+
+
+@dataclass
+class VerifyReport:
+    """Everything that `verify` found.
+
+    Attributes:
+        run, text, reference: as they were given.
+        evidence: what a certificate needs besides.
+        changed: which input was changed while it was verified; then nothing is proved about it.
+    """
+
+    run: str
+    text: str
+    reference: str | None
+    evidence: Evidence | None = None
+    artifacts: list[ArtifactReport] = field(default_factory=list)
+    runtimes: list[RuntimeReport] = field(default_factory=list)
+    changed: str | None = None
+
+    @property
+    def weights_exact(self) -> bool:
+        """Whether every artifact was compared and none differs."""
+        return bool(self.artifacts) and all(a.status == "pass" for a in self.artifacts)
+
+    @property
+    def status(self) -> Status:
+        """ "fail" when anything fails; "pass" only when every artifact is exact and ran somewhere."""
+        if self.changed is not None or "fail" in [a.status for a in self.artifacts] + [r.status for r in self.runtimes]:
+            return "fail"
+        ran = {r.artifact for r in self.runtimes if r.status == "pass"}
+        return "pass" if self.weights_exact and all(a.path in ran for a in self.artifacts) else "skipped"
+
+    @property
+    def passed(self) -> bool:
+        """Exit code 0: nothing failed, and nothing was passed over."""
+        return self.status == "pass"
+
+    def to_json(self) -> dict[str, Any]:
+        """The `--json` document."""
+        return {
+            "status": self.status,
+            "weights_exact": self.weights_exact,
+            "tensors_checked": sum(a.exactness.tensors_checked for a in self.artifacts if a.exactness),
+            "runtimes": [r.to_json() for r in self.runtimes],
+            "artifacts": [a.to_json() for a in self.artifacts],
+            "run": self.run,
+            "text": self.text,
+            "reference": self.reference,
+            "changed": self.changed,
+        }
+
+
+def render(report: VerifyReport) -> RenderableType:
+    """The report for a terminal: the verdict, one table of artifacts, one of runtimes, and every reason."""
+    lines: list[Text] = []
+    labels = _labels([artifact.path for artifact in report.artifacts])
+    for artifact in report.artifacts:
+        if artifact.reason:
+            lines.append(_line(artifact.status, labels[artifact.path], artifact.reason))
+    for runtime in report.runtimes:
+        what = f"{labels[runtime.artifact]} on {runtime.name}, {runtime.device}"
+        if runtime.reason:
+            lines.append(_line(runtime.status, what, runtime.reason))
+        lines += [_line("skipped", what, note, "note") for note in runtime.notes]
+    if report.changed is not None:
+        lines.append(_line("fail", "input", report.changed))
+    return Group(_artifact_table(report, labels), _runtime_table(report, labels), *lines, _verdict(report))
+
+
+def _labels(paths: list[str]) -> dict[str, str]:
+    """The last part of each path, or the whole of it where two would look the same."""
+    names = [Path(path).name for path in paths]
+    return {path: name if names.count(name) == 1 else path for path, name in zip(paths, names, strict=True)}
+
+
+def _artifact_table(report: VerifyReport, labels: dict[str, str]) -> Table:
+    table = Table(title="Stored weights against the run directory", title_justify="left")
+    for heading in ("artifact", "format", "tensors", "values", "differing", "exact"):
+        table.add_column(heading, justify="right" if heading in ("tensors", "values", "differing") else "left")
+    for artifact in report.artifacts:
+        data = artifact.to_json()
+        table.add_row(
+            labels[artifact.path],
+            artifact.format,
+            f"{data['tensors_checked']:,}",
+            f"{data['values_checked']:,}",
+            f"{data['values_differing']:,}",
+            Text("yes" if artifact.status == "pass" else artifact.status, style=_STYLES[artifact.status]),
+        )
+    return table
+
+
+def _runtime_table(report: VerifyReport, labels: dict[str, str]) -> Table:
+    table = Table(title="Runtimes against torch with the same weights", title_justify="left")
+    fidelity = any(r.fidelity for r in report.runtimes)
+    headings = ["artifact", "runtime", "device", "PPL", "PPL torch", "KL mean", "KL control", "same top-1"]
+    headings += ["PPL original", "KL original"] if fidelity else []
+    for heading in (*headings, "status"):
+        table.add_column(heading, justify="right" if heading[:2] in ("PP", "KL", "sa") else "left")
+    for r in report.runtimes:
+        data = r.to_json()
+        cells = [labels[r.artifact], r.name, r.device, _fixed(data["ppl"]), _fixed(data["ppl_reference"])]
+        cells += [_small(data["kld_mean"]), _small(data["control_kld_mean"]), _percent(data["top1_agreement"])]
+        if fidelity:
+            original = data["fidelity"] or dict.fromkeys(("ppl_reference", "kld_mean"))
+            cells += [_fixed(original["ppl_reference"]), _small(original["kld_mean"])]
+        table.add_row(*cells, Text(r.status, style=_STYLES[r.status]))
+    return table
+
+
+def _verdict(report: VerifyReport) -> Text:
+    words = {
+        "pass": "PASS: every stored weight is the run's, and every runtime computes what torch computes with them.",
+        "fail": "FAIL: see the reasons above.",
+        "skipped": "NOT VERIFIED: something could not be run; see the reasons above.",
+    }
+    return Text(words[report.status], style=_STYLES[report.status])
+
+
+def _line(status: Status, what: str, reason: str, label: str | None = None) -> Text:
+    return Text.assemble((f"{label or status}: ", _STYLES[status]), f"{what}: {reason}")
+
+
+def _fidelity_json(scores: Scores | None) -> dict[str, Any] | None:
+    if scores is None:
+        return None
+    names = ("ppl_reference", "kld_mean", "kld_stderr", "kld_median", "kld_p99", "top1_agreement")
+    return {name: _figure(scores, name) for name in names}
+
+
+def _figure(scores: Scores | None, name: str) -> float | None:
+    """A figure for JSON, which knows no NaN and no infinity: a file whose logits are NaN has no perplexity."""
+    value: float | None = None if scores is None else getattr(scores, name)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _fixed(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _small(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2e}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f} %"

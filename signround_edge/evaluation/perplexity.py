@@ -1,0 +1,117 @@
+"""Perplexity and KL divergence of torch models: the original, or a run directory's dequantized weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from signround_edge.errors import UserError
+from signround_edge.evaluation.metrics import FloatArray, ScoreKeeper, Scores, TokenArray, Windows, cut_windows
+from signround_edge.model.decoder import build_decoder, checkpoint_name, set_parameter
+from signround_edge.model.source import SourceModel
+from signround_edge.model.tokenizer import load_tokenizer
+from signround_edge.run_directory import RunDirectory
+
+
+class TorchSession:
+    """A torch model that gives logits for one window of tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+
+    def logits(self, tokens: TokenArray) -> FloatArray:
+        """f32 [n, vocab] next-token logits at every position of one window, int32 [n]."""
+        known = self.model.get_input_embeddings().weight.shape[0]
+        if int(tokens.max()) >= known:
+            raise UserError(
+                f"the tokenizer gives token {int(tokens.max())}, but the model knows {known}; "
+                "tokenizer files and weights are not of the same model"
+            )
+        with torch.no_grad():
+            device = next(self.model.parameters()).device
+            ids = torch.from_numpy(tokens.astype("int64")).unsqueeze(0).to(device)
+            array: FloatArray = self.model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
+        return array
+
+
+def load_run_model(run: RunDirectory, device: str = "cpu") -> nn.Module:
+    """The model of a run directory with its dequantized weights, f32, in evaluation mode."""
+    return _load(run.config_dir, run.state_dict(), device)
+
+
+def load_source_model(path: Path, device: str = "cpu") -> nn.Module:
+    """The full-precision model of a Hugging Face folder, f32, in evaluation mode."""
+    source = SourceModel.open(path)
+    decoder = build_decoder(path)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, _ in decoder.model.named_parameters():
+            yield name, source.tensor(checkpoint_name(name, source, decoder.base_prefix)).float()
+
+    return _load(path, tensors(), device)
+
+
+def _load(config_dir: Path, tensors: Iterator[tuple[str, Tensor]], device: str) -> nn.Module:
+    model: Any = build_decoder(config_dir).model
+    for name, tensor in tensors:
+        set_parameter(model, name, nn.Parameter(tensor.to(device), requires_grad=False))
+    model.tie_weights()
+    unloaded = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if unloaded:
+        raise UserError(f"{config_dir}: no data for tensor {unloaded[0]}; weights and config are not of the same model")
+    loaded: nn.Module = model.to(device)
+    return loaded
+
+
+def text_windows(tokenizer_dir: Path, text: Path, n_ctx: int = 512, max_windows: int | None = None) -> Windows:
+    """Windows of a text as llama-perplexity cuts them, BOS rule included.
+
+    Raises:
+        UserError: the text is missing, not UTF-8 or too short, or a window is longer than the model can see.
+    """
+    positions = longest_window(tokenizer_dir)
+    if positions is not None and n_ctx > positions:
+        raise UserError(
+            f"--n-ctx {n_ctx} is more than the {positions} positions of the model; give --n-ctx {positions}"
+        )
+    tokenizer = load_tokenizer(tokenizer_dir)
+    if not text.is_file():
+        raise UserError(f"--text {text} does not exist; give a UTF-8 text file")
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {text} is not UTF-8 ({error.reason}); convert it first") from error
+    tokens = list(tokenizer(content, verbose=False)["input_ids"])
+    return cut_windows(tokens, n_ctx, added_bos(tokenizer), max_windows)
+
+
+def longest_window(model_dir: Path) -> int | None:
+    """The longest text that a model was made for, by its config.json; None where none says so (an ONNX folder)."""
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    found = (config.get(key) for key in ("max_position_embeddings", "n_positions"))
+    return next((int(value) for value in found if isinstance(value, int) and value > 0), None)
+
+
+def added_bos(tokenizer: Any) -> int | None:
+    """The BOS token when this tokenizer puts one in front of a text, else None."""
+    bos = tokenizer.bos_token_id
+    start = tokenizer("a")["input_ids"][:1]
+    return int(bos) if bos is not None and start == [bos] else None
+
+
+def evaluate(session: Any, windows: Windows, reference: Any = None) -> Scores:
+    """Score a session (anything with `logits`) on windows, against a reference session when given."""
+    keeper = ScoreKeeper()
+    for index, window in enumerate(windows.tokens):
+        scored = windows.scored
+        base = None if reference is None else reference.logits(window)[scored]
+        keeper.add(session.logits(window)[scored], windows.targets(index), base)
+    return keeper.scores()

@@ -1,0 +1,66 @@
+"""`evaluate`: score anything that gives logits: a model folder, a run directory, or an artifact on its runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from signround_edge.errors import UserError
+from signround_edge.evaluation.metrics import Scores
+from signround_edge.evaluation.perplexity import TorchSession, evaluate, load_run_model, load_source_model, text_windows
+from signround_edge.model.source import resolve_model
+from signround_edge.plugins import exporter_of, runtimes
+from signround_edge.run_directory import RunDirectory
+
+
+def score(path: str, text: Path, reference: str | None, n_ctx: int, max_windows: int | None) -> Scores:
+    """Scores of `path` on a text; an artifact runs on its own runtime, and then tokenizes with the reference's files.
+
+    Raises:
+        UserError: neither model, run nor artifact; or an artifact without a --reference to take the tokenizer from.
+    """
+    reference_dir = None if reference is None else resolve_model(reference)
+    with opened(path, reference_dir) as (session, tokenizer_dir):
+        windows = text_windows(tokenizer_dir, text, n_ctx, max_windows)
+        base = None if reference_dir is None else TorchSession(load_source_model(reference_dir))
+        return evaluate(session, windows, base)
+
+
+@contextmanager
+def opened(path: str, reference_dir: Path | None) -> Iterator[tuple[Any, Path]]:
+    """(session, folder of its tokenizer) of a model folder, a run directory or an artifact; closed at the end.
+
+    Raises:
+        UserError: as `score` says.
+    """
+    session, tokenizer_dir = _open(path, reference_dir)
+    try:
+        yield session, tokenizer_dir
+    finally:
+        close = getattr(session, "close", None)
+        if close is not None:
+            close()
+
+
+def _open(path: str, reference_dir: Path | None) -> tuple[Any, Path]:
+    local = Path(path)
+    if (local / "manifest.json").is_file():
+        run = RunDirectory.open(local)
+        return TorchSession(load_run_model(run)), run.config_dir
+    # An ONNX folder may carry its model's config.json.
+    if not local.exists() or ((local / "config.json").is_file() and not (local / "model.onnx").is_file()):
+        folder = resolve_model(path)
+        return TorchSession(load_source_model(folder)), folder
+    artifact_format = exporter_of(local).name
+    tokenizer_dir = local if (local / "tokenizer.json").is_file() else reference_dir
+    if tokenizer_dir is None:
+        raise UserError(f"{path}: give --reference MODEL too; its tokenizer cuts the text into windows")
+    for runtime in runtimes().values():
+        if runtime.artifact_format == artifact_format:
+            reason = runtime.unavailable()
+            if reason:
+                raise UserError(f"{path} needs the runtime {runtime.name}, which cannot run here: {reason}")
+            return runtime.open(local), tokenizer_dir
+    raise UserError(f"{path}: no runtime for {artifact_format} is installed")

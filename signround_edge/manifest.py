@@ -1,0 +1,101 @@
+"""manifest.json of a run directory: what a run is, as data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+OUTSIDE = "outside"
+
+
+@dataclass
+class TensorEntry:
+    """One parameter of the model.
+
+    Attributes:
+        name: Hugging Face parameter name.
+        part: name of the part file that holds it.
+        shape: shape of the Hugging Face parameter.
+        dtype: dtype in the source model ("float16").
+        format: grid name, or None for a tensor kept in floats.
+        transposed: the source stores [in, out] (Conv1D); codes are always [out, in].
+        fallback_from: the format that the scheme asked for, where the row length forced another one.
+    """
+
+    name: str
+    part: str
+    shape: list[int]
+    dtype: str
+    format: str | None = None
+    transposed: bool = False
+    fallback_from: str | None = None
+
+    @property
+    def out_in_shape(self) -> tuple[int, ...]:
+        """[out, in] of a matrix, which is also the shape of its codes; [n] of a vector."""
+        return tuple(self.shape[::-1] if self.transposed else self.shape)
+
+
+@dataclass
+class PartRecord:
+    """A complete part: its file's hash, what tuning and transforms report about it, the hash of its statistics."""
+
+    sha256: str
+    report: dict[str, Any] = field(default_factory=dict)
+    transforms: dict[str, Any] = field(default_factory=dict)
+    statistics_sha256: str | None = None
+
+
+@dataclass
+class Manifest:
+    """manifest.json. `settings` and `source` decide whether a run may be resumed.
+
+    It holds no times, so that a resumed run and an uninterrupted one are byte-identical.
+
+    Attributes:
+        scheme: the scheme's text.
+        targets: exporters that need no further rounding ("gguf", "onnx").
+        source: {"model": path or name, "files": {file name: sha256}}.
+        settings: tuning settings, seed and the hash of the calibration tokens.
+        versions: versions of the libraries that ran.
+        parts: part names in order.
+        tied: parameter name → name of the parameter whose data it shares.
+        tensors: every parameter, in model order.
+        complete: part name → record, for parts that are written.
+        whole_model: what the whole-model stage reports, once it is done; the parts are its own from then on.
+    """
+
+    scheme: str
+    targets: list[str]
+    source: dict[str, Any]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    parts: list[str]
+    tied: dict[str, str]
+    tensors: list[TensorEntry]
+    complete: dict[str, PartRecord] = field(default_factory=dict)
+    whole_model: dict[str, Any] | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def state(self) -> str:
+        """Either "complete" or "incomplete"."""
+        pending = self.settings.get("whole_model_steps", 0) and self.whole_model is None
+        return "complete" if all(p in self.complete for p in self.parts) and not pending else "incomplete"
+
+    def to_json(self) -> str:
+        data = asdict(self)
+        return json.dumps({"schema_version": data.pop("schema_version"), "state": self.state, **data}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Raises ValueError, KeyError or TypeError on anything that is not a manifest of this version."""
+        data = json.loads(text)
+        if data.pop("schema_version") != SCHEMA_VERSION:
+            raise ValueError("another schema version")
+        data.pop("state")
+        data["tensors"] = [TensorEntry(**t) for t in data["tensors"]]
+        data["complete"] = {k: PartRecord(**v) for k, v in data["complete"].items()}
+        return cls(**data)

@@ -1,0 +1,1 @@
+"""A Hugging Face model folder: config, tokenizer, stored tensors, decoder blocks, experts."""

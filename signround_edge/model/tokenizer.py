@@ -1,0 +1,18 @@
+"""The tokenizer of a model folder, as transformers loads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from signround_edge.errors import UserError
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder or run/config; UserError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{folder} holds no tokenizer that transformers can load; add its tokenizer files") from error

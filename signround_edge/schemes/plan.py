@@ -1,0 +1,165 @@
+"""The plan of a run, made before tuning starts: every tensor, its format, its bytes and every fallback."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from signround_edge.errors import UserError
+from signround_edge.formats import Grid, get_grid
+from signround_edge.formats.matmul_nbits import matmul_nbits_bytes
+from signround_edge.manifest import OUTSIDE, TensorEntry
+from signround_edge.model.decoder import Decoder, checkpoint_name, is_transposed
+from signround_edge.model.experts import stacks
+from signround_edge.model.source import SourceModel
+from signround_edge.run_directory import dtype_name
+from signround_edge.schemes.gguf_names import gguf_name
+from signround_edge.schemes.gguf_presets import Place, Role
+from signround_edge.schemes.roles import model_traits, role_of
+from signround_edge.schemes.scheme import Scheme, after_fallback
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run will hold.
+
+    Attributes:
+        tensors: one entry per parameter, in model order.
+        parts: part names in the order in which they are written.
+        tied: alias → owner of shared parameters.
+        target: whose bytes are counted: the scheme's first target.
+        embedding, head: parameter names of the token embedding and the output head; the same name when they are tied.
+    """
+
+    tensors: list[TensorEntry]
+    parts: list[str]
+    tied: dict[str, str]
+    target: str
+    embedding: str
+    head: str
+
+    def of_part(self, part: str) -> list[TensorEntry]:
+        """The entries of one part."""
+        return [t for t in self.tensors if t.part == part]
+
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensor data in the target file."""
+        return sum(entry_bytes(t, self.target) for t in self.tensors)
+
+    def bits_per_weight(self) -> float:
+        """Stored bits a parameter over the whole model."""
+        return 8 * self.tensor_bytes() / sum(math.prod(t.shape) for t in self.tensors)
+
+
+def entry_bytes(entry: TensorEntry, target: str) -> int:
+    """Bytes of one tensor in the target file ("gguf" or "onnx").
+
+    Floats: GGUF holds what no scheme quantizes (norms, biases, routers, learned positions) as F32 and other matrices in
+    their own dtype; the ONNX graph computes in F32.
+    """
+    if entry.format is None:
+        own = entry.fallback_from is not None and target == "gguf"
+        width = getattr(torch, entry.dtype).itemsize if own else 4
+        return math.prod(entry.shape) * int(width)
+    rows, cols = entry.out_in_shape
+    grid = get_grid(entry.format)
+    in_onnx = matmul_nbits_bytes(grid, rows, cols) if target == "onnx" else None
+    return grid.stored_bytes(rows, cols) if in_onnx is None else in_onnx
+
+
+def part_of_block(index: int) -> str:
+    """Part name of decoder block `index`: "0007"."""
+    return f"{index:04d}"
+
+
+def make_plan(decoder: Decoder, source: SourceModel, scheme: Scheme, float_fallback: bool) -> Plan:
+    """Decide the format of every parameter.
+
+    Args:
+        float_fallback: keep matrices whose rows no block size divides in floats instead of refusing.
+    Raises:
+        UserError: a row that no block size of the scheme divides; a tensor missing from the source.
+    """
+    model = decoder.model
+    tied = decoder.tied_parameters()
+    embedding, head = decoder.embedding._parameters["weight"], decoder.head._parameters["weight"]
+    if embedding is head:
+        scheme = scheme.for_tied_embedding()
+    config: Any = model.config
+    traits, layers = model_traits(config), len(decoder.blocks)
+    places: dict[int, tuple[Place, bool]] = {}
+    for index in range(layers):
+        for name, module in decoder.matrices(index).items():
+            role = role_of(gguf_name(name, config.model_type))
+            places[id(module._parameters["weight"])] = (Place(role, index), is_transposed(module))
+    places[id(embedding)] = (Place(Role.EMBEDDING), False)
+    places[id(head)] = (Place(Role.OUTPUT), False)  # overrides EMBEDDING where both are one parameter
+    tensors: list[TensorEntry] = []
+    for name, parameter in model.named_parameters():
+        stored = checkpoint_name(name, source, decoder.base_prefix)
+        shape = list(parameter.shape)
+        entry = TensorEntry(name, _part_of(name, decoder), shape, dtype_name(source.dtypes[stored]))
+        if id(parameter) in places:
+            place, entry.transposed = places[id(parameter)]
+            known_as = (name, gguf_name(name, config.model_type) or name)
+            cols = entry.shape[0] if entry.transposed else entry.shape[1]
+            _choose_format(entry, scheme.asked_for(known_as, place, traits, cols), cols, scheme, float_fallback)
+        tensors.append(entry)
+    _check_experts(tensors)
+    parts = [part_of_block(i) for i in range(len(decoder.blocks))] + [OUTSIDE]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return Plan(tensors, parts, tied, scheme.targets[0], names[id(embedding)], names[id(head)])
+
+
+def _part_of(name: str, decoder: Decoder) -> str:
+    if name.startswith(f"{decoder.prefix}."):
+        return part_of_block(int(name[len(decoder.prefix) + 1 :].split(".")[0]))
+    return OUTSIDE
+
+
+def _choose_format(entry: TensorEntry, asked: Grid, cols: int, scheme: Scheme, float_fallback: bool) -> None:
+    grid = after_fallback(asked, cols, scheme.targets)
+    if grid is None and not float_fallback:
+        raise UserError(
+            f"tensor {entry.name} has rows of {cols} values, which no block size of --scheme {scheme.text} divides; "
+            "add --float-fallback to keep such tensors in 16-bit floats"
+        )
+    entry.format = None if grid is None else grid.name
+    entry.fallback_from = None if entry.format == asked.name else asked.name
+
+
+def _check_experts(tensors: list[TensorEntry]) -> None:
+    """UserError where the experts of a layer, which are one tensor in a file, have several types."""
+    formats = {entry.name: entry.format for entry in tensors}
+    for stack, names in stacks(list(formats)).items():
+        types = sorted({formats[name] or "floats" for name in names})
+        if len(types) > 1:
+            raise UserError(
+                f"--tensor-type gives the experts of {stack} several types ({', '.join(types)}), and they are one "
+                "tensor in a GGUF file; give a pattern that matches all of them, such as ffn_down_exps"
+            )
+
+
+def listing(plan: Plan) -> list[str]:
+    """Lines for the user: tensors and bytes by format, the total, and every fallback."""
+    lines = []
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for entry in plan.tensors:
+        kind = entry.format or (entry.dtype if entry.fallback_from else "F32")
+        counts[kind] += 1
+        sizes[kind] += entry_bytes(entry, plan.target)
+    for kind, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        lines.append(f"{kind:>10}  {counts[kind]:5d} tensors  {size:15,d} bytes")
+    lines.append(f"{'total':>10}  {len(plan.tensors):5d} tensors  {plan.tensor_bytes():15,d} bytes")
+    lines[-1] += f"  {plan.bits_per_weight():.3f} bits/weight as {plan.target.upper()}"
+    entries = {entry.name: entry for entry in plan.tensors if entry.fallback_from}
+    for stack, names in stacks(list(entries)).items():
+        entry = entries[names[0]]
+        shape = entry.shape if len(names) == 1 else f"{len(names)} × {entry.shape}"
+        lines.append(f"fallback: {stack} {shape} {entry.fallback_from} → {entry.format or 'floats'}")
+    return lines

@@ -1,0 +1,51 @@
+"""What each matrix of a model is for, as llama.cpp sees it, and what else its presets ask about a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from signround_edge.model.experts import split_expert
+from signround_edge.schemes.gguf_names import gguf_name
+from signround_edge.schemes.gguf_presets import ModelTraits, Role
+
+# The order is llama.cpp's (`tensor_get_category`): attn_qkv holds V.
+_ROLES = (
+    ("attn_qkv", Role.ATTENTION_V),
+    ("attn_kv_b", Role.ATTENTION_V),
+    ("attn_v", Role.ATTENTION_V),
+    ("attn_k.", Role.ATTENTION_K),
+    ("attn_output", Role.ATTENTION_OUTPUT),
+    ("ffn_down", Role.FFN_DOWN),
+)
+
+
+def role_of(gguf_name: str | None) -> Role:
+    """The role of a decoder block's matrix."""
+    return next((role for part, role in _ROLES if part in (gguf_name or "")), Role.OTHER)
+
+
+def writes_to_stream(name: str, model_type: str) -> bool:
+    """Whether a decoder block's matrix of this parameter name is an output or down projection, and not an expert's."""
+    if split_expert(name)[1] is not None:
+        return False
+    return role_of(gguf_name(name, model_type)) in (Role.ATTENTION_OUTPUT, Role.FFN_DOWN)
+
+
+def model_traits(config: Any) -> ModelTraits:
+    """What the presets ask about a model, from its Hugging Face config."""
+    heads = getattr(config, "num_attention_heads", 1)
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    if getattr(config, "model_type", "") == "falcon":
+        if getattr(config, "new_decoder_architecture", False):
+            key_heads = config.num_kv_heads
+        elif config.multi_query:
+            key_heads = 1
+        return ModelTraits(config.num_hidden_layers, heads // key_heads, falcon=True)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
+    return ModelTraits(config.num_hidden_layers, heads // key_heads, experts=experts)
+
+
+def head_size(config: Any) -> int:
+    """Channels of an attention head, from the Hugging Face config."""
+    given = getattr(config, "head_dim", None)
+    return int(given or config.hidden_size // config.num_attention_heads)

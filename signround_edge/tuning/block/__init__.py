@@ -1,0 +1,1 @@
+"""Tuning one decoder block: start, gradient steps, choice."""

@@ -1,0 +1,35 @@
+"""Loss of a unit: the weighted squared error of its output against the full-precision one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from signround_edge.tuning.block.unit import Unit
+from signround_edge.tuning.settings import TuningSettings
+
+
+def loss_gradient(unit: Unit, output: Tensor, index: Tensor) -> Tensor:
+    """∂L/∂output of the mean of `weighted_loss`, in the memory of nothing else: 2/N·weight·(output − target)."""
+    target = unit.target(index)
+    weights = unit.token_weights(target).mul_(2 / target.numel())
+    return (output - target).mul_(weights)
+
+
+def weighted_loss(unit: Unit, output: Tensor, index: Tensor) -> Tensor:
+    """Weighted squared errors of the unit's output for some samples, same shape as the output."""
+    target = unit.target(index)
+    return (output - target).square() * unit.token_weights(target)
+
+
+def held_out_loss(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -> float:
+    """Loss over the held-out samples, computed as in the training steps but summed in f64."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for index in unit.held_out.split(settings.batch_size):
+            with autocast:
+                output = unit.forward(index)
+            loss = weighted_loss(unit, output.float(), index)
+            total += float(loss.double().sum())
+            count += loss.numel()
+    return total / count

@@ -1,0 +1,63 @@
+"""What is tuned together: the matrices of a decoder block, or a single one, and the data they are tuned on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from signround_edge.formats import Grid, QuantizedTensor
+from signround_edge.model.decoder import set_out_in
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix to quantize.
+
+    Attributes:
+        name: parameter name.
+        module: the nn.Linear (or Conv1D) whose weight is tuned.
+        grid: target grid.
+        weight: original weight f32 [out, in].
+        importance: E[x²] f32 [in].
+        writes_to_stream: whether its output is added to the residual stream as it is.
+    """
+
+    name: str
+    module: nn.Module
+    grid: Grid
+    weight: Tensor
+    importance: Tensor
+    writes_to_stream: bool = False
+
+    def install(self, weight: Tensor) -> None:
+        """Put a weight f32 [out, in] into the module."""
+        set_out_in(self.module, weight)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is tuned together, and the data it is tuned on.
+
+    Attributes:
+        matrices: the matrices of the unit.
+        forward: sample indices [n] → the unit's output f32 [n, seqlen, features] for the quantized model's inputs.
+        target: sample indices [n] → the full-precision output, same shape.
+        token_weights: full-precision output → weights of the tokens' squared errors [n, seqlen, 1].
+        train, held_out: sample indices.
+        module: what `forward` runs: the block, or the matrix's own module.
+    """
+
+    matrices: list[Matrix]
+    forward: Callable[[Tensor], Tensor]
+    target: Callable[[Tensor], Tensor]
+    token_weights: Callable[[Tensor], Tensor]
+    train: Tensor
+    held_out: Tensor
+    module: nn.Module
+
+    def install(self, tensors: dict[str, QuantizedTensor]) -> None:
+        """Put the dequantized weights into the modules; tensors by matrix name."""
+        for matrix in self.matrices:
+            matrix.install(tensors[matrix.name].dequantize())

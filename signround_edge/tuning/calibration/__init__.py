@@ -1,0 +1,1 @@
+"""The calibration text, the activations that it causes, and what is measured of them."""

@@ -1,0 +1,1 @@
+"""Faster forms of a block's own modules for tuning on CPUs."""

@@ -1,0 +1,1 @@
+"""Tuning all blocks together on the KL divergence of the logits."""

@@ -1,0 +1,180 @@
+"""Tuning the whole model on the KL divergence of its next-token probabilities from the full-precision model's.
+
+Block-wise tuning cannot judge what an error of a block does to the model's answer; here that is the loss:
+
+    L = mean over tokens of Σ_v p(v)·(log p(v) − log p̂(v)),  p full precision, p̂ quantized
+
+Tuned are the codes, by SignRound's sign step, and what every format stores in floats anyway: the fp16 scales (and
+minimums, super-scales) of the matrices, norm weights and biases. Nothing new is stored, so files stay valid. Each fp16
+field f is f₀·(1 + a), rounded to fp16 in the forward pass with the gradient passed straight through; ŵ is linear in it,
+so ∂L/∂a = f₀·∂ŵ/∂f·G with G = ∂L/∂ŵ. a and the float tensors descend by Adam (Kingma and Ba 2015).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from signround_edge.formats import QuantizedTensor
+from signround_edge.model.decoder import Decoder, set_parameter
+from signround_edge.progress import Progress
+from signround_edge.tuning.calibration.activations import Shell
+from signround_edge.tuning.schedule import check_steps
+from signround_edge.tuning.settings import TuningSettings
+from signround_edge.tuning.whole_model.divergence import TopProbabilities, kl_divergence
+from signround_edge.tuning.whole_model.tunables import Tunable
+
+# Tokens whose logits are in memory at once: f32 [256, vocabulary].
+TOKENS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class WholeModelReport:
+    """Mean KL divergence over the held-out samples, in nats.
+
+    Attributes:
+        before: of the block-wise result.
+        after: of what is kept; never above `before`.
+        best_step: steps after which it was found (0: the block-wise result).
+    """
+
+    before: float
+    after: float
+    best_step: int
+
+    def __str__(self) -> str:
+        less = 1 - self.after / self.before if self.before else 0.0
+        return f"held-out KL divergence {self.before:.3e} → {self.after:.3e} ({less:.0%} less) at step {self.best_step}"
+
+
+@dataclass
+class WholeModel:
+    """The quantized model, loaded as a whole, beside what the exact one has after its blocks.
+
+    Attributes:
+        decoder: its blocks' parameters are replaced by `install`.
+        shell: of the same decoder.
+        tokens: int64 [samples, seqlen].
+        inputs: what enters the quantized model's block 0, f32 [samples, seqlen, hidden].
+        exact: the exact model's next-token probabilities at each position of `tokens`, one sample after another.
+        tunables: parameter name → what is tuned.
+        autocast: context of the matrix products in the blocks.
+    """
+
+    decoder: Decoder
+    shell: Shell
+    tokens: Tensor
+    inputs: Tensor
+    exact: TopProbabilities
+    tunables: dict[str, Tunable]
+    autocast: torch.autocast
+    device: torch.device
+
+    def install(self) -> None:
+        """Put the tuned parameters, as they are now, into the model."""
+        for name, tunable in self.tunables.items():
+            set_parameter(self.decoder.model, name, nn.Parameter(tunable.value()))
+
+    def stored(self) -> dict[str, Tensor | QuantizedTensor]:
+        """What is tuned, by parameter name, as the run directory stores it."""
+        return {name: tunable.stored() for name, tunable in self.tunables.items()}
+
+    def train_step(self, samples: Tensor, code_rate: float) -> float:
+        """Set the gradients of all tunables on samples [n], and move the codes; returns the mean KL divergence."""
+        count = samples.numel() * self.tokens.shape[1]
+        block_inputs: list[Tensor] = []
+        hidden = self.inputs[samples].to(self.device)
+        for index in range(len(self.decoder.blocks)):
+            block_inputs.append(hidden)
+            with torch.no_grad():
+                hidden = self._block(index, samples, hidden)
+        last = hidden.requires_grad_()
+        total = 0.0
+        for divergences in self._divergences(samples, last):
+            (divergences.sum() / count).backward()
+            total += float(divergences.detach().double().sum())
+        self._receive(self._tunables_outside, code_rate)
+        slope = last.grad
+        # Each block runs again: its activations are in memory alone, for a fifth more time in all.
+        for index in reversed(range(len(self.decoder.blocks))):
+            block_input = block_inputs.pop().detach().requires_grad_()
+            self._block(index, samples, block_input).backward(slope)
+            slope = block_input.grad
+            self._receive(self._tunables_of_block[index], code_rate)
+        return total / count
+
+    def divergence(self, samples: Tensor, batch_size: int) -> float:
+        """Mean KL divergence over samples [n]."""
+        total = 0.0
+        with torch.no_grad():
+            for part in samples.split(batch_size):
+                hidden = self.inputs[part].to(self.device)
+                for index in range(len(self.decoder.blocks)):
+                    hidden = self._block(index, part, hidden)
+                total += sum(float(found.double().sum()) for found in self._divergences(part, hidden))
+        return total / (samples.numel() * self.tokens.shape[1])
+
+    @functools.cached_property
+    def _tunables_of_block(self) -> list[list[str]]:
+        prefixes = [self.decoder.block_prefix(index) for index in range(len(self.decoder.blocks))]
+        return [[name for name in self.tunables if name.startswith(prefix)] for prefix in prefixes]
+
+    @functools.cached_property
+    def _tunables_outside(self) -> list[str]:
+        inside = {name for names in self._tunables_of_block for name in names}
+        return [name for name in self.tunables if name not in inside]
+
+    def _block(self, index: int, samples: Tensor, hidden: Tensor) -> Tensor:
+        call = self.shell.block_call(index, self.tokens[samples], self.device)
+        with self.autocast:
+            return call.run(self.decoder.blocks[index], hidden).float()
+
+    def _divergences(self, samples: Tensor, hidden: Tensor) -> Iterator[Tensor]:
+        """KL divergence f32 [tokens] of some tokens after the others, for the last block's output of `samples`."""
+        seqlen = self.tokens.shape[1]
+        positions = (samples.unsqueeze(-1) * seqlen + torch.arange(seqlen)).flatten().split(TOKENS_AT_ONCE)
+        for part, rows in zip(positions, hidden.flatten(0, 1).split(TOKENS_AT_ONCE), strict=True):
+            yield kl_divergence(self.exact.at(part, self.device), self.shell.logits(rows))
+
+    def _receive(self, names: Iterable[str], code_rate: float) -> None:
+        """Pass the gradients of parameters on to their tunables, and let go of them."""
+        for name in names:
+            parameter = self.decoder.model.get_parameter(name)
+            if parameter.grad is not None:
+                self.tunables[name].receive(parameter.grad, code_rate)
+            parameter.grad = None
+
+
+def tune_whole_model(
+    model: WholeModel, settings: TuningSettings, batches: Iterator[Tensor], held_out: Tensor, progress: Progress
+) -> tuple[dict[str, Tensor | QuantizedTensor], WholeModelReport]:
+    """Tune the model's tunables; returns what is kept of each, by parameter name, as the run directory stores it.
+
+    Args:
+        batches: endless iterator of sample indices to train on.
+        held_out: sample indices to choose the best step on.
+    """
+    shifts = [shift for tunable in model.tunables.values() for shift in tunable.shifts.values()]
+    optimizer = torch.optim.Adam(shifts, lr=settings.whole_model_lr, betas=(0.9, 0.99))
+    steps = settings.whole_model_steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    model.install()
+    before = best = model.divergence(held_out, settings.batch_size)
+    best_step, kept = 0, model.stored()
+    check_at = check_steps(steps, settings.checks)
+    for step in range(steps):
+        optimizer.zero_grad()  # experts that no token of a batch reaches get no gradient, and must not keep their last
+        model.train_step(next(batches), settings.whole_model_code_lr * (1 - step / steps))
+        optimizer.step()
+        schedule.step()
+        model.install()
+        if step + 1 in check_at:
+            found = model.divergence(held_out, settings.batch_size)
+            progress.line(f"whole model: step {step + 1} of {steps}, held-out KL divergence {found:.3e}")
+            if found < best:
+                best, best_step, kept = found, step + 1, model.stored()
+    return kept, WholeModelReport(before, best, best_step)

@@ -143,7 +143,7 @@ def quantize(
     parsed = parse_scheme(scheme).with_overrides(tensor_type)
     parsed = parsed.with_outside_types(token_embedding_type, output_tensor_type)
     from signround_edge.model.source import resolve_model
-    from signround_edge.progress import terminal_progress
+    from signround_edge.terminal.progress import terminal_progress
     from signround_edge.tuning.settings import settings_from
 
     chosen = settings_from(recipe, settings)
@@ -245,12 +245,12 @@ def verify(
         missing = "argument 'RUN'" if run is None else "argument 'ARTIFACTS...'" if not artifacts else "option '--text'"
         raise click.UsageError(f"Missing {missing}.")
     from runtime_tests.certificate.write import write_certificate
-    from runtime_tests.report.report import render
     from runtime_tests.verify import DEFAULT_WINDOWS
     from runtime_tests.verify import verify as run_verify
     from signround_edge.model.source import resolve_model
-    from signround_edge.progress import terminal_progress
     from signround_edge.run_directory import RunDirectory
+    from signround_edge.terminal.progress import terminal_progress
+    from signround_edge.terminal.verification import render
 
     folder = None if reference is None else resolve_model(reference)
     try:
@@ -308,7 +308,7 @@ def _check_certificate(certificate: Path, as_json: bool) -> None:
 def inspect(path: Path, as_json: bool) -> None:
     """List the tensors of a run directory or an artifact: format, shape, bytes, bits a weight."""
     from signround_edge.inspection import inspect as run_inspect
-    from signround_edge.inspection import render
+    from signround_edge.terminal.inspection import render
 
     found = run_inspect(path)
     if as_json:
@@ -323,9 +323,10 @@ def inspect(path: Path, as_json: bool) -> None:
 @_json
 def analyze(run: Path, out: Path | None, as_json: bool) -> None:
     """What tuning did to RUN: altered roundings, salient channels, V, losses (arXiv 2309.05516, figures 2 to 4)."""
-    from signround_edge.analysis.report import render, write_report
+    from signround_edge.analysis.report import write_report
     from signround_edge.analysis.roundings import analyze as run_analyze
     from signround_edge.run_directory import RunDirectory
+    from signround_edge.terminal.analysis import render
 
     analysis = run_analyze(RunDirectory.open(run))
     for path in write_report(analysis, out) if out is not None else ():
@@ -371,7 +372,8 @@ def evaluate(
 def _evaluate_tasks(
     path: str, tasks: str, reference: str | None, task_dir: Path | None, limit: int | None, as_json: bool
 ) -> None:
-    from signround_edge.evaluation.zero_shot import render, score_tasks
+    from signround_edge.evaluation.zero_shot import score_tasks
+    from signround_edge.terminal.task_scores import render
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     found, original = score_tasks(path, names, reference, task_dir, limit)
@@ -387,8 +389,9 @@ def _evaluate_tasks(
 def devices(setup: tuple[str, ...], as_json: bool) -> None:
     """List the device profiles: which are ready here, and the command that makes the others so."""
     from devices import get_device
-    from runtime_tests.device_status import list_devices, render, status_of
+    from runtime_tests.device_status import list_devices, status_of
     from runtime_tests.setup.devices import set_up
+    from signround_edge.terminal.devices import render
 
     profiles = [get_device(name) for name in setup]
     for profile in profiles:
@@ -405,8 +408,9 @@ def devices(setup: tuple[str, ...], as_json: bool) -> None:
 @_json
 def demo(out: Path | None, as_json: bool) -> None:
     """The whole chain on the shipped tiny model: quantize, export to GGUF and ONNX, verify; one table."""
-    from signround_edge.demo.chain import render, run_demo
-    from signround_edge.progress import terminal_progress
+    from signround_edge.demo.chain import run_demo
+    from signround_edge.terminal.demo import render
+    from signround_edge.terminal.progress import terminal_progress
 
     with terminal_progress("demo") as progress:
         result = run_demo(out, progress)

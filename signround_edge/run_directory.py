@@ -15,6 +15,7 @@ The manifest holds the sha256 of each complete part, so a changed part is refuse
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -32,6 +33,7 @@ from signround_edge.files import sha256_of, write_atomically
 from signround_edge.formats import QuantizedTensor, get_grid
 from signround_edge.formats.channel_scales import ChannelScales
 from signround_edge.manifest import Manifest, PartRecord, TensorEntry
+from signround_edge.model.config import read_config
 
 _SEPARATOR = "#"
 _SCALES = ("row_scales", "column_scales")
@@ -52,6 +54,11 @@ class RunDirectory:
     def config_dir(self) -> Path:
         """config.json, tokenizer and generation files of the source model."""
         return self.path / "config"
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """The source model's config.json. UserError when it is missing or no JSON object."""
+        return read_config(self.config_dir)
 
     @classmethod
     def create(cls, path: Path, manifest: Manifest) -> RunDirectory:

@@ -14,7 +14,7 @@ from signround_edge.files import write_atomically
 from signround_edge.svg import STYLE, standing_alone
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    pass
 
 _CSS = """:root { color-scheme: light dark; } body { margin: 0 auto; max-width: 1080px; padding: 1.2rem;
 font: 15px/1.5 system-ui, sans-serif; } h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin: 1.6rem 0 .4rem; }
@@ -23,7 +23,7 @@ figure { margin: 0; } figcaption { font-weight: 600; font-size: 14px; } svg { wi
 table { border-collapse: collapse; width: 100%; font-size: 13px; } .scroll { overflow-x: auto; }
 th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #8884; } th:first-child, td:first-child {
 text-align: left; }"""
-_HEADINGS = ("weights", "raised", "lowered", "altered", "overruled")
+HEADINGS = ("weights", "raised", "lowered", "altered", "overruled")
 
 
 def write_report(analysis: Analysis, out: Path) -> list[Path]:
@@ -38,28 +38,8 @@ def write_report(analysis: Analysis, out: Path) -> list[Path]:
     return [out / name for name in files]
 
 
-def render(analysis: Analysis) -> RenderableType:
-    """A line for each decoder block and the total, and the notes."""
-    from rich.console import Group
-    from rich.markup import escape as as_it_is
-    from rich.table import Table
-
-    table = Table(title=f"{analysis.model}, {analysis.scheme}")
-    for heading in ("block", *_HEADINGS, "loss rounded", "loss tuned"):
-        table.add_column(heading, justify="left" if heading == "block" else "right")
-    for block in sorted({*analysis.blocks, *(u.block for u in analysis.losses)}):
-        found = analysis.blocks.get(block)
-        own = [u for u in analysis.losses if u.block == block]
-        # Losses of layer-wise tuning are of different outputs, and have no sum.
-        loss = (f"{own[0].rounded:.3e}", f"{own[0].tuned:.3e}") if len(own) == 1 else ("", "")
-        table.add_row(str(block), *(_figures(found) if found else [""] * len(_HEADINGS)), *loss)
-    if analysis.total is not None:
-        table.add_section()
-        table.add_row("all", *_figures(analysis.total), "", "")
-    return Group(table, *map(as_it_is, _sentences(analysis)))
-
-
-def _sentences(analysis: Analysis) -> list[str]:
+def sentences(analysis: Analysis) -> list[str]:
+    """What the figures say in words, for page and terminal."""
     said = [f"note: {note}" for note in analysis.notes]
     if analysis.losses:
         worse = analysis.worse_than_rounding
@@ -83,20 +63,21 @@ def _sentences(analysis: Analysis) -> list[str]:
     return said
 
 
-def _figures(found: Roundings) -> list[str]:
+def figures(found: Roundings) -> list[str]:
+    """The cells below `HEADINGS`."""
     return [f"{found.weights:,}", *(f"{v:.2%}" for v in (found.raised, found.lowered, found.altered, found.overruled))]
 
 
 def _page(analysis: Analysis, drawn: dict[str, tuple[str, str]]) -> str:
-    figures = "".join(f"<figure><figcaption>{escape(t)}</figcaption>{svg}</figure>" for t, svg in drawn.values())
-    sentences = "".join(f"<p>{escape(s[0].upper() + s[1:])}.</p>" for s in _sentences(analysis))
-    headings = "".join(f"<th>{h}</th>" for h in ("matrix", "type", *_HEADINGS, "salient altered", "overlap"))
+    shown = "".join(f"<figure><figcaption>{escape(t)}</figcaption>{svg}</figure>" for t, svg in drawn.values())
+    paragraphs = "".join(f"<p>{escape(s[0].upper() + s[1:])}.</p>" for s in sentences(analysis))
+    headings = "".join(f"<th>{h}</th>" for h in ("matrix", "type", *HEADINGS, "salient altered", "overlap"))
     rows = "".join(
         "<tr>"
         + "".join(
             f"<td>{escape(text)}</td>"
             for text in (
-                t.name, t.type, *_figures(t.roundings), f"{t.salient_altered:.2%}", f"{t.salient_overlap:.0%}"
+                t.name, t.type, *figures(t.roundings), f"{t.salient_altered:.2%}", f"{t.salient_overlap:.0%}"
             )
         )
         + "</tr>"
@@ -107,5 +88,5 @@ def _page(analysis: Analysis, drawn: dict[str, tuple[str, str]]) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">{STYLE}<style>{_CSS}</style></head><body>'
-        f'<h1>{title}</h1>{sentences}<div class="pictures">{figures}</div>{table}</body></html>\n'
+        f'<h1>{title}</h1>{paragraphs}<div class="pictures">{shown}</div>{table}</body></html>\n'
     )

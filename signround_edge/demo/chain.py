@@ -24,7 +24,7 @@ from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    pass
 
 SCHEME = "gguf:q4_0,onnx:w4g32"
 SETTINGS = TuningSettings(steps=100, samples=64, seqlen=128)
@@ -102,43 +102,3 @@ def _folder(out: Path | None) -> Iterator[Path]:
 def _score(run: RunDirectory, model: Path, text: Path) -> Scores:
     windows = text_windows(model, text, N_CTX, WINDOWS)
     return evaluate(TorchSession(load_run_model(run)), windows, TorchSession(load_source_model(model)))
-
-
-def render(result: DemoResult) -> RenderableType:
-    """One table: a row for the original, the rounded and the tuned weights in torch, and each file on its runtime."""
-    from rich.console import Group
-    from rich.table import Table
-
-    table = Table(title=f"tiny-llama, {SCHEME}, {result.tuned.tokens:,} scored tokens of speeches-test.txt")
-    for heading in (
-        "weights or file",
-        "runs on",
-        "bytes",
-        "bits/weight",
-        "PPL",
-        "KL to original",
-        "same top-1",
-        "exact",
-    ):
-        table.add_column(heading, justify="left" if heading in ("weights or file", "runs on", "exact") else "right")
-    table.add_row("original (FP)", "torch", "", "", f"{result.tuned.ppl_reference:.3f}", "0", "100 %", "")
-    for name, scores in (("rounded to nearest", result.rounded), ("tuned", result.tuned)):
-        table.add_row(name, "torch", "", "", *_figures(scores), "")
-    table.add_section()
-    for runtime in result.verified.runtimes:
-        found = result.files[runtime.artifact]
-        exact = {a.path: a.status for a in result.verified.artifacts}[runtime.artifact]
-        table.add_row(
-            Path(runtime.artifact).name,
-            runtime.name,
-            f"{found.total_bytes:,}",
-            f"{found.bits_per_weight:.3f}",
-            *(_figures(runtime.fidelity) if runtime.fidelity else ("", "", "")),
-            "yes" if exact == "pass" else exact,
-        )
-    reasons = [f"{r.name}: {r.status}: {r.reason}" for r in result.verified.runtimes if r.reason]
-    return Group(table, *reasons)
-
-
-def _figures(scores: Scores) -> tuple[str, str, str]:
-    return f"{scores.ppl:.3f}", f"{scores.kld_mean or 0:.5f}", f"{100 * (scores.top1_agreement or 0):.1f} %"

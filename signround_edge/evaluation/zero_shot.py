@@ -171,24 +171,3 @@ def _log_likelihood(logits: FloatArray, answer: list[int]) -> tuple[float, bool]
     found = log_softmax(logits[-len(answer) :])
     chosen = found[np.arange(len(answer)), answer]
     return float(chosen.sum()), bool((found.argmax(-1) == np.array(answer)).all())
-
-
-def render(found: TaskScores, original: TaskScores | None) -> Any:
-    """A table: a line for each task and metric, with the original model's value where there is one."""
-    from rich.table import Table
-
-    table = Table("task", "metric", "value", *([] if original is None else ["original"]))
-    for task, metrics in found.items():
-        for metric, value in metrics.items():
-            if metric.endswith("_stderr"):
-                continue
-            row = [_with_error(metrics, metric, value)]
-            if original is not None:
-                row.append(_with_error(original[task], metric, original[task][metric]))
-            table.add_row(task, metric, *row)
-    return table
-
-
-def _with_error(metrics: dict[str, float], metric: str, value: float) -> str:
-    error = metrics.get(f"{metric}_stderr")
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"

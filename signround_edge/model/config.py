@@ -9,17 +9,26 @@ from typing import Any
 from signround_edge.errors import UserError
 
 
-def read_config(config_dir: Path) -> dict[str, Any]:
-    """config.json of a run's config folder. UserError when it is missing or not JSON."""
-    file = config_dir / "config.json"
+CONFIG_FILE = "config.json"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder or of a run's config folder. UserError when it is missing or no JSON object."""
+    file = folder / CONFIG_FILE
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); run `quantize` again") from error
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}); give a complete Hugging Face model folder, or run `quantize` again"
+        ) from error
     except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); run `quantize` again") from error
+        raise UserError(
+            f"{file} is not JSON ({error}); give a complete Hugging Face model folder, or run `quantize` again"
+        ) from error
     if not isinstance(config, dict):
-        raise UserError(f"{file} is not a JSON object; run `quantize` again")
+        raise UserError(
+            f"{file} is not a JSON object; give a complete Hugging Face model folder, or run `quantize` again"
+        )
     return config
 
 

@@ -18,11 +18,12 @@ from runtime_tests.checks.exactness import Difference, Exactness, check_exactnes
 from runtime_tests.checks.parity import Contender, miss_exact_gate, miss_quantized_gate, score
 from runtime_tests.device_status import list_devices
 from runtime_tests.interface import StoredTensor
-from runtime_tests.report.report import ArtifactReport, RuntimeReport, VerifyReport, render
+from runtime_tests.report.report import ArtifactReport, RuntimeReport, VerifyReport
 from runtime_tests.verify import verify
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import FloatArray, Scores, TokenArray, Windows
 from signround_edge.run_directory import RunDirectory
+from signround_edge.terminal.verification import render
 
 LIMITS = Tolerances(exact_kld_mean=1e-5, quantized_kld_mean=0.02, standard_errors=3.0, ln_ppl_bias=0.01)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from runtime_tests.report.report import render
 from runtime_tests.verify import verify
 from signround_edge.run_directory import RunDirectory
+from signround_edge.terminal.verification import render
 
 CONTRACT = ("name", "device", "status", "reason", "ppl", "ppl_reference", "kld_mean", "top1_agreement")
 SMALL = {"n_ctx": 128, "max_windows": 4, "log": str}

@@ -8,7 +8,6 @@ from typing import Any
 
 from signround_edge.errors import UserError
 
-
 CONFIG_FILE = "config.json"
 
 
@@ -19,16 +18,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"{file} cannot be read ({error.strerror}); give a complete Hugging Face model folder, or run `quantize` again"
+            f"{file} cannot be read ({error.strerror}); give a complete model folder, or run `quantize` again"
         ) from error
     except ValueError as error:
         raise UserError(
-            f"{file} is not JSON ({error}); give a complete Hugging Face model folder, or run `quantize` again"
+            f"{file} is not JSON ({error}); give a complete model folder, or run `quantize` again"
         ) from error
     if not isinstance(config, dict):
-        raise UserError(
-            f"{file} is not a JSON object; give a complete Hugging Face model folder, or run `quantize` again"
-        )
+        raise UserError(f"{file} is not a JSON object; give a complete model folder, or run `quantize` again")
     return config
 
 

@@ -16,7 +16,7 @@ import click
 
 from signround_edge import __version__
 from signround_edge.errors import CheckFailed, UserError
-from signround_edge.tuning.settings import RECIPES, choices
+from signround_edge.tuning.settings import DEVICES, RECIPES, choices
 
 EXIT_CHECK_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -132,7 +132,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     callback=_transforms,
     help="channel-scales, none: change the weights, not the function, so that rounding costs less.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("--seed", type=int, help="Seed of the sample order.")
 @click.option("--imatrix", type=click.Path(path_type=Path), help="llama.cpp's imatrix file: E[x²] for scales.")
 @click.option("--save-imatrix", type=click.Path(path_type=Path), help="Write E[x²] for llama-quantize here.")

@@ -41,7 +41,7 @@ from signround_edge.tuning.cpu.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.job import Job
 from signround_edge.tuning.outside import embed, open_shell, quantize_embedding, write_outside
 from signround_edge.tuning.resume import open_or_create, versions
-from signround_edge.tuning.settings import TuningSettings
+from signround_edge.tuning.settings import DEVICES, TuningSettings
 from signround_edge.tuning.whole_model.loading import revise_whole_model
 
 
@@ -113,6 +113,8 @@ def quantize(
 
 
 def _device(name: str) -> torch.device:
+    if name not in DEVICES:
+        raise UserError(f"--device {name} is unknown; known are {', '.join(DEVICES)}")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device; use --device cpu, or install torch with CUDA")
     if name == "auto":

@@ -8,6 +8,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from signround_edge.errors import UserError
 from signround_edge.transforms import TRANSFORMS
 
+# Where blocks are tuned; "auto" is a GPU where torch finds one.
+DEVICES = ("auto", "cpu", "cuda")
+
 
 @dataclass(frozen=True)
 class TuningSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -101,11 +102,16 @@ class TuningSettings:
         return {**asdict(self), "scale_range": list(self.scale_range), "transforms": list(self.transforms)}
 
 
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    return get_type_hints(TuningSettings)
+
+
 def choices(setting: str) -> tuple[str, ...]:
     """What a setting that names a choice may be; () for every other one. The annotation is the only list of them."""
     if setting == "transforms":
         return TRANSFORMS
-    kind = get_type_hints(TuningSettings)[setting]
+    kind = _kinds()[setting]
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
@@ -120,7 +126,7 @@ def _check_kind(setting: str, value: Any) -> None:
     for one in value if setting == "transforms" else [value]:
         if known and one not in known:
             raise UserError(f"{flag(setting)} {one} is unknown; known are {', '.join(known)}")
-    if get_type_hints(TuningSettings)[setting] is int and (not isinstance(value, int) or isinstance(value, bool)):
+    if _kinds()[setting] is int and (not isinstance(value, int) or isinstance(value, bool)):
         raise UserError(f"{flag(setting)} {value} must be a whole number")
 
 

@@ -13,11 +13,11 @@ import torch
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer, MistralConfig, Phi3Config, PretrainedConfig
 
-from exporters.gguf.families.architecture import sliding_window
-from exporters.gguf.families.family import canonical_config
+from exporters.gguf.families.family import sliding_window
+from exporters.gguf.families.gemma import window_period
 from exporters.gguf.families.rope import rope_frequency_factors, rope_parameters, rotary_dims
 from exporters.gguf.families.row_orders import grouped_rows, interleaved_rows
-from exporters.gguf.limits import window_period
+from exporters.gguf.families.table import canonical_config
 from exporters.gguf.reader import iter_expected, name_map, read_metadata, read_tensors
 from exporters.gguf.tokenizer import pretokenizer
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
@@ -25,7 +25,6 @@ from signround_edge import __version__
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import ScoreKeeper
 from signround_edge.files import sha256_of
-from signround_edge.model.config import read_config
 from signround_edge.model.experts import stacks
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.gguf.conftest import BASE, export, gpt2_split, train_byte_level
@@ -202,7 +201,7 @@ def test_fused_projections_are_stored_as_queries_keys_values() -> None:
 def test_a_fused_projection_and_its_bias_move_together(name: str, run_of: RunOf, tmp_path: Path) -> None:
     run = run_of(CONFIGS[name])
     orders = {m.gguf_name: m.rows for m in name_map(run, export(run, tmp_path / "a.gguf"))}
-    config = canonical_config(read_config(run.config_dir))
+    config = canonical_config(run.config)
     weight = orders["blk.1.attn_qkv.weight"]
     assert weight is not None
     expected = grouped_rows(len(weight), config["num_key_value_heads"], config["head_dim"])

@@ -45,7 +45,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Readers see the old file or the whole new one."""
+    """Write a file; readers see the old one or the whole new one."""
     with whole_file(path) as partial:
         partial.write_bytes(data)
 

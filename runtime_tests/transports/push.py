@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from exporters.gguf.container.splits import model_files
 from signround_edge.files import sha256_of
 
 _CHUNK = 1 << 20
@@ -21,6 +20,8 @@ def files_of(artifact: Path) -> list[Path]:
         return sorted(path for path in artifact.iterdir() if path.is_file())
     if artifact.suffix == ".onnx":
         return files_of(artifact.parent)
+    from exporters.gguf.container.splits import model_files  # late: exporters load torch, which `devices` does not need
+
     return [path for path in model_files(artifact) if path.is_file()] or [artifact]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import pkgutil
 from typing import Any
@@ -13,7 +14,7 @@ from signround_edge.errors import UserError
 from signround_edge.model.config import head_dim
 
 
-def _gather() -> dict[str, Family]:
+def gather() -> dict[str, Family]:
     """model_type → row of every family, in the order of the modules' names."""
     found: dict[str, Family] = {}
     for module in pkgutil.iter_modules(families.__path__, f"{families.__name__}."):
@@ -24,7 +25,7 @@ def _gather() -> dict[str, Family]:
     return found
 
 
-FAMILIES = _gather()
+FAMILIES = gather()
 
 
 def family_of(config: dict[str, Any]) -> Family:
@@ -51,7 +52,8 @@ def canonical_config(config: dict[str, Any]) -> Config:
 
     family = family_of(config)
     try:
-        known = CONFIG_MAPPING[family.model_type].from_dict(dict(config))
+        # A copy: transformers writes into nested entries.
+        known = CONFIG_MAPPING[family.model_type].from_dict(copy.deepcopy(config))
     except Exception as error:  # its validation raises what it likes
         raise UserError(f"config.json of the run cannot be read ({error}); run `quantize` again") from error
     full: Config = {**config, **known.to_dict()}

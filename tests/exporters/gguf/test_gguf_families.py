@@ -13,6 +13,8 @@ import torch
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer, MistralConfig, Phi3Config, PretrainedConfig
 
+from exporters.gguf import families
+from exporters.gguf.families import table
 from exporters.gguf.families.family import sliding_window
 from exporters.gguf.families.gemma import window_period
 from exporters.gguf.families.rope import rope_frequency_factors, rope_parameters, rotary_dims
@@ -70,6 +72,20 @@ def tokenizer_folder(kind: str, request: pytest.FixtureRequest, folder: Path) ->
     for name, edit in edits.items():
         (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **edit}))
     return folder
+
+
+def test_every_built_in_family_is_tested_here() -> None:
+    assert {row.config.model_type for row in FAMILIES.values()} == set(table.FAMILIES)
+
+
+def test_a_family_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "newcomer.py").write_text(
+        "import gguf\n"
+        "from exporters.gguf.families.family import Family\n"
+        'ROWS = (Family("newcomer", gguf.MODEL_ARCH.LLAMA),)\n'
+    )
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
+    assert set(table.gather()) == {*table.FAMILIES, "newcomer"}
 
 
 def falcon_split() -> pre_tokenizers.PreTokenizer:

@@ -29,12 +29,13 @@ from runtime_tests.report.evidence import Evidence
 from runtime_tests.report.fingerprints import fingerprint, fingerprint_run
 from runtime_tests.report.judgement import Trial, judge, judge_weights
 from runtime_tests.report.report import ArtifactReport, RuntimeReport, Status, VerifyReport
-from runtime_tests.temporary import is_disk_trouble, temporary_folder
+from runtime_tests.temporary import temporary_folder
 from runtime_tests.transports.interface import Transport
 from runtime_tests.transports.lookup import transport_to
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.evaluation.metrics import Windows
 from signround_edge.evaluation.perplexity import TorchSession, load_run_model, load_source_model, text_windows
+from signround_edge.files import is_disk_trouble
 from signround_edge.model.decoder import build_decoder
 from signround_edge.plugins import runtimes as runtimes_by_name
 from signround_edge.run_directory import RunDirectory

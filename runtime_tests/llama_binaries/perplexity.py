@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from devices import DeviceProfile
+from exporters.gguf.container.splits import model_files
 from runtime_tests.llama_binaries.hosts import Host, host_of
 from runtime_tests.llama_binaries.statistics import has_statistics, read_statistics
-from runtime_tests.report.fingerprints import model_parts
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import Scores, Windows
 
@@ -85,7 +85,7 @@ def measure(
 
 def _run(host: Host, program: str, model: Path, base: str, windows: Windows, in_floats: bool) -> Scores:
     count, n_ctx = windows.tokens.shape
-    first, *_ = [host.push(part) for part in model_parts(model)]
+    first, *_ = [host.push(part) for part in model_files(model)]
     command = [program, "-m", first, "--kl-divergence", "--kl-divergence-base", base]
     command += ["-c", str(n_ctx), "-b", str(n_ctx), "-ub", str(min(_MICRO_BATCH, n_ctx)), "-t", "1"]
     if in_floats:

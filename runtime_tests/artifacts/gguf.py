@@ -7,7 +7,6 @@ because the artifact's metadata must equal the control's, key by key.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,7 +81,7 @@ def expect_gguf(run: RunDirectory, artifact: Path, folder: Path) -> Expectation:
 
 def _activation(run: RunDirectory) -> str | None:
     """The activation function by config.json; None where it is a constant of the architecture (BLOOM: GELU)."""
-    found = json.loads((run.config_dir / "config.json").read_text(encoding="utf-8")).get("hidden_act")
+    found = run.config.get("hidden_act")
     return found if isinstance(found, str) else None
 
 

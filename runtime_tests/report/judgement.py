@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from devices import Tolerances
-from runtime_tests.checks.parity import Contender, GivesLogits, gate, gates, miss_exact_gate, miss_quantized_gate
+from runtime_tests.checks.gates import gate, gates, miss_exact_gate, miss_quantized_gate
+from runtime_tests.checks.parity import Contender, GivesLogits
 from runtime_tests.report.report import ArtifactReport, PerToken, RuntimeReport
 from signround_edge.evaluation.metrics import Scores
 

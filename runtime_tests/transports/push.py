@@ -17,7 +17,10 @@ Put = Callable[[str, int, int, bytes], int]
 
 
 def files_of(artifact: Path) -> list[Path]:
-    """The files that belong to an artifact: itself, the other parts of a split GGUF, or those in its folder."""
+    """The files that belong to an artifact: itself, the other parts of a split GGUF, or those in its folder.
+
+    An .ort file holds its tensors; what its graph leaves open (the shape of the cache) stands beside it.
+    """
     if artifact.is_dir():
         return sorted(path for path in artifact.iterdir() if path.is_file())
     split = _SPLIT.search(artifact.name)
@@ -26,6 +29,8 @@ def files_of(artifact: Path) -> list[Path]:
         return sorted(artifact.parent.glob(f"{stem}-?????-of-{split[1]}.gguf"))
     if artifact.suffix == ".onnx":
         return files_of(artifact.parent)
+    if artifact.suffix == ".ort":
+        return [artifact, *artifact.parent.glob("genai_config.json")]
     return [artifact]
 
 

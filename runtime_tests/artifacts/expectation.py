@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from runtime_tests.interface import Runtime, Session
 from signround_edge.evaluation.metrics import FloatArray, Windows
+from signround_edge.run_directory import RunDirectory
 
 _CHARACTERS_A_TOKEN = 8
 _LAST_TOKENS_IGNORED = 8  # where a text is cut short, its last word may be cut too
@@ -66,3 +67,8 @@ class Expectation:
                     f"({session.detokenize([theirs])!r}), {ours} with the original tokenizer"
                 )
         return None
+
+
+# What an artifact of the run should be; the folder is for files that are only needed meanwhile. UserError when the
+# artifact is damaged, CheckFailed when it was not exported from this run.
+Expect = Callable[[RunDirectory, Path, Path], Expectation]

@@ -15,7 +15,6 @@ import numpy as np
 from exporters.gguf import GgufExporter
 from exporters.gguf.container.reader import GgufFile, shown
 from exporters.gguf.provenance import PROVENANCE
-from exporters.gguf.reader import iter_expected
 from exporters.interface import ExportOptions
 from runtime_tests.artifacts.expectation import Expectation
 from runtime_tests.interface import Runtime, Session
@@ -43,7 +42,7 @@ def expect_gguf(run: RunDirectory, artifact: Path, folder: Path) -> Expectation:
         CheckFailed: the artifact lacks a parameter of the run.
     """
     file = GgufFile.open(artifact)
-    expected: dict[str, Callable[[], FloatArray]] = {e.gguf_name: e.weights for e in iter_expected(run, artifact)}
+    expected = {tensor.name: tensor.weights for tensor in GgufExporter().iter_expected(run, artifact)}
     path = folder / "control.gguf"
     # A template's metadata can only be had from the artifact itself. Wrong values in it then show as a divergence of
     # the control, where those of the built-in route already show as a difference from it.

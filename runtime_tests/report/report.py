@@ -22,7 +22,7 @@ class ArtifactReport:
     """Exactness of one artifact.
 
     Attributes:
-        path, format: which artifact ("gguf" or "onnx").
+        path, format: which artifact; the name of its exporter ("gguf", "onnx").
         exactness: the comparison, or None when it could not be made; then `reason` says why.
         status: "skipped" when no runtime of its format is available.
     """

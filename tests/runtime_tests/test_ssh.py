@@ -19,7 +19,8 @@ from exporters.onnx import OnnxExporter
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from runtime_tests.transports.interface import WorkerFailure
-from runtime_tests.transports.ssh import OPTIONS_VARIABLE, SshTransport
+from runtime_tests.transports.ssh import SshTransport
+from runtime_tests.transports.ssh_client import OPTIONS_VARIABLE
 from runtime_tests.verify import verify
 from runtime_tests.worker import remote_store
 from signround_edge.run_directory import RunDirectory

@@ -11,7 +11,7 @@ import zipfile
 from functools import cache
 from pathlib import Path
 
-from runtime_tests.cache import cache_folder, fill
+from runtime_tests.setup.cache import cache_folder, fill
 
 _WORKER = "runtime_tests/worker"
 _OUTSIDE = ("signround_edge/errors.py", "signround_edge/evaluation/metrics.py")

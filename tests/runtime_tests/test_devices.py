@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from devices import get_device, load_devices, read_profile
-from runtime_tests.cache import VARIABLE, cache_folder, fill
 from runtime_tests.device_status import list_devices, status_of
 from runtime_tests.setup.arm_cpuinfo import cpuinfo
+from runtime_tests.setup.cache import VARIABLE, cache_folder, fill
 from runtime_tests.setup.devices import requirements, set_up, way_out
 from runtime_tests.setup.npm import NpmPackage
 from runtime_tests.setup.requirement import SystemProgram, run_tool

@@ -15,9 +15,9 @@ import pytest
 
 from exporters.interface import ExportOptions
 from exporters.onnx import OnnxExporter
-from runtime_tests.cache import VARIABLE
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from runtime_tests.setup import worker_bundle as module
+from runtime_tests.setup.cache import VARIABLE
 from runtime_tests.setup.wheels import PINNED
 from runtime_tests.setup.worker_bundle import worker_bundle
 from runtime_tests.transports.process import ProcessWorker

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from devices import DeviceProfile
 from runtime_tests.transports.adb_client import AdbPhone
-from runtime_tests.transports.browser import PhoneTransport
-from runtime_tests.transports.page_server import PageServer
+from runtime_tests.transports.pages.browser import PhoneTransport
+from runtime_tests.transports.pages.server import PageServer
 from signround_edge.errors import UserError
 
 _HOST = "127.0.0.1"

@@ -22,7 +22,7 @@ from devices import DeviceProfile
 from runtime_tests.setup.devices import CHROMIUM
 from runtime_tests.transports.interface import DEFAULT_TIMEOUT, Closing, ConnectionLost, Transport, WorkerFailure
 from runtime_tests.transports.leash import Leash
-from runtime_tests.transports.page_server import PageGone, PageServer
+from runtime_tests.transports.pages.server import PageGone, PageServer
 from runtime_tests.transports.push import files_of
 from runtime_tests.worker.protocol import Message
 from signround_edge.errors import UserError, last_lines
@@ -215,7 +215,7 @@ class PhoneTransport:
             self._server = None
 
     def _listen(self) -> PageServer:
-        from runtime_tests.transports.phone import invitation, listening_address
+        from runtime_tests.transports.pages.phone import invitation, listening_address
 
         host, port = listening_address(self._profile.address)
         server = PageServer(host, port)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from signround_edge.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ class Exporter(Protocol):
         ...
 
     def iter_expected(self, run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]:
-        """What each tensor of an artifact that stems from the run should hold, by the run alone: `verify` compares.
+        """What each tensor of an artifact that stems from the run should hold, computed from the run's own data.
+
+        `verify` compares it with what the runtime's dequantizer gives; a tensor that only one of them has is a failure.
 
         Raises:
             UserError: the artifact is damaged.

@@ -68,6 +68,7 @@ def installed(folder: Path, **more: dict[str, str]) -> Path:
 
 class ToyExporter:
     name = "toy"
+    options = ExportOptions
 
     def recognises(self, path: Path) -> bool:
         return path.suffix == ".toy"

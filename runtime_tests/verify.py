@@ -73,7 +73,7 @@ def verify(
 
     Args:
         run: the complete run directory.
-        artifacts: .gguf files, and folders that hold an ONNX model.
+        artifacts: .gguf files, folders that hold an ONNX model, and what other installed exporters write.
         text: UTF-8 text to score; `max_windows` windows of `n_ctx` tokens of it.
         devices: names of device profiles.
         reference: Hugging Face folder of the original model, for fidelity.
@@ -125,9 +125,8 @@ def _prepare(job: _Job, path: Path, artifact: ArtifactReport) -> list[Trial]:
     """Check the weights of one artifact, and open it on every runtime that can run it."""
     trials, ready = _find_runtimes(job, artifact)
     if not ready:
-        artifact.reason = "no runtime could read it: " + "; ".join(
-            f"{t.report.name} on {t.report.device}: {t.report.reason}" for t in trials
-        )
+        tried = "; ".join(f"{t.report.name} on {t.report.device}: {t.report.reason}" for t in trials)
+        artifact.reason = f"no runtime could read it: {tried or f'no --device names one for {artifact.format}'}"
         return trials
     try:
         expectation = expect(job.run, path, artifact.format, _folder(job))

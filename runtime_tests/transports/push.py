@@ -15,11 +15,16 @@ Put = Callable[[str, int, int, bytes], int]
 
 
 def files_of(artifact: Path) -> list[Path]:
-    """The files that belong to an artifact: itself, the other parts of a split GGUF, or those in its folder."""
+    """The files that belong to an artifact: itself, the other parts of a split GGUF, or those in its folder.
+
+    An .ort file holds its tensors; what its graph leaves open (the shape of the cache) stands beside it.
+    """
     if artifact.is_dir():
         return sorted(path for path in artifact.iterdir() if path.is_file())
     if artifact.suffix == ".onnx":
         return files_of(artifact.parent)
+    if artifact.suffix == ".ort":
+        return [artifact, *artifact.parent.glob("genai_config.json")]
     from exporters.gguf.container.splits import model_files  # late: exporters load torch, which `devices` does not need
 
     return [path for path in model_files(artifact) if path.is_file()] or [artifact]

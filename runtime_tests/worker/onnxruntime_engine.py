@@ -209,3 +209,6 @@ def _give_out_everything(graph: Any) -> list[str]:
         names += [name for name in node.output if name and name not in known]
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     return names
+
+
+ENGINE = OnnxEngine

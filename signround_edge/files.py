@@ -7,7 +7,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from signround_edge.errors import UserError
@@ -76,17 +76,25 @@ def _is_disk_full(error: BaseException | None) -> bool:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write under a temporary name, flush to disk, rename: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write files that speak of each other: all of them are whole on the disk before the first is renamed."""
+    temporary = {path.with_name(path.name + ".partial"): path for path in files}
     try:
-        with temporary.open("wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+        for partial, path in temporary.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as out:
+                out.write(files[path])
+                out.flush()
+                os.fsync(out.fileno())
+    except BaseException:
+        for partial in temporary:
+            partial.unlink(missing_ok=True)
         raise
+    for partial, path in temporary.items():
+        os.replace(partial, path)
 
 
 def sha256_of(path: Path) -> str:

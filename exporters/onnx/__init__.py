@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from exporters.interface import ExportOptions, TensorInfo
+from exporters.onnx.options import OnnxOptions
+
 if TYPE_CHECKING:
-    from exporters.interface import ExportOptions, TensorInfo
     from signround_edge.run_directory import RunDirectory
 
 __all__ = ["OnnxExporter"]
@@ -20,6 +22,7 @@ class OnnxExporter:
     """Writes a folder: model.onnx, tokenizer and config files, and genai_config.json where the graph has a KV cache."""
 
     name = "onnx"
+    options: type[ExportOptions] = OnnxOptions
 
     def recognises(self, path: Path) -> bool:
         """Whether it is an .onnx or .ort file, or a folder that holds an .onnx file."""
@@ -27,7 +30,6 @@ class OnnxExporter:
 
     def inspect(self, path: Path) -> list[TensorInfo]:
         """Tensors of a folder or .onnx file; UserError when it is truncated or broken."""
-        from exporters.interface import TensorInfo
         from exporters.onnx.artifact.reader import read_tensors
 
         return [TensorInfo(*row) for row in read_tensors(path)]
@@ -42,4 +44,4 @@ class OnnxExporter:
         """
         from exporters.onnx.export import export_folder
 
-        return export_folder(run, out, options)
+        return export_folder(run, out, OnnxOptions.of(options))

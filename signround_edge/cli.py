@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from exporters.interface import DTYPES, foreign_option, options_for
+from exporters.onnx.options import ACCURACY_LEVELS, SCALE_DTYPES, OnnxOptions
 from signround_edge import __version__
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.tuning.settings import DEVICES, RECIPES, choices
@@ -181,14 +183,14 @@ def rotate(model: str, out: Path, seed: int) -> None:
 @click.option("--format", "target", required=True, help="gguf or onnx.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File or folder to write.")
 @click.option("--template", type=click.Path(path_type=Path), help="GGUF: metadata to copy; ONNX: your float graph.")
-@click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="0", help="Of MatMulNBits, ONNX only.")
-@click.option("--scale-dtype", type=click.Choice(["f32", "f16"]), default="f32", help="Stored scales, ONNX only.")
+@click.option("--accuracy-level", type=click.Choice(list(map(str, ACCURACY_LEVELS))), help="Of MatMulNBits, ONNX only.")
+@click.option("--scale-dtype", type=click.Choice(SCALE_DTYPES), help="Stored scales, ONNX only.")
 @click.option("--card-text", type=click.Path(path_type=Path), help="ONNX: text to measure level 4 on, for the card.")
-@click.option("--dtype", type=click.Choice(["f32", "f16"]), help="Write the dequantized weights as floats instead.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Write the dequantized weights as floats instead.")
 @click.option("--split-max-size", "--max-shard-size", help="Split the data into files of at most this size (500M, 4G).")
 @click.option("--ort-format", is_flag=True, help="ONNX: also write model.ort and the list of operators that it needs.")
 def export(
-    run: Path, target: str, out: Path, template: Path | None, accuracy_level: str, scale_dtype: str,
+    run: Path, target: str, out: Path, template: Path | None, accuracy_level: str | None, scale_dtype: str | None,
     card_text: Path | None, dtype: str | None, split_max_size: str | None, ort_format: bool,
 ) -> None:  # fmt: skip
     """Write the integers and scales of RUN, unchanged, as GGUF or ONNX."""
@@ -198,16 +200,23 @@ def export(
     known = exporters()
     if target not in known:
         raise UserError(f"--format {target} is unknown; known are {', '.join(known)}")
-    from exporters.interface import ExportOptions
-    from runtime_tests.accuracy_levels import level_4_measurement
+    from exporters.onnx.artifact.level_cost import add_level_cost
+    from runtime_tests.accuracy_levels import check_card_text, level_4_cost
 
     limit = None if split_max_size is None else _bytes_of(split_max_size)
     opened = RunDirectory.open(run)
-    measure = level_4_measurement(opened.config_dir, card_text) if target == "onnx" else None
-    options = ExportOptions(
-        dtype, template, int(accuracy_level), scale_dtype, limit, ort_format, measure_level_4=measure, log=_say
-    )
+    given = {
+        "dtype": dtype, "template": template, "split_max_bytes": limit, "log": _say, "scale_dtype": scale_dtype,
+        "accuracy_level": None if accuracy_level is None else int(accuracy_level), "ort_format": ort_format or None,
+    }  # fmt: skip
+    options = options_for(target, known, given)
+    if card_text is not None and not isinstance(options, OnnxOptions):
+        raise foreign_option("card_text", ["onnx"], target)
+    check_card_text(card_text)
     path = known[target].export(opened, out, options)
+    if isinstance(options, OnnxOptions) and options.dtype is None:
+        _say("onnx: measuring what accuracy level 4 costs on this model")
+        add_level_cost(path, level_4_cost(path, opened.config_dir, card_text))
     _say(f"wrote {path}")
 
 

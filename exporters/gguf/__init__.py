@@ -15,6 +15,7 @@ class GgufExporter:
     """Writes one .gguf file, or several that belong together; see `exporters.gguf.export`."""
 
     name = "gguf"
+    options = ExportOptions
 
     def recognises(self, path: Path) -> bool:
         """Whether it is a file that begins like GGUF, or is called so (a damaged one should be reported as damaged)."""

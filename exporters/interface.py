@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from signround_edge.errors import UserError
+from signround_edge.inspection import TensorInfo
 
 if TYPE_CHECKING:  # torch and numpy, which the command line's start can do without
     import numpy as np
@@ -41,23 +42,6 @@ class ExportOptions:
             raise UserError(
                 f"--dtype {self.dtype} is unknown; give {' or '.join(DTYPES)}, or leave it out to pack the integers"
             )
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of an artifact, as `inspect` lists it.
-
-    Attributes:
-        name: the artifact's name of the tensor.
-        type: the artifact's name of its format ("Q4_0", "MatMulNBits-4x32", "F32").
-        shape: as in the Hugging Face model, outermost first.
-        bytes: stored bytes, scale fields included.
-    """
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    bytes: int
 
 
 class ExpectedTensor(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import signal
 import sys
 import threading
@@ -14,8 +13,8 @@ from typing import Any
 
 import click
 
-from exporters.interface import DTYPES, foreign_option, options_for
-from exporters.onnx.options import ACCURACY_LEVELS, SCALE_DTYPES, OnnxOptions
+from exporters.interface import DTYPES
+from exporters.onnx.options import ACCURACY_LEVELS, SCALE_DTYPES
 from signround_edge import __version__
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.tuning.settings import DEVICES, RECIPES, choices
@@ -53,14 +52,6 @@ def _one_sentence(error: Exception) -> str:
 
 def _say(text: str) -> None:
     click.echo(text, err=True)
-
-
-def _bytes_of(size: str) -> int:
-    """500M, 4G or a plain number of bytes, as llama.cpp's gguf-split counts: M is 10^6, G is 10^9."""
-    match = re.fullmatch(r"(\d+)([MG]?)", size.strip().upper())
-    if match is None or int(match[1]) == 0:
-        raise UserError(f"--split-max-size (--max-shard-size) {size} is not a size; give for example 500M or 4G")
-    return int(match[1]) * {"": 1, "M": 10**6, "G": 10**9}[match[2]]
 
 
 def _print_json(document: Any) -> None:
@@ -194,30 +185,14 @@ def export(
     card_text: Path | None, dtype: str | None, split_max_size: str | None, ort_format: bool,
 ) -> None:  # fmt: skip
     """Write the integers and scales of RUN, unchanged, as GGUF or ONNX."""
-    from signround_edge.plugins import exporters
-    from signround_edge.run_directory import RunDirectory
+    from signround_edge import api
 
-    known = exporters()
-    if target not in known:
-        raise UserError(f"--format {target} is unknown; known are {', '.join(known)}")
-    from exporters.onnx.artifact.level_cost import add_level_cost
-    from runtime_tests.accuracy_levels import check_card_text, level_4_cost
-
-    limit = None if split_max_size is None else _bytes_of(split_max_size)
-    opened = RunDirectory.open(run)
-    given = {
-        "dtype": dtype, "template": template, "split_max_bytes": limit, "log": _say, "scale_dtype": scale_dtype,
-        "accuracy_level": None if accuracy_level is None else int(accuracy_level), "ort_format": ort_format or None,
-    }  # fmt: skip
-    options = options_for(target, known, given)
-    if card_text is not None and not isinstance(options, OnnxOptions):
-        raise foreign_option("card_text", ["onnx"], target)
-    check_card_text(card_text)
-    path = known[target].export(opened, out, options)
-    if isinstance(options, OnnxOptions) and options.dtype is None:
-        _say("onnx: measuring what accuracy level 4 costs on this model")
-        add_level_cost(path, level_4_cost(path, opened.config_dir, card_text))
-    _say(f"wrote {path}")
+    written = api.export(
+        run, target, out, template=template, dtype=dtype, split_max_size=split_max_size,
+        accuracy_level=None if accuracy_level is None else int(accuracy_level), scale_dtype=scale_dtype,
+        ort_format=ort_format, card_text=card_text, progress=_say,
+    )  # fmt: skip
+    _say(f"wrote {written.path}")
 
 
 @main.command()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from exporters.interface import ExpectedTensor, ExportOptions, TensorInfo
+from exporters.interface import ExpectedTensor, ExportOptions
+from signround_edge.inspection import TensorInfo
 from signround_edge.run_directory import RunDirectory
 
 __all__ = ["GgufExporter"]

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporters.interface import ExportOptions, TensorInfo
+from exporters.interface import ExportOptions
 from exporters.onnx.options import OnnxOptions
+from signround_edge.inspection import TensorInfo
 
 if TYPE_CHECKING:
     from exporters.interface import ExpectedTensor

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from devices import DeviceProfile, get_device
-from exporters.interface import ExportOptions
 from exporters.onnx import OnnxExporter
+from exporters.onnx.options import OnnxOptions
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from runtime_tests.transports.interface import WorkerFailure
@@ -70,7 +70,7 @@ def test_an_ort_file_that_rounds_activations_passes_over_ssh(
     sshd: Sshd, profile: DeviceProfile, run: RunDirectory, text: Path, tmp_path: Path
 ) -> None:
     """Its control is the same file at accuracy level 0, which is made there."""
-    options = ExportOptions(accuracy_level=4, ort_format=True, log=str)
+    options = OnnxOptions(accuracy_level=4, ort_format=True, log=str)
     file = OnnxExporter().export(run, tmp_path / "out", options) / "model.ort"
     report = verify(run, [file], text, devices=[f"raspberry-pi-5={sshd.address}"], n_ctx=64, max_windows=2, log=str)
     assert [(r.name, r.status, r.reason) for r in report.runtimes] == [("onnxruntime", "pass", None)]

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporters.interface import ExportOptions
 from exporters.onnx import OnnxExporter
+from exporters.onnx.options import OnnxOptions
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from runtime_tests.setup import worker_bundle as module
 from runtime_tests.setup.cache import VARIABLE
@@ -102,7 +102,7 @@ def test_an_ort_file_runs_at_another_accuracy_level_on_a_device(
     run: RunDirectory, bundle: Path, tmp_path: Path
 ) -> None:
     """As its control does over ssh and under qemu: with ONNX Runtime, but without what reads graphs here (onnx_ir)."""
-    options = ExportOptions(accuracy_level=4, ort_format=True, log=str)
+    options = OnnxOptions(accuracy_level=4, ort_format=True, log=str)
     file = OnnxExporter().export(run, tmp_path / "out", options) / "model.ort"
     site = only(tmp_path / "site", "numpy", "onnxruntime", "flatbuffers")
     environment = {"PYTHONPATH": f"{site}:{bundle}"}

@@ -27,6 +27,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(STAMP)  # all peers on the shipped tiny model, half an hour; other models: benchmarks/reproduce.sh
 	$(BIN)/python -m benchmarks.run --again

@@ -10,7 +10,6 @@ samples, length and steps are a recipe's bear a name.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from html import escape
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.table import OURS, RESULTS, measured, samples_of, steps_of
+from benchmarks.rows import OURS, is_of_today, measured, read, samples_of, steps_of
 from signround_edge.files import write_atomically
 from signround_edge.svg import (
     BOTTOM,
@@ -96,7 +95,7 @@ def frontier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def recipe_of(row: dict[str, Any]) -> str | None:
     """The recipe whose samples, length and steps a row of ours was measured with, in the way of today."""
-    sizes = None if "positions" in row or "start" in row else samples_of(row)
+    sizes = samples_of(row) if is_of_today(row) else None
     for name, settings in RECIPES.items():
         asked = (settings.samples, settings.seqlen, settings.steps, settings.whole_model_steps)
         if not name.startswith("paper") and sizes is not None and asked == (
@@ -121,7 +120,7 @@ def main() -> None:
     parser.add_argument("--scheme", action="append", help="prefix of rows' schemes; repeatable, one picture each")
     parser.add_argument("-o", "--out", type=Path, default=TARGET)
     args = parser.parse_args()
-    rows = measured(json.loads((RESULTS / f"{args.model}.json").read_text()))
+    rows = measured(read(args.model))
     schemes = args.scheme or ["gguf:q4_k_s"]
     pictures = [
         chart([r for r in rows if r["scheme"].split(",")[0] == scheme], f"{args.model}, {scheme}") for scheme in schemes

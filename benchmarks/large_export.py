@@ -30,10 +30,9 @@ from gguf import GGMLQuantizationType, quants
 from benchmarks.measure import Cost, run_measured
 from benchmarks.synthetic_run import Shape, finite_logits, write_synthetic_run
 from exporters.gguf.container.reader import GgufFile
-from exporters.gguf.families.family import canonical_config
+from exporters.gguf.families.table import canonical_config
 from exporters.gguf.placement import Placement, builtin_placements
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
-from signround_edge.model.config import read_config
 from signround_edge.run_directory import RunDirectory
 
 LIMIT_MB = 3000
@@ -103,7 +102,7 @@ def _exported(run: Path, folder: Path, flags: list[str]) -> Iterator[tuple[Path,
 def _compare(run: RunDirectory, path: Path) -> int:
     """Values compared between the file, through gguf-py's dequantizer, and the run: groups of rows of many tensors."""
     file = GgufFile.open(path)
-    placements = builtin_placements(run, canonical_config(read_config(run.config_dir)))
+    placements = builtin_placements(run, canonical_config(run.config))
     assert {p.gguf_name for p in placements} == set(file.tensors)
     rng = np.random.default_rng(1)
     # The embedding, the head and a sample of all others.

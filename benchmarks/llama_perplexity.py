@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from runtime_tests.cache import cache_folder, fill
+from runtime_tests.setup.cache import cache_folder, fill
 
 VERSION = "11434.0.0"
 PROGRAM = "llama-perplexity"

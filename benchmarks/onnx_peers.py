@@ -28,7 +28,7 @@ from exporters.onnx.artifact.reader import Artifact, open_artifact
 from exporters.onnx.bindings import quantized_initializers
 from exporters.onnx.builder_names import EMBEDDING, HEAD, parameters_of
 from exporters.onnx.routes.builder import build_graph
-from runtime_tests.worker.onnx_dequantize import dequantize_operands
+from runtime_tests.runtimes.onnx_weights import dequantize_operands
 
 HEAD_NODE = "/lm_head/MatMul"
 # Quantizer → bits that it packs. RTN and k_quant write float weights for anything but 4 and 8 bits.

@@ -8,7 +8,7 @@
 Results go to benchmarks/results/<model>.json, one entry per row, and are printed at the end; a row that is there
 already is not measured again unless --again is given. Where a peer cannot run, its row says why. Two of these commands
 may run side by side, each pinned to a core (`taskset -c 0 …`), so that two tools are timed under the same conditions.
-`python -m benchmarks.table` renders docs/benchmarks.md from the results.
+`python -m benchmarks.table` renders docs/benchmarks.md and the tables of docs/results.md from the results.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from benchmarks import auto_round, llama_quantize, olive_gptq, onnx_peers
 from benchmarks.float_gguf import write_float_gguf
 from benchmarks.gguf_in_torch import load_llama_gguf
 from benchmarks.measure import Cost, run_measured
+from benchmarks.rows import OURS, steps_of
 from benchmarks.scoring import RememberingSession
 from benchmarks.split_text import SPARE_TOKENS, json_lines
-from benchmarks.table import OURS, sections, steps_of
+from benchmarks.table import sections
 from exporters.gguf.imatrix.file import read_imatrix
 from signround_edge.demo import calibration_text_path, evaluation_text_path, tiny_llama_path
 from signround_edge.evaluation.perplexity import TorchSession, evaluate, load_run_model, load_source_model, text_windows

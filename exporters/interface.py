@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from signround_edge.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,18 @@ class TensorInfo:
     bytes: int
 
 
+class ExpectedTensor(NamedTuple):
+    """What a stored tensor should hold.
+
+    Attributes:
+        name: the artifact's name of the tensor; the runtime's `stored_tensors` gives it the same one.
+        weights: makes them, f32 [rows, values a row] in the artifact's own orientation and order of rows.
+    """
+
+    name: str
+    weights: Callable[[], NDArray[np.float32]]
+
+
 class Exporter(Protocol):
     """Turns a complete run directory into an artifact; packs bits, never rounds a weight."""
 
@@ -87,4 +103,15 @@ class Exporter(Protocol):
 
     def export(self, run: RunDirectory, out: Path, options: ExportOptions) -> Path:
         """Write the artifact at `out` (whole or not at all) and return the path that a runtime loads."""
+        ...
+
+    def iter_expected(self, run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]:
+        """What each tensor of an artifact that stems from the run should hold, computed from the run's own data.
+
+        `verify` compares it with what the runtime's dequantizer gives; a tensor that only one of them has is a failure.
+
+        Raises:
+            UserError: the artifact is damaged.
+            CheckFailed: it lacks a parameter of the run.
+        """
         ...

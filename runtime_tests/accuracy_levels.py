@@ -51,7 +51,8 @@ def measure_level_4(
     Raises:
         UserError: the text is too short, or ONNX Runtime refuses the graph.
     """
-    from signround_edge.evaluation.perplexity import evaluate, longest_window, text_windows
+    from signround_edge.evaluation.perplexity import evaluate, text_windows
+    from signround_edge.model.config import longest_window
 
     n_ctx = min(n_ctx, longest_window(config_dir) or n_ctx)
     cut = text_windows(config_dir, text, n_ctx, windows)

@@ -43,7 +43,7 @@ class Runtime(Protocol):
     """A runtime that loads one kind of artifact."""
 
     name: str
-    artifact_format: str  # "gguf" or "onnx"
+    artifact_format: str  # the name of the exporter that writes it: "gguf", "onnx"
 
     def on(self, profile: DeviceProfile, transport: Transport) -> Runtime:
         """The same runtime on a device: its sessions run where the transport leads, as the profile says."""

@@ -6,7 +6,6 @@ Each folder holds a lock file that its process keeps locked; the system lets go 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import tempfile
@@ -20,7 +19,6 @@ except ImportError:  # Windows
 
 PREFIX = "signround-verify-"
 _LOCK = ".lock"
-_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -46,15 +44,6 @@ def remove_abandoned(where: Path | None = None) -> None:
             with (folder / _LOCK).open("rb") as lock:
                 if _locked(lock.fileno()):
                     shutil.rmtree(folder, ignore_errors=True)
-
-
-def is_disk_trouble(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is about space or the disk itself and not about a file's content."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
-            return True
-        error = error.__cause__
-    return False
 
 
 def _locked(descriptor: int) -> bool:

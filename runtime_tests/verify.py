@@ -29,12 +29,13 @@ from runtime_tests.report.evidence import Evidence
 from runtime_tests.report.fingerprints import fingerprint, fingerprint_run
 from runtime_tests.report.judgement import Trial, judge, judge_weights
 from runtime_tests.report.report import ArtifactReport, RuntimeReport, Status, VerifyReport
-from runtime_tests.temporary import is_disk_trouble, temporary_folder
+from runtime_tests.temporary import temporary_folder
 from runtime_tests.transports.interface import Transport
 from runtime_tests.transports.lookup import transport_to
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.evaluation.metrics import Windows
 from signround_edge.evaluation.perplexity import TorchSession, load_run_model, load_source_model, text_windows
+from signround_edge.files import is_disk_trouble
 from signround_edge.model.decoder import build_decoder
 from signround_edge.plugins import runtimes as runtimes_by_name
 from signround_edge.run_directory import RunDirectory
@@ -72,7 +73,7 @@ def verify(
 
     Args:
         run: the complete run directory.
-        artifacts: .gguf files, and folders that hold an ONNX model.
+        artifacts: .gguf files, folders that hold an ONNX model, and what other installed exporters write.
         text: UTF-8 text to score; `max_windows` windows of `n_ctx` tokens of it.
         devices: names of device profiles.
         reference: Hugging Face folder of the original model, for fidelity.
@@ -124,9 +125,8 @@ def _prepare(job: _Job, path: Path, artifact: ArtifactReport) -> list[Trial]:
     """Check the weights of one artifact, and open it on every runtime that can run it."""
     trials, ready = _find_runtimes(job, artifact)
     if not ready:
-        artifact.reason = "no runtime could read it: " + "; ".join(
-            f"{t.report.name} on {t.report.device}: {t.report.reason}" for t in trials
-        )
+        tried = "; ".join(f"{t.report.name} on {t.report.device}: {t.report.reason}" for t in trials)
+        artifact.reason = f"no runtime could read it: {tried or f'no --device names one for {artifact.format}'}"
         return trials
     try:
         expectation = expect(job.run, path, artifact.format, _folder(job))

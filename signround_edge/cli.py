@@ -16,6 +16,7 @@ import click
 
 from signround_edge import __version__
 from signround_edge.errors import CheckFailed, UserError
+from signround_edge.tuning.settings import DEVICES, RECIPES, choices
 
 EXIT_CHECK_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -79,6 +80,11 @@ def _transforms(
     return parse_transforms(values) if values else None  # None: as the recipe says
 
 
+def _choice(setting: str) -> click.Choice[str]:
+    """The command line's form of a setting that names a choice."""
+    return click.Choice(choices(setting))
+
+
 _model = click.argument("model")
 _run = click.argument("run", type=click.Path(path_type=Path))
 _text = click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text to score.")
@@ -96,26 +102,26 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--output-tensor-type", help="Type of the output head (default by the scheme; onnx: w8g32).")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Run directory to write.")
 @click.option("--calibration", default=None, help="Text file, JSON lines or dataset name (default: shipped speeches).")
-@click.option("--recipe", default="default", show_default=True, help="default, fast, best, paper-v1 or paper-v2.")
+@click.option("--recipe", default="default", show_default=True, help=f"{', '.join(RECIPES)}.")
 @click.option("--samples", type=int, help="Calibration samples.")
 @click.option("--seqlen", type=int, help="Tokens a sample.")
 @click.option("--steps", type=int, help="Gradient steps a block; 0 rounds to nearest.")
 @click.option("--batch-size", type=int, help="Samples a step.")
-@click.option("--start", type=click.Choice(["gptq", "nearest"]), help="Codes from which tuning starts.")
+@click.option("--start", type=_choice("start"), help="Codes from which tuning starts.")
 @click.option("--correct-drift/--no-correct-drift", default=None, help="With gptq: take inherited errors back first.")
 @click.option("--lr", type=float, help="Learning rate of the rounding (default 0.7/steps, from GPTQ's codes less).")
 @click.option("--scale-lr", type=float, help="Learning rate of scales (default: --lr over the range of codes).")
 @click.option("--tune-scales/--no-tune-scales", default=None, help="Let scales and minima move.")
 @click.option(
     "--positions",
-    type=click.Choice(["fixed", "follow"]),
+    type=_choice("positions"),
     help="Codes are taken on the initial scales, or follow the tuned ones (the paper's clip tuning).",
 )
-@click.option("--scale-init", type=click.Choice(["search", "absmax"]), help="Initial scales.")
-@click.option("--loss", type=click.Choice(["relative", "mse"]), help="Squared error of tokens: relative or plain.")
-@click.option("--granularity", type=click.Choice(["block", "layer"]), help="Reconstruct blocks, or each layer alone.")
-@click.option("--optimizer", type=click.Choice(["signsgd", "adam"]), help="Optimizer of the rounding.")
-@click.option("--compute-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), help="Matrix products in tuning.")
+@click.option("--scale-init", type=_choice("scale_init"), help="Initial scales.")
+@click.option("--loss", type=_choice("loss"), help="Squared error of tokens: relative or plain.")
+@click.option("--granularity", type=_choice("granularity"), help="Reconstruct blocks, or each layer alone.")
+@click.option("--optimizer", type=_choice("optimizer"), help="Optimizer of the rounding.")
+@click.option("--compute-dtype", type=_choice("compute_dtype"), help="Matrix products in tuning.")
 @click.option("--whole-model-steps", type=int, help="Steps of tuning the whole model on its KL divergence; 0: none.")
 @click.option("--whole-model-lr", type=float, help="Relative learning rate of scales and norms there.")
 @click.option("--whole-model-code-lr", type=float, help="Learning rate of codes there; 0: frozen.")
@@ -126,7 +132,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     callback=_transforms,
     help="channel-scales, none: change the weights, not the function, so that rounding costs less.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("--seed", type=int, help="Seed of the sample order.")
 @click.option("--imatrix", type=click.Path(path_type=Path), help="llama.cpp's imatrix file: E[x²] for scales.")
 @click.option("--save-imatrix", type=click.Path(path_type=Path), help="Write E[x²] for llama-quantize here.")
@@ -138,30 +144,19 @@ def quantize(
     imatrix: Path | None, save_imatrix: Path | None, resume: bool, float_fallback: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Tune MODEL (a folder or a Hugging Face name) on the grids of a scheme."""
-    from signround_edge.schemes.scheme import parse_scheme
-
-    parsed = parse_scheme(scheme).with_overrides(tensor_type)
-    parsed = parsed.with_outside_types(token_embedding_type, output_tensor_type)
-    from signround_edge.model.source import resolve_model
+    from signround_edge import api
     from signround_edge.terminal.progress import terminal_progress
     from signround_edge.tuning.settings import settings_from
 
     chosen = settings_from(recipe, settings)
-    if calibration is None:
-        from signround_edge.demo import calibration_text_path
-
-        calibration = str(calibration_text_path())
-        _say("note: calibrating on the shipped speeches; text like your application's (--calibration) is better")
-    from exporters.gguf.imatrix.importance import importance_files
-    from signround_edge.tuning.quantize import quantize as run_quantize
-
     try:
         with terminal_progress("tuning") as progress:
-            folder = resolve_model(model)
-            given, saved = importance_files(imatrix, save_imatrix, folder, calibration)
-            run_quantize(
-                folder, parsed, out, calibration, chosen, device, resume, float_fallback, progress, given, saved
-            )
+            api.quantize(
+                model, scheme, out, calibration=calibration, settings=chosen, tensor_type=tensor_type,
+                token_embedding_type=token_embedding_type, output_tensor_type=output_tensor_type, imatrix=imatrix,
+                save_imatrix=save_imatrix, float_fallback=float_fallback, device=device, resume=resume,
+                progress=progress,
+            )  # fmt: skip
     except KeyboardInterrupt:
         _say(f"interrupted; {out} keeps every finished block: run the same command with --resume to continue")
         sys.exit(EXIT_INTERRUPTED)
@@ -244,27 +239,19 @@ def verify(
     if run is None or not artifacts or text is None:
         missing = "argument 'RUN'" if run is None else "argument 'ARTIFACTS...'" if not artifacts else "option '--text'"
         raise click.UsageError(f"Missing {missing}.")
-    from runtime_tests.certificate.write import write_certificate
-    from runtime_tests.verify import DEFAULT_WINDOWS
-    from runtime_tests.verify import verify as run_verify
-    from signround_edge.model.source import resolve_model
-    from signround_edge.run_directory import RunDirectory
+    from signround_edge import api
     from signround_edge.terminal.progress import terminal_progress
     from signround_edge.terminal.verification import render
 
-    folder = None if reference is None else resolve_model(reference)
     try:
         with terminal_progress("verifying") as progress, _interrupted_by_signals():
-            result = run_verify(
-                RunDirectory.open(run), artifacts, text, devices=devices, reference=folder, n_ctx=n_ctx,
-                max_windows=windows or DEFAULT_WINDOWS, llama_bin=llama_bin, log=progress.line,
+            result = api.verify(
+                run, artifacts, text, devices=devices, reference=reference, llama_bin=llama_bin, windows=windows,
+                n_ctx=n_ctx, report=report, progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt:
         _say("interrupted; nothing was verified, and nothing is left running")
         sys.exit(EXIT_INTERRUPTED)
-    if report is not None:
-        for path in write_certificate(result, report):
-            _say(f"wrote {path}")
     if as_json:
         _print_json(result.to_json())
     else:
@@ -307,10 +294,10 @@ def _check_certificate(certificate: Path, as_json: bool) -> None:
 @_json
 def inspect(path: Path, as_json: bool) -> None:
     """List the tensors of a run directory or an artifact: format, shape, bytes, bits a weight."""
-    from signround_edge.inspection import inspect as run_inspect
+    from signround_edge import api
     from signround_edge.terminal.inspection import render
 
-    found = run_inspect(path)
+    found = api.inspect(path)
     if as_json:
         _print_json(found.to_json())
     else:
@@ -358,15 +345,14 @@ def evaluate(
         _evaluate_tasks(path, tasks, reference, task_dir, limit, as_json)
         return
     assert text is not None
-    from signround_edge.evaluation.scoring import score
+    from signround_edge import api
 
-    scores = score(path, text, reference, n_ctx, windows)
+    scores = api.evaluate(path, text, reference=reference, windows=windows, n_ctx=n_ctx).to_json()
     if as_json:
-        _print_json({key: value for key, value in vars(scores).items() if value is not None})
+        _print_json(scores)
         return
-    for key, value in vars(scores).items():
-        if value is not None:
-            click.echo(f"{key:>16}  {value:.6g}")
+    for key, value in scores.items():
+        click.echo(f"{key:>16}  {value:.6g}")
 
 
 def _evaluate_tasks(

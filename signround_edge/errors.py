@@ -12,3 +12,8 @@ class CheckFailed(Exception):
 def first_line(error: Exception) -> str:
     """What an exception of a library says, for use within a sentence: its first line, or the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def last_lines(output: str, count: int = 4) -> str:
+    """What a program said last, for use within a sentence: its last lines that are not empty, if any."""
+    return " | ".join([line.strip() for line in output.splitlines() if line.strip()][-count:])

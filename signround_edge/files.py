@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Files and folders that appear whole or not at all, and what an error says of the disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,42 @@ from pathlib import Path
 
 from signround_edge.errors import UserError
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_TROUBLE = (*_DISK_FULL, errno.EFBIG, errno.EROFS)
+
+
+@contextlib.contextmanager
+def whole_files(*paths: Path) -> Iterator[list[Path]]:
+    """Give `<path>.partial` of each path to write; they take the paths' names when the block ends well.
+
+    They are on the disk then. Otherwise none is left, and what was at `paths` stays. Missing folders are made.
+    """
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    partials = [_partial_of(path) for path in paths]
+    try:
+        yield partials
+        for partial in partials:
+            _flush(partial)
+        for partial, path in zip(partials, paths, strict=True):
+            os.replace(partial, path)
+    except BaseException:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """`whole_files` for one file."""
+    with whole_files(path) as (partial,):
+        yield partial
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file; readers see the old one or the whole new one."""
+    with whole_file(path) as partial:
+        partial.write_bytes(data)
 
 
 @contextlib.contextmanager
@@ -31,15 +66,16 @@ def whole_folder(out: Path, what: str, marker: str | None = None) -> Iterator[Pa
         raise UserError(f"{out} is a file; give -o a folder for {what}")
     if out.is_dir() and any(out.iterdir()) and not (marker and (out / marker).is_file()):
         raise UserError(f"{out} is a folder with other files in it; give -o a new or empty folder")
-    partial = out.with_name(out.name + ".partial")
+    partial = _partial_of(out)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        _flush(partial)
+        for file in partial.iterdir():
+            _flush(file)
         _swap(partial, out)
     except Exception as error:
-        if _is_disk_full(error):
+        if is_disk_full(error):
             raise UserError(f"{out}: the disk is full; nothing was kept, free some space and try again") from error
         if isinstance(error, OSError):
             raise UserError(f"{out} cannot be written ({error.strerror or error}); choose another folder") from error
@@ -57,36 +93,35 @@ def _swap(partial: Path, out: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _flush(folder: Path) -> None:
-    for file in folder.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+def _partial_of(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
-def _is_disk_full(error: BaseException | None) -> bool:
-    """Also through libraries that wrap the error (safetensors has an error type of its own)."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+def _flush(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, or what caused it, says that there is no space left."""
+    return _is_about(error, _DISK_FULL)
+
+
+def is_disk_trouble(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is about space or the disk itself and not about a file's content."""
+    return _is_about(error, _DISK_TROUBLE)
+
+
+def _is_about(error: BaseException, numbers: tuple[int, ...]) -> bool:
+    """Also through libraries that wrap the system's error (safetensors has an error type of its own)."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in numbers:
             return True
-        if "No space left on device" in str(error):
+        if "No space left on device" in str(found):
             return True
-        error = error.__cause__ or error.__context__
+        found = found.__cause__ or found.__context__
     return False
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write under a temporary name, flush to disk, rename: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with temporary.open("wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def sha256_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Exporters and runtimes, found through entry points, so that a third party can add one."""
+"""Exporters, runtimes and expectations of artifacts, found through entry points, so that a third party can add one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from signround_edge.errors import UserError
 
 if TYPE_CHECKING:
     from exporters.interface import Exporter
+    from runtime_tests.artifacts.expectation import Expect
     from runtime_tests.interface import Runtime
 
 
@@ -32,6 +33,12 @@ def exporter_of(artifact: Path) -> Exporter:
     raise UserError(
         f"{artifact} is neither {' nor '.join(name.upper() for name in found)}; give a file made by `export`"
     )
+
+
+def expectation_of(format_: str) -> Expect | None:
+    """What a package says that artifacts of an exporter's format should be; None where none says anything."""
+    found = entry_points(group="signround_edge.expectations", name=format_)
+    return next((point.load() for point in found), None)
 
 
 def _load(group: str) -> dict[str, Any]:

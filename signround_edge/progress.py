@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
+def _ignore_parts(_done: int, _total: int) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Progress:
     """Callbacks of a long run; each may be a no-op.
@@ -16,7 +20,7 @@ class Progress:
     """
 
     line: Callable[[str], None]
-    parts: Callable[[int, int], None]
+    parts: Callable[[int, int], None] = _ignore_parts
 
 
-SILENT = Progress(lambda text: None, lambda done, total: None)
+SILENT = Progress(lambda text: None)

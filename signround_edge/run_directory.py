@@ -16,20 +16,22 @@ The manifest holds the sha256 of each complete part, so a changed part is refuse
 from __future__ import annotations
 
 import functools
-import os
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from signround_edge.errors import UserError
-from signround_edge.files import sha256_of, write_atomically
+from signround_edge.files import sha256_of, whole_file, write_atomically
 from signround_edge.formats import QuantizedTensor, get_grid
 from signround_edge.formats.channel_scales import ChannelScales
 from signround_edge.manifest import Manifest, PartRecord, TensorEntry
@@ -37,6 +39,7 @@ from signround_edge.model.config import read_config
 
 _SEPARATOR = "#"
 _SCALES = ("row_scales", "column_scales")
+_VALUES_AT_ONCE = 1 << 22  # 16 MB as f32: larger temporaries are mapped anew each time, which doubles the time
 
 
 class RunDirectory:
@@ -136,6 +139,30 @@ class RunDirectory:
             tensor: Tensor = part.get_tensor(name)
         return tensor
 
+    def quantized_rows(self, name: str, order: NDArray[np.intp] | None = None) -> Iterator[QuantizedTensor]:
+        """Codes and scale fields of a quantized parameter, some rows [n, in features] at a time.
+
+        Args:
+            order: numbers of the rows in the order wanted, [out features]; None leaves them as they are.
+        """
+        stored = self.quantized(name)
+        yield from (stored.take_rows(rows) for rows in _row_groups(stored.shape, order))
+
+    def dequantized_rows(self, name: str, order: NDArray[np.intp] | None = None) -> Iterator[Tensor]:
+        """Any parameter as f32, some rows [n, in features] at a time (a vector is one piece, [n]).
+
+        Of a large embedding all f32 weights would not fit into memory.
+
+        Args:
+            order: as for `quantized_rows`; it orders the values of a vector.
+        """
+        if self.is_quantized(name):
+            yield from (rows.dequantize() for rows in self.quantized_rows(name, order))
+        else:
+            stored = self.float_tensor(name)
+            stored = stored.T.contiguous() if self._entries[name].transposed else stored
+            yield from (stored[rows].to(torch.float32) for rows in _row_groups(tuple(stored.shape), order))
+
     def dequantized(self, name: str) -> Tensor:
         """Any parameter as f32 in Hugging Face's orientation: dequantized, or the float tensor itself."""
         if not self.is_quantized(name):
@@ -190,7 +217,6 @@ class RunDirectory:
         if statistics:
             flat = {f"{name}{_SEPARATOR}{key}": t for name, own in statistics.items() for key, t in own.items()}
             path = self._statistics_path(part)
-            path.parent.mkdir(exist_ok=True)
             counted = _save_atomically(flat, path)
         digest = self._write_tensors(self._part_path(part), tensors, scales)
         self.manifest.complete[part] = PartRecord(digest, report, transforms or {}, counted)
@@ -264,20 +290,23 @@ class RunDirectory:
 
 
 def _save_atomically(tensors: dict[str, Tensor], target: Path) -> str:
-    """Write a safetensors file under a temporary name, flush, rename; returns its sha256."""
-    temporary = target.with_name(target.name + ".partial")
+    """Write a safetensors file whole or not at all; returns its sha256."""
     try:
-        save_file(tensors, temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        digest = sha256_of(temporary)
-        os.replace(temporary, target)
+        with whole_file(target) as partial:
+            save_file(tensors, partial)
+            return sha256_of(partial)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"{target} could not be written ({error}); free some disk space and run the same command with --resume"
         ) from error
-    return digest
+
+
+def _row_groups(shape: tuple[int, ...], order: NDArray[np.intp] | None) -> Iterator[slice | Tensor]:
+    """Indices of the rows of a matrix, in groups of some million values; a vector is one group."""
+    step = max(1, _VALUES_AT_ONCE // math.prod(shape[1:]) if len(shape) > 1 else shape[0])
+    for start in range(0, shape[0], step):
+        group = slice(start, start + step)
+        yield group if order is None else torch.from_numpy(order[group])
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from types import ModuleType
 from typing import Any
 
@@ -10,10 +11,14 @@ from benchmarks.paper.experiment import Cell, Setup, Summary, summary
 
 HEAD = """# The paper's experiments
 
-Made by `python -m benchmarks.paper` (arXiv 2309.05516, on small models); rows are in benchmarks/results/paper/. All but
-the method is the same in every row: calibration tokens, embedding and output head (8 bits), scoring of the dequantized
-weights in torch as `llama-perplexity --kl-divergence` does. KL: mean divergence from the original in nats, with its
-standard deviation over the seeds of the sample order; methods without chance have none. CPU: seconds of one core.
+The tables of SignRound's paper (arXiv 2309.05516) with small models: RTN rounds to nearest, W4G128 is 4 bits with a
+scale for every 128 weights of a row, W4 with one a row. Made by `python -m benchmarks.paper`; rows are in
+benchmarks/results/paper/. Beside other tools, on a real model: [results.md](results.md).
+
+All but the method is the same in every row: calibration tokens, embedding and output head (8 bits), scoring of the
+dequantized weights in torch as `llama-perplexity --kl-divergence` does. KL: mean divergence from the original in nats,
+with its standard deviation over the seeds of the sample order; methods without chance have none. CPU: seconds of one
+core.
 """
 
 
@@ -27,7 +32,7 @@ def document(tables: list[ModuleType], setup: Setup, rows: dict[str, dict[str, A
         f"{setup.windows} windows of {setup.n_ctx} tokens of {' and '.join(t.name for t in setup.texts)}; seeds "
         f"{', '.join(map(str, setup.seeds))}."
     )
-    return "\n".join([HEAD, protocol, "", *(section(table, setup, rows) for table in tables)])
+    return "\n".join([HEAD, textwrap.fill(protocol, 120), "", *(section(table, setup, rows) for table in tables)])
 
 
 def section(table: ModuleType, setup: Setup, rows: dict[str, dict[str, Any]]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from exporters.interface import ExportOptions, TensorInfo
+from exporters.interface import ExpectedTensor, ExportOptions, TensorInfo
 from signround_edge.run_directory import RunDirectory
 
 __all__ = ["GgufExporter"]
@@ -41,3 +42,9 @@ class GgufExporter:
         from exporters.gguf.export import export
 
         return export(run, out, options)
+
+    def iter_expected(self, run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]:
+        """What each tensor of the file that stems from the run should hold; see `exporters.gguf.reader`."""
+        from exporters.gguf.reader import iter_expected
+
+        return (ExpectedTensor(tensor.gguf_name, tensor.weights) for tensor in iter_expected(run, artifact))

@@ -8,8 +8,8 @@ import gguf
 
 from exporters.gguf.container.writer import write_file
 from exporters.gguf.families.architecture import add_architecture
-from exporters.gguf.families.family import canonical_config, family_of
 from exporters.gguf.families.rope import factor_tensors
+from exporters.gguf.families.table import canonical_config, family_of
 from exporters.gguf.placement import builtin_placements
 from exporters.gguf.provenance import add_provenance, file_type, model_name
 from exporters.gguf.routes.template import export_with_template
@@ -17,7 +17,6 @@ from exporters.gguf.tensors import f32_tensor, plan_tensor
 from exporters.gguf.tokenizer.tokenizer import add_tokenizer
 from exporters.interface import ExportOptions
 from signround_edge.errors import UserError
-from signround_edge.model.config import read_config
 from signround_edge.run_directory import RunDirectory
 
 _DTYPES = (None, "f32", "f16")
@@ -32,7 +31,7 @@ def export(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
     _check_options(options)
     if options.template is not None:
         return export_with_template(run, path, options, options.template)
-    config = canonical_config(read_config(run.config_dir))
+    config = canonical_config(run.config)
     family = family_of(config)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.arch])
     writer.add_type(gguf.GGUFType.MODEL)

@@ -4,40 +4,60 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from typing import Any
 
 import gguf
 
+from exporters.gguf.blocks.ggml_types import FILE_TYPES
 from signround_edge import __version__
 from signround_edge.files import sha256_of
 from signround_edge.manifest import OUTSIDE
 from signround_edge.run_directory import RunDirectory
+from signround_edge.schemes.gguf_presets import GGUF_PRESETS
+from signround_edge.schemes.scheme import PRESET_ALIASES
 
 PROVENANCE = "signround_edge"
+_TYPES_OUTSIDE = ("token_embedding=", "output_tensor=")  # how a manifest keeps the types of what is in no block
 
 
-_FILE_TYPES = {
-    "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
-    "Q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
-    "Q5_0": gguf.LlamaFileType.MOSTLY_Q5_0,
-    "Q5_1": gguf.LlamaFileType.MOSTLY_Q5_1,
-    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    "Q6_K": gguf.LlamaFileType.MOSTLY_Q6_K,
-    "F16": gguf.LlamaFileType.MOSTLY_F16,
-    "F32": gguf.LlamaFileType.ALL_F32,
-}
+def file_type(run: RunDirectory, dtype: str | None) -> int:
+    """general.file_type, the number of a preset (`FILE_TYPES`). It is for display only.
 
-
-def file_type(run: RunDirectory, dtype: str | None) -> gguf.LlamaFileType:
-    """general.file_type: the type that most weights of the decoder blocks have. It is for display only."""
+    As llama-quantize writes it: that of the run's preset, also where rows fell back to other types. Where the run has
+    none (ONNX schemes), or `--tensor-type` gave most weights of the decoder blocks another type than the preset's, that
+    of the preset which is named after the type that most of them have (Q4_K: q4_k_m, what llama-quantize makes of
+    "q4_k").
+    """
     if dtype is not None:
-        return _FILE_TYPES[dtype.upper()]
-    weights: dict[str, int] = {}
+        return FILE_TYPES[dtype]
+    preset, most = _preset(run.manifest.scheme), _most_frequent_format(run)
+    if preset is None or (_has_overrides(run) and GGUF_PRESETS[preset].base != most):
+        preset = PRESET_ALIASES.get(most.lower(), most.lower())
+    return FILE_TYPES.get(preset, FILE_TYPES["guessed"])
+
+
+def _preset(scheme: str) -> str | None:
+    """The GGUF preset of a scheme ("q4_k_m" of "gguf:q4_k"), or None where it names none."""
+    targets = (part.partition(":") for part in scheme.split(","))
+    name = next((name for target, _, name in targets if target == "gguf"), "")
+    name = PRESET_ALIASES.get(name, name)
+    return name if name in GGUF_PRESETS else None
+
+
+def _has_overrides(run: RunDirectory) -> bool:
+    """Whether types of matrices in decoder blocks were given one by one."""
+    given = run.manifest.settings.get("tensor_types") or ()
+    return any(not text.startswith(_TYPES_OUTSIDE) for text in given)
+
+
+def _most_frequent_format(run: RunDirectory) -> str:
+    """The type that most weights of the decoder blocks have; F32 where none is quantized."""
+    weights: Counter[str] = Counter()
     for entry in run.manifest.tensors:
         if entry.format is not None and entry.part != OUTSIDE:
-            weights[entry.format] = weights.get(entry.format, 0) + math.prod(entry.shape)
-    most = max(weights, key=lambda name: weights[name]) if weights else "F32"
-    return _FILE_TYPES.get(most, gguf.LlamaFileType.GUESSED)
+            weights[entry.format] += math.prod(entry.shape)
+    return max(weights, key=lambda name: weights[name], default="F32")
 
 
 def add_provenance(writer: gguf.GGUFWriter, run: RunDirectory) -> None:

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from exporters.gguf.blocks.ggml_types import F16, GgmlType
 from exporters.gguf.container.reader import GgufFile
-from exporters.gguf.families.family import FAMILIES, canonical_config
 from exporters.gguf.families.row_orders import RowOrder
-from exporters.gguf.placement import Placement, builtin_placements, dequantized_rows
+from exporters.gguf.families.table import FAMILIES, canonical_config
+from exporters.gguf.placement import Placement, builtin_placements
 from exporters.gguf.routes.template import match_by_value
+from exporters.gguf.tensors import dequantized
 from signround_edge.errors import CheckFailed, UserError
-from signround_edge.model.config import read_config
 from signround_edge.run_directory import RunDirectory
 
 
@@ -84,7 +84,7 @@ def iter_expected(run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]
 
 def _expected(run: RunDirectory, placement: Placement, ggml_type: GgmlType) -> Callable[[], NDArray[np.float32]]:
     def weights() -> NDArray[np.float32]:
-        exact = dequantized_rows(run, placement)
+        exact = dequantized(run, placement)
         if ggml_type is not F16:
             return exact
         return exact.astype(np.float16).astype(np.float32)
@@ -93,12 +93,11 @@ def _expected(run: RunDirectory, placement: Placement, ggml_type: GgmlType) -> C
 
 
 def _placements(run: RunDirectory, file: GgufFile) -> list[Placement]:
-    config = read_config(run.config_dir)
-    family = FAMILIES.get(str(config.get("model_type")))
+    family = FAMILIES.get(str(run.config.get("model_type")))
     placements = None
     if family is not None and file.architecture == gguf.MODEL_ARCH_NAMES[family.arch]:
         with suppress(UserError):  # a model that the built-in route refuses: a template made the file
-            placements = builtin_placements(run, canonical_config(config))
+            placements = builtin_placements(run, canonical_config(run.config))
     if placements is None:
         placements = match_by_value(run, file)
     absent = set(run.names()) - {n for p in placements if p.gguf_name in file.tensors for n in p.hf_names}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from exporters.gguf.blocks.ggml_types import BF16, F16, F32, GgmlType
 from exporters.gguf.blocks.packing import pack, require_layout
 from exporters.gguf.container.writer import PlannedTensor
-from exporters.gguf.placement import Placement, dequantized_pieces, float_data, row_groups
+from exporters.gguf.placement import Placement
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 
@@ -53,9 +55,29 @@ def f32_tensor(name: str, values: NDArray[np.float32]) -> PlannedTensor:
     return PlannedTensor(name, F32, values.shape, values.nbytes, lambda: iter([values]))
 
 
+def dequantized(run: RunDirectory, placement: Placement) -> NDArray[np.float32]:
+    """The weights as the file should hold them: f32 [rows, values a row].
+
+    A vector is one row; the rows of experts follow one another.
+    """
+    shape = placement.shape(run)
+    weights = np.empty((math.prod(shape[:-1]), shape[-1]), dtype=np.float32)
+    start = 0
+    for piece in _pieces(run, placement):
+        weights[start : start + len(piece)] = piece
+        start += len(piece)
+    return weights
+
+
+def iter_dequantized(run: RunDirectory, placement: Placement) -> Iterator[NDArray[np.float32]]:
+    """The same, one parameter at a time."""
+    for hf_name in placement.hf_names:
+        yield dequantized(run, replace(placement, hf_names=(hf_name,)))
+
+
 def _own_float_type(run: RunDirectory, hf_name: str) -> GgmlType:
     """The type of a matrix that was not quantized: the run's own, so that nothing is rounded."""
-    return _OWN_FLOATS.get(float_data(run, hf_name).dtype, F32)
+    return _OWN_FLOATS.get(run.float_tensor(hf_name).dtype, F32)
 
 
 def _only_format(run: RunDirectory, placement: Placement) -> str:
@@ -71,14 +93,22 @@ def _only_format(run: RunDirectory, placement: Placement) -> str:
 
 def _packed(run: RunDirectory, placement: Placement) -> Iterator[NDArray[Any]]:
     for hf_name in placement.hf_names:
-        tensor = run.quantized(hf_name)
-        for rows in row_groups(tensor.shape, placement.rows):
-            yield pack(tensor.take_rows(rows))
+        yield from map(pack, run.quantized_rows(hf_name, placement.rows))
 
 
 def _floats(run: RunDirectory, placement: Placement, ggml_type: GgmlType) -> Iterator[NDArray[Any]]:
-    for weights in dequantized_pieces(run, placement):
+    for weights in _pieces(run, placement):
         yield weights if ggml_type is F32 else _halves(weights, ggml_type, placement.gguf_name)
+
+
+def _pieces(run: RunDirectory, placement: Placement) -> Iterator[NDArray[np.float32]]:
+    """The weights as the file should hold them, some rows at a time."""
+    for hf_name in placement.hf_names:
+        for weights in run.dequantized_rows(hf_name, placement.rows):
+            array: NDArray[np.float32] = weights.numpy()
+            if placement.added:
+                array = array + np.float32(placement.added)
+            yield array if array.ndim > 1 else array[None, :]
 
 
 def _halves(weights: NDArray[np.float32], ggml_type: GgmlType, name: str) -> NDArray[Any]:

@@ -6,11 +6,12 @@ Inside this package the name `onnx` always means the installed package; its own 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from exporters.interface import ExportOptions, TensorInfo
+    from exporters.interface import ExpectedTensor, ExportOptions, TensorInfo
     from signround_edge.run_directory import RunDirectory
 
 __all__ = ["OnnxExporter"]
@@ -43,3 +44,10 @@ class OnnxExporter:
         from exporters.onnx.export import export_folder
 
         return export_folder(run, out, options)
+
+    def iter_expected(self, run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]:
+        """What each tensor of the folder that stems from the run should hold; see `exporters.onnx.artifact.reader`."""
+        from exporters.interface import ExpectedTensor
+        from exporters.onnx.artifact.reader import iter_expected
+
+        return (ExpectedTensor(name, weights) for name, _, weights in iter_expected(run, artifact))

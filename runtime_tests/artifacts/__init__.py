@@ -1,1 +1,1 @@
-"""What `verify` expects of an artifact, one file a format."""
+"""What `verify` expects of an artifact: a module for each format that we know, and one for all others."""

@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from runtime_tests.interface import Runtime, Session
-from runtime_tests.runtimes.llama_cpp import LlamaCppSession
 from signround_edge.evaluation.metrics import FloatArray, Windows
+from signround_edge.run_directory import RunDirectory
 
 _CHARACTERS_A_TOKEN = 8
 _LAST_TOKENS_IGNORED = 8  # where a text is cut short, its last word may be cut too
+
+
+@runtime_checkable
+class Tokenizes(Protocol):
+    """A session whose artifact holds a tokenizer of its own, which the runtime runs."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, with BOS and EOS where the file asks for them."""
+        ...
+
+    def detokenize(self, tokens: list[int]) -> str:
+        """Text of tokens, control tokens left out."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,7 @@ class Expectation:
 
     def tokenizer_note(self, session: Session, windows: Windows, text: Path) -> str | None:
         """What differs when the artifact's own tokenizer cuts the text; None when nothing does, or it has none."""
-        if not isinstance(session, LlamaCppSession):
+        if not isinstance(session, Tokenizes):
             return None
         content = text.read_text(encoding="utf-8")[: _CHARACTERS_A_TOKEN * windows.tokens.size]
         found = session.tokenize(content)[:-_LAST_TOKENS_IGNORED]
@@ -53,3 +67,8 @@ class Expectation:
                     f"({session.detokenize([theirs])!r}), {ours} with the original tokenizer"
                 )
         return None
+
+
+# What an artifact of the run should be; the folder is for files that are only needed meanwhile. UserError when the
+# artifact is damaged, CheckFailed when it was not exported from this run.
+Expect = Callable[[RunDirectory, Path, Path], Expectation]

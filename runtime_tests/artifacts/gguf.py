@@ -7,7 +7,6 @@ because the artifact's metadata must equal the control's, key by key.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import numpy as np
 from exporters.gguf import GgufExporter
 from exporters.gguf.container.reader import GgufFile, shown
 from exporters.gguf.provenance import PROVENANCE
-from exporters.gguf.reader import iter_expected
 from exporters.interface import ExportOptions
 from runtime_tests.artifacts.expectation import Expectation
 from runtime_tests.interface import Runtime, Session
@@ -44,7 +42,7 @@ def expect_gguf(run: RunDirectory, artifact: Path, folder: Path) -> Expectation:
         CheckFailed: the artifact lacks a parameter of the run.
     """
     file = GgufFile.open(artifact)
-    expected: dict[str, Callable[[], FloatArray]] = {e.gguf_name: e.weights for e in iter_expected(run, artifact)}
+    expected = {tensor.name: tensor.weights for tensor in GgufExporter().iter_expected(run, artifact)}
     path = folder / "control.gguf"
     # A template's metadata can only be had from the artifact itself. Wrong values in it then show as a divergence of
     # the control, where those of the built-in route already show as a difference from it.
@@ -82,7 +80,7 @@ def expect_gguf(run: RunDirectory, artifact: Path, folder: Path) -> Expectation:
 
 def _activation(run: RunDirectory) -> str | None:
     """The activation function by config.json; None where it is a constant of the architecture (BLOOM: GELU)."""
-    found = json.loads((run.config_dir / "config.json").read_text(encoding="utf-8")).get("hidden_act")
+    found = run.config.get("hidden_act")
     return found if isinstance(found, str) else None
 
 

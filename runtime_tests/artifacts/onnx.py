@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from exporters.onnx.artifact.reader import changed_files, iter_expected, open_artifact, read_sidecar
+from exporters.onnx import OnnxExporter
+from exporters.onnx.artifact.reader import changed_files, open_artifact, read_sidecar
 from runtime_tests.artifacts.expectation import Expectation
 from runtime_tests.interface import Runtime, Session
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
@@ -21,14 +22,14 @@ _FLOAT_LEVELS = (0, 1)  # 0: the runtime's choice, which is f32 on CPUs; 1: f32
 _NAMED = 3
 
 
-def expect_onnx(run: RunDirectory, artifact: Path) -> Expectation:
-    """What an exported folder should hold.
+def expect_onnx(run: RunDirectory, artifact: Path, _folder: Path) -> Expectation:
+    """What an exported folder should hold; its control needs no file.
 
     Raises:
         UserError: it is damaged, or not exported by signround-edge.
         CheckFailed: it lacks a parameter of the run.
     """
-    expected = {name: weights for name, _, weights in iter_expected(run, artifact)}
+    expected = {tensor.name: tensor.weights for tensor in OnnxExporter().iter_expected(run, artifact)}
     changed = changed_files(artifact)
     problem = None
     if changed:

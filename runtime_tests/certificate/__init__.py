@@ -1,1 +1,1 @@
-"""The parity certificate: what `verify --report` writes (JSON and one page), and how it is re-checked."""
+"""The parity certificate: the report and its evidence as JSON and one page (`verify --report`), and its re-check."""

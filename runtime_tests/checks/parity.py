@@ -1,19 +1,16 @@
-"""Parity and fidelity: runtimes against torch, window by window, and the gates that their figures must pass."""
+"""Parity and fidelity: runtimes against torch, window by window."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from devices import Tolerances
-from runtime_tests.report.report import Gate
-from runtime_tests.worker.digest import Digest, divergence
+from runtime_tests.worker.digest import Digest, log_softmax64
 from signround_edge.errors import UserError
-from signround_edge.evaluation.metrics import FloatArray, ScoreKeeper, Scores, TokenArray, Windows, log_softmax
+from signround_edge.evaluation.metrics import FloatArray, ScoreKeeper, TokenArray, Windows, log_softmax
 
 
 class GivesLogits(Protocol):
@@ -106,7 +103,7 @@ def _scored(session: GivesLogits, window: TokenArray, scored: slice) -> FloatArr
 def _add_digest(
     contender: Contender, digest: Digest, targets: TokenArray, base: FloatArray, original: FloatArray | None
 ) -> None:
-    """The same figures as from logits; the divergence is that of `runtime_tests.worker.digest`."""
+    """The same figures as from logits, with all tokens outside the digest as one."""
     if digest.loss.shape != targets.shape:
         contender.failure = f"its digest is of {len(digest.loss)} tokens, not {len(targets)}"
         return
@@ -120,60 +117,15 @@ def _add_digest(
             )
 
 
-def miss_exact_gate(scores: Scores, tolerances: Tolerances) -> str | None:
-    """Why a runtime that computes in floats does not agree with torch; None when it does."""
-    kld = scores.kld_mean
-    if kld is not None and kld <= tolerances.exact_kld_mean:
-        return None
-    return f"the mean KL divergence from torch is {_figure(kld)}, more than {tolerances.exact_kld_mean:g}"
-
-
-def miss_quantized_gate(scores: Scores, tolerances: Tolerances) -> str | None:
-    """Why a runtime that rounds activations does not agree with torch; None when it does.
-
-    The mean KL divergence is bounded, and ln(perplexity) may differ by what chance explains: a number of standard
-    errors of the paired log-ratio, or the small bias that rounding activations is allowed.
-    """
-    kld = scores.kld_mean
-    if miss_exact_gate(scores, tolerances) is None:
-        return None
-    if kld is None or not kld <= tolerances.quantized_kld_mean:
-        return f"the mean KL divergence from torch is {_figure(kld)}, more than {tolerances.quantized_kld_mean:g}"
-    assert scores.ppl_reference is not None
-    assert scores.ln_ratio_stderr is not None
-    difference = math.log(scores.ppl / scores.ppl_reference)
-    by_chance = tolerances.standard_errors * scores.ln_ratio_stderr
-    if abs(difference) <= max(by_chance, tolerances.ln_ppl_bias):
-        return None
-    return (
-        f"ln(perplexity) differs from torch's by {difference:+.4f}, more than {tolerances.standard_errors:g} standard "
-        f"errors ({by_chance:.4f}) and more than {tolerances.ln_ppl_bias:g}"
-    )
-
-
-def gates(scores: Scores, tolerances: Tolerances, computes_in_floats: bool) -> list[Gate]:
-    """The comparisons that `miss_exact_gate` or `miss_quantized_gate` make, one by one."""
-    if computes_in_floats:
-        return [gate("kld_mean", scores.kld_mean, tolerances.exact_kld_mean)]
-    kld = gate("kld_mean", scores.kld_mean, tolerances.quantized_kld_mean)
-    assert scores.ppl_reference is not None
-    assert scores.ln_ratio_stderr is not None
-    with np.errstate(all="ignore"):
-        difference = float(abs(np.log(scores.ppl) - np.log(scores.ppl_reference)))
-    limit = max(tolerances.standard_errors * scores.ln_ratio_stderr, tolerances.ln_ppl_bias)
-    return [kld, gate("ln_ppl_difference", difference, limit)]
-
-
-def gate(name: str, figure: float | None, limit: float) -> Gate:
-    """A comparison: a figure that is no number does not pass."""
-    known = figure is not None and math.isfinite(figure)
-    return Gate(
-        name,
-        figure if known else None,
-        limit if math.isfinite(limit) else 0.0,
-        known and figure <= limit,  # type: ignore[operator]
-    )
-
-
-def _figure(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.3g}"
+def divergence(reference: FloatArray, digest: Digest) -> FloatArray:
+    """f32 [n]: KL(reference ‖ digest) in nats, with all tokens outside the digest as one; reference f32 [n, vocab]."""
+    log_r = log_softmax64(reference)
+    top_r = np.take_along_axis(log_r, digest.top_ids.astype(np.int64), axis=-1)
+    inside = (np.exp(top_r) * (top_r - digest.top_logp)).sum(axis=-1)
+    others = np.ones_like(log_r, dtype=bool)
+    np.put_along_axis(others, digest.top_ids.astype(np.int64), False, axis=-1)
+    rest_r = np.where(others, np.exp(log_r), 0.0).sum(axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        outside = np.where(rest_r > 0, rest_r * (np.log(rest_r) - digest.rest_logp), 0.0)
+    result: FloatArray = (inside + outside).astype(np.float32)
+    return result

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from devices import DeviceProfile
+from exporters.gguf.container.splits import model_files
 from runtime_tests.llama_binaries.hosts import Host, host_of
 from runtime_tests.llama_binaries.statistics import has_statistics, read_statistics
-from runtime_tests.report.fingerprints import model_parts
-from signround_edge.errors import UserError
+from signround_edge.errors import UserError, last_lines
 from signround_edge.evaluation.metrics import Scores, Windows
 
 RUNTIME = "llama-perplexity"
@@ -85,7 +85,7 @@ def measure(
 
 def _run(host: Host, program: str, model: Path, base: str, windows: Windows, in_floats: bool) -> Scores:
     count, n_ctx = windows.tokens.shape
-    first, *_ = [host.push(part) for part in model_parts(model)]
+    first, *_ = [host.push(part) for part in model_files(model)]
     command = [program, "-m", first, "--kl-divergence", "--kl-divergence-base", base]
     command += ["-c", str(n_ctx), "-b", str(n_ctx), "-ub", str(min(_MICRO_BATCH, n_ctx)), "-t", "1"]
     if in_floats:
@@ -95,17 +95,14 @@ def _run(host: Host, program: str, model: Path, base: str, windows: Windows, in_
         done = host.run(command, {"LD_LIBRARY_PATH": folder, "DYLD_LIBRARY_PATH": folder}, SECONDS_A_WINDOW * count)
         if done.code or has_statistics(done.output):
             break
-    if done.code in (_NOT_EXECUTABLE, _NOT_FOUND) or any(said in done.output for said in _CANNOT_START):
-        raise CannotStart(f"{RUNTIME} does not start there ({_last_line(done.output)}); give binaries for this device")
+    said = last_lines(done.output, 1) or "none"
+    if done.code in (_NOT_EXECUTABLE, _NOT_FOUND) or any(words in done.output for words in _CANNOT_START):
+        raise CannotStart(f"{RUNTIME} does not start there ({said}); give binaries for this device")
     if done.code:
-        raise UserError(f"{RUNTIME} ended with code {done.code}; its last line: {_last_line(done.output)}")
+        raise UserError(f"{RUNTIME} ended with code {done.code}; its last line: {said}")
     return read_statistics(done.output, _scored(windows))
 
 
 def _scored(windows: Windows) -> int:
     count, n_ctx = windows.tokens.shape
     return int(count * (n_ctx - 1 - n_ctx // 2))
-
-
-def _last_line(output: str) -> str:
-    return ([line.strip() for line in output.splitlines() if line.strip()] or ["none"])[-1]

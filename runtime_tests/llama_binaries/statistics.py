@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from signround_edge.errors import UserError
+from signround_edge.errors import UserError, last_lines
 from signround_edge.evaluation.metrics import Scores
 
 _NUMBER = r"\s*(-?(?:\d[\d.]*(?:e[-+]?\d+)?|nan|inf))"
@@ -20,7 +20,6 @@ _LINES = {
     "kld_median": (r"Median\s+KLD", _NUMBER),
     "same_top": (r"Same top p", _WITH_ERROR),
 }
-_LAST_LINES = 4
 
 
 def has_statistics(output: str) -> bool:
@@ -41,8 +40,7 @@ def read_statistics(output: str, tokens: int) -> Scores:
     for field, (label, form) in _LINES.items():
         match = re.search(rf"^{label}\s*:{form}", output, re.MULTILINE)
         if match is None:
-            lines = [line.strip() for line in output.splitlines() if line.strip()][-_LAST_LINES:]
-            raise UserError(f"llama-perplexity printed no statistics; its last lines: {' | '.join(lines)}")
+            raise UserError(f"llama-perplexity printed no statistics; its last lines: {last_lines(output)}")
         found[field] = [float(group) for group in match.groups()]
     return Scores(
         ppl=found["ppl"][0],

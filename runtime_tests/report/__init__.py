@@ -1,1 +1,1 @@
-"""What `verify` found: figures, verdicts and evidence as data."""
+"""What `verify` found, as data: figures, verdicts, and hashes of what they rest on."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from exporters.gguf.container.splits import model_files
 from signround_edge.files import sha256_of
 from signround_edge.run_directory import RunDirectory
 
 Role = Literal["run", "artifact", "text", "reference", "binary"]
-_SPLIT = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")
 _REFERENCE_PATTERNS = ("*.safetensors", "config.json")
 
 
@@ -69,7 +68,7 @@ def fingerprint(role: Role, path: Path) -> Fingerprint:
     if path.is_dir():
         patterns = _REFERENCE_PATTERNS if role == "reference" else ("**/*",)
         return _fingerprint(role, path, path, (f for pattern in patterns for f in path.glob(pattern)))
-    return _fingerprint(role, path, path.parent, model_parts(path))
+    return _fingerprint(role, path, path.parent, model_files(path))
 
 
 def fingerprint_run(run: RunDirectory) -> Fingerprint:
@@ -84,12 +83,3 @@ def _fingerprint(role: Role, path: Path, base: Path, files: Iterable[Path]) -> F
     before = {name: file.stat() for name, file in names.items()}
     hashes = {name: (sha256_of(file), before[name].st_size) for name, file in names.items()}
     return Fingerprint(role, str(path), base, hashes, {name: stat.st_mtime_ns for name, stat in before.items()})
-
-
-def model_parts(path: Path) -> list[Path]:
-    """All files of a split GGUF model, of which `path` is the first; else the file alone."""
-    match = _SPLIT.fullmatch(path.name)
-    if match is None:
-        return [path]
-    stem, count = match[1], int(match[2])
-    return [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]

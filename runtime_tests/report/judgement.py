@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from devices import Tolerances
-from runtime_tests.checks.parity import Contender, GivesLogits, gate, gates, miss_exact_gate, miss_quantized_gate
+from runtime_tests.checks.gates import gate, gates, miss_exact_gate, miss_quantized_gate
+from runtime_tests.checks.parity import Contender, GivesLogits
 from runtime_tests.report.report import ArtifactReport, PerToken, RuntimeReport
 from signround_edge.evaluation.metrics import Scores
+
+
+@runtime_checkable
+class SaysItsCost(Protocol):
+    """A session that knows the time that the device computed for it, and the most memory of the process there."""
+
+    seconds: float
+    peak_memory_bytes: int | None
 
 
 @dataclass
@@ -78,8 +88,8 @@ def judge(trial: Trial) -> None:
 
 def _take_figures(contender: Contender, report: RuntimeReport) -> list[str]:
     """Copy a session's figures into the report; why there are none, if so."""
-    report.seconds = getattr(contender.session, "seconds", None)  # not every session can say it
-    report.peak_memory_bytes = getattr(contender.session, "peak_memory_bytes", None)
+    if isinstance(contender.session, SaysItsCost):
+        report.seconds, report.peak_memory_bytes = contender.session.seconds, contender.session.peak_memory_bytes
     if contender.failure is not None:
         return [contender.failure]
     parity = contender.parity

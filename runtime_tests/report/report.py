@@ -1,4 +1,4 @@
-"""What `verify` found: the report, its JSON form (a contract, design section 9) and its table for people."""
+"""What `verify` found: the report and its JSON form (a contract, design section 9)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from runtime_tests.checks.exactness import Exactness
+from runtime_tests.checks.gates import Gate
 from runtime_tests.checks.layers import Divergence
 from runtime_tests.report.evidence import Evidence
 from signround_edge.evaluation.metrics import FloatArray, Scores
@@ -21,7 +22,7 @@ class ArtifactReport:
     """Exactness of one artifact.
 
     Attributes:
-        path, format: which artifact ("gguf" or "onnx").
+        path, format: which artifact; the name of its exporter ("gguf", "onnx").
         exactness: the comparison, or None when it could not be made; then `reason` says why.
         status: "skipped" when no runtime of its format is available.
     """
@@ -49,21 +50,6 @@ class ArtifactReport:
                 {"tensor": d.tensor, "values": d.values, "what": d.what} for d in differences[:_DIFFERENCES_SHOWN]
             ],
         }
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One comparison that decided: it passes when `figure` is at most `limit`.
-
-    Attributes:
-        name: "kld_mean", "ln_ppl_difference" (its absolute value), "control_kld_mean" or "layer_error".
-        figure: what was found; None when it is no number.
-    """
-
-    name: str
-    figure: float | None
-    limit: float
-    passed: bool
 
 
 @dataclass(frozen=True)

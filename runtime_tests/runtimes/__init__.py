@@ -1,1 +1,1 @@
-"""One module per runtime."""
+"""What computes: a module for each runtime says how it opens an artifact in a worker and reads its stored weights."""

@@ -16,7 +16,7 @@ from runtime_tests.interface import StoredTensor
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from runtime_tests.runtimes.worker_session import WorkerSession
 from runtime_tests.setup.npm import ONNXRUNTIME_NODE, ONNXRUNTIME_WEB
-from runtime_tests.worker.onnx_engine import decoder_config, model_file
+from runtime_tests.worker.onnxruntime_engine import decoder_config, model_file
 from signround_edge.errors import UserError
 
 

@@ -14,7 +14,7 @@ from runtime_tests.runtimes.worker_runtime import WorkerRuntime
 from runtime_tests.runtimes.worker_session import WorkerSession
 from runtime_tests.transports.local import LocalTransport
 from runtime_tests.transports.reconnecting import ReconnectingWorker
-from runtime_tests.worker.onnx_dequantize import NodeModel, dequantize_through_runtime
+from runtime_tests.worker.onnx_dequantize import NodeModel
 from signround_edge.evaluation.metrics import FloatArray
 
 
@@ -48,6 +48,7 @@ class OnnxRuntime(WorkerRuntime):
     def stored_tensors(self, artifact: Path) -> Iterator[StoredTensor]:
         """Every weight of the run: quantized ones [N, K] through ONNX Runtime's kernels, floats as they are stored."""
         from exporters.onnx.artifact.reader import read_tensors
+        from runtime_tests.runtimes.onnx_weights import dequantize_through_runtime
 
         types = {name: kind for name, kind, _, _ in read_tensors(artifact)}
         with self.worker(artifact) as worker:

@@ -1,1 +1,1 @@
-"""What devices need on this machine, and how to get it from package registries: `signround-edge devices --setup`."""
+"""What devices need on this machine, how to get it from package registries, and the cache where it is kept."""

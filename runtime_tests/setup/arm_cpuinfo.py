@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from runtime_tests.cache import cache_folder, fill
 from runtime_tests.setup.arm64_python import Arm64Python
+from runtime_tests.setup.cache import cache_folder, fill
 
 # qemu's name → (part number of ARM's MIDR register, features as Linux names them)
 _ARMV8_0 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime_tests.cache import cache_folder, fill
+from runtime_tests.setup.cache import cache_folder, fill
 from runtime_tests.setup.requirement import Log, SystemProgram, run_tool
 from signround_edge.errors import UserError
 

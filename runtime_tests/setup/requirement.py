@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from signround_edge.errors import UserError
+from signround_edge.errors import UserError, last_lines
 
 Log = Callable[[str], None]
 
@@ -50,6 +50,11 @@ class SystemProgram:
         """See `Requirement`."""
         return None if self.path() else f"the program {self.names[0]} is not installed"
 
+    def missing_with_way_out(self) -> str | None:
+        """The same with the command that installs it."""
+        missing = self.missing()
+        return f"{missing} ({self.command() or f'apt-get install -y {self.package}'})" if missing else None
+
     def command(self) -> str | None:
         """See `Requirement`: nothing where apt-get can be run as it is."""
         return None if self.path() or _may_apt() else f"sudo apt-get install -y {self.package}"
@@ -76,8 +81,7 @@ def run_tool(command: Sequence[str], what: str, **environment: str) -> str:
         raise UserError(f"{what} cannot be run ({error.strerror}); install it first") from error
     output = done.stdout.decode(errors="replace")
     if done.returncode:
-        last = [line.strip() for line in output.splitlines() if line.strip()][-2:]
-        raise UserError(f"{what} failed ({' | '.join(last)}); check the network and try again")
+        raise UserError(f"{what} failed ({last_lines(output, 2)}); check the network and try again")
     return output
 
 

@@ -11,7 +11,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime_tests.cache import cache_folder, fill
+from runtime_tests.setup.cache import cache_folder, fill
 from runtime_tests.setup.requirement import Log, run_tool
 from runtime_tests.worker.llama_cpp_bindings import PACKAGE, VERSION
 

@@ -1,4 +1,7 @@
-"""The worker's own code as one zip file that Python imports from: all that it needs besides its packages."""
+"""The worker's own code as one zip file that Python imports from: all that it needs besides its packages.
+
+That is the folder `runtime_tests/worker`, whatever it holds, and the two modules outside that it may import.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,10 @@ import zipfile
 from functools import cache
 from pathlib import Path
 
-from runtime_tests.cache import cache_folder, fill
+from runtime_tests.setup.cache import cache_folder, fill
 
-# What `runtime_tests.worker` imports on a device, from the folder that holds our packages.
-_MODULES = (
-    "signround_edge/__init__.py",
-    "signround_edge/errors.py",
-    "signround_edge/evaluation/metrics.py",
-    "runtime_tests/__init__.py",
-    "runtime_tests/worker/digest.py",
-    "runtime_tests/worker/__main__.py",
-    "runtime_tests/transports/__init__.py",
-    "runtime_tests/worker/protocol.py",
-    "runtime_tests/worker/remote_store.py",
-    "runtime_tests/runtimes/__init__.py",
-    "runtime_tests/worker/llama_cpp_bindings.py",
-    "runtime_tests/worker/llama_cpp_engine.py",
-    "runtime_tests/worker/onnx_dequantize.py",
-    "runtime_tests/worker/onnx_engine.py",
-    "runtime_tests/worker/onnx_session.py",
-)
+_WORKER = "runtime_tests/worker"
+_OUTSIDE = ("signround_edge/errors.py", "signround_edge/evaluation/metrics.py")
 _DATE = (2026, 1, 1, 0, 0, 0)  # the same code gives the same bytes
 
 
@@ -37,11 +24,18 @@ def worker_bundle() -> Path:
     root = Path(__file__).resolve().parents[2]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in _MODULES:
+        for name in _names(root):
             archive.writestr(zipfile.ZipInfo(name, _DATE), (root / name).read_bytes())
     content = buffer.getvalue()
     folder = cache_folder() / "worker" / hashlib.sha256(content).hexdigest()[:16]
     return fill(folder, lambda temporary: _write(temporary / "worker.zip", content)) / "worker.zip"
+
+
+def _names(root: Path) -> list[str]:
+    """The bundle's files, relative to the folder that holds our packages: modules, and the packages around them."""
+    modules = {file.relative_to(root) for file in (root / _WORKER).glob("*.py")} | {Path(name) for name in _OUTSIDE}
+    packages = {folder / "__init__.py" for file in modules for folder in file.parents if folder.parts}
+    return sorted(file.as_posix() for file in modules | packages)
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -1,1 +1,1 @@
-"""Ways to reach a worker: a process here, an emulated or a distant one, a browser."""
+"""Ways to a worker: a process here, an emulated machine, one behind ssh, Node, or a page."""

@@ -21,6 +21,20 @@ class ConnectionLost(WorkerFailure):
     """The way to the worker broke, which says nothing about the artifact: worth another try."""
 
 
+class Closing:
+    """What is closed at the end of a `with` block, or by `close`."""
+
+    def close(self) -> None:
+        """Free what it holds. May be repeated."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class Worker(Protocol):
     """Something that answers requests, one at a time. Use as a context manager, or call `close`."""
 

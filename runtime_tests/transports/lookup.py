@@ -22,11 +22,11 @@ def transport_to(profile: DeviceProfile) -> Transport:
 
         return NodeTransport()
     if kind in ("chromium", "phone-browser"):
-        from runtime_tests.transports.browser import browser_transport
+        from runtime_tests.transports.pages.browser import browser_transport
 
         return browser_transport(profile)
     if kind == "adb":
-        from runtime_tests.transports.adb import AdbTransport
+        from runtime_tests.transports.pages.adb import AdbTransport
 
         return AdbTransport(profile)
     from runtime_tests.transports.local import LocalTransport

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime_tests import javascript
 from runtime_tests.setup.npm import NODE, ONNXRUNTIME_NODE, ONNXRUNTIME_WEB
-from runtime_tests.transports import leash
 from runtime_tests.transports.interface import DEFAULT_TIMEOUT
+from runtime_tests.transports.leash import Leash
 from runtime_tests.transports.process import ProcessWorker
 
 _PACKAGES = (ONNXRUNTIME_WEB, ONNXRUNTIME_NODE)
@@ -25,30 +23,18 @@ class LeashedWorker(ProcessWorker):
     """
 
     def __init__(self, subject: str, command: Sequence[str], timeout: float) -> None:
-        read, write = os.pipe()
-        self._lifeline: int | None = write
-        try:
-            held = [sys.executable, "-P", leash.__file__, str(read), "-", *command]
-            super().__init__(subject, held, timeout, pass_fds=(read,))
-        except BaseException:
-            self._let_go()
-            raise
-        finally:
-            os.close(read)
+        self._leash = Leash()
+        with self._leash.around(command) as (held, inherited):
+            super().__init__(subject, held, timeout, pass_fds=inherited)
 
     def close(self) -> None:
         """End it, and what it started."""
-        self._let_go()
+        self._leash.let_go()
         super().close()
 
     def _kill_hung(self) -> None:
         self._hung = True
-        self._let_go()
-
-    def _let_go(self) -> None:
-        lifeline, self._lifeline = self._lifeline, None
-        if lifeline is not None:
-            os.close(lifeline)
+        self._leash.let_go()
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,19 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, BinaryIO, cast
 
 from numpy.typing import NDArray
 
-from runtime_tests.transports.interface import ConnectionLost, WorkerFailure
+from runtime_tests.transports.interface import Closing, ConnectionLost, WorkerFailure
 from runtime_tests.worker.protocol import Message, ProtocolError, receive, send
-from signround_edge.errors import UserError
+from signround_edge.errors import UserError, last_lines
 
 _SECONDS_TO_LEAVE = 2.0
-_LAST_LINES = 4
 _PIPE_BYTES = 1 << 20  # megabytes of logits, not lines of text
 
 
-class ProcessWorker:
+class ProcessWorker(Closing):
     """A child process that speaks the protocol, one request at a time. Use as a context manager.
 
     Args:
@@ -111,12 +110,6 @@ class ProcessWorker:
         self._ended()
         self._stderr.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _kill_hung(self) -> None:
         self._hung = True
         self._process.kill()
@@ -150,8 +143,7 @@ class ProcessWorker:
     def _last_lines(self) -> str:
         self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, self._stderr.tell() - 4000))
-        lines = self._stderr.read().decode(errors="replace").splitlines()
-        return " | ".join([line.strip() for line in lines if line.strip()][-_LAST_LINES:])
+        return last_lines(self._stderr.read().decode(errors="replace"))
 
 
 def _signal_name(code: int) -> str | None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from signround_edge.files import sha256_of
 
 _CHUNK = 1 << 20
-_SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
 # (file's sha256, its size) → bytes there;  (sha256, size, offset, data) → bytes there
 Have = Callable[[str, int], int]
@@ -17,16 +15,19 @@ Put = Callable[[str, int, int, bytes], int]
 
 
 def files_of(artifact: Path) -> list[Path]:
-    """The files that belong to an artifact: itself, the other parts of a split GGUF, or those in its folder."""
+    """The files that belong to an artifact: itself, the other parts of a split GGUF, or those in its folder.
+
+    An .ort file holds its tensors; what its graph leaves open (the shape of the cache) stands beside it.
+    """
     if artifact.is_dir():
         return sorted(path for path in artifact.iterdir() if path.is_file())
-    split = _SPLIT.search(artifact.name)
-    if split:
-        stem = artifact.name[: split.start()]
-        return sorted(artifact.parent.glob(f"{stem}-?????-of-{split[1]}.gguf"))
     if artifact.suffix == ".onnx":
         return files_of(artifact.parent)
-    return [artifact]
+    if artifact.suffix == ".ort":
+        return [artifact, *artifact.parent.glob("genai_config.json")]
+    from exporters.gguf.container.splits import model_files  # late: exporters load torch, which `devices` does not need
+
+    return [path for path in model_files(artifact) if path.is_file()] or [artifact]
 
 
 def push_file(file: Path, have: Have, put: Put) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
-from runtime_tests.transports.interface import ConnectionLost, Worker
+from runtime_tests.transports.interface import Closing, ConnectionLost, Worker
 from runtime_tests.worker.protocol import Message
 from signround_edge.errors import UserError
 
@@ -18,7 +18,7 @@ _TRIES = 5  # connections that may break in the middle of one request
 _FIRST_WAIT = 0.5  # seconds before the second try; doubled each time
 
 
-class ReconnectingWorker:
+class ReconnectingWorker(Closing):
     """A worker that is started at the first request, and anew when its connection breaks.
 
     Use as a context manager, or call `close`; nothing is left running after either.
@@ -45,12 +45,6 @@ class ReconnectingWorker:
         """End the worker. May be repeated."""
         self._closed = True
         self._let_go()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _started(self) -> Worker:
         if self._closed:

@@ -8,12 +8,8 @@ continues where it stopped. `remote_store` answers until the worker starts.
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import socket
 import struct
-import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,23 +17,19 @@ from typing import Any
 import numpy as np
 
 from devices import DeviceProfile
-from runtime_tests.setup.requirement import SystemProgram
+from runtime_tests.setup.devices import SSH
 from runtime_tests.setup.wheels import WorkerPackages
 from runtime_tests.setup.worker_bundle import worker_bundle
 from runtime_tests.transports.interface import DEFAULT_TIMEOUT
 from runtime_tests.transports.local import QUIET_ENVIRONMENT
 from runtime_tests.transports.process import ProcessWorker
 from runtime_tests.transports.push import files_of, push_file
+from runtime_tests.transports.ssh_client import CONNECTION_LOST, SshClient
 from runtime_tests.worker import remote_store
 from runtime_tests.worker.protocol import ProtocolError
-from signround_edge.errors import UserError
+from signround_edge.errors import UserError, last_lines
 
-OPTIONS_VARIABLE = "SIGNROUND_EDGE_SSH_OPTIONS"  # more options of ssh, such as "-i key" or "-F config"
-CONNECTION_LOST = 255  # the exit code of ssh when the connection, not the command, failed
-_PROGRAM = SystemProgram(("ssh",), "openssh-client")
-_OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=4")
 _IDLE_SECONDS = "3600"  # the worker there leaves when nobody has asked for that long
-_PROBE_SECONDS = 2.0
 _PROBE = "python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'"
 _MAX_REPLY = 1 << 20
 
@@ -54,18 +46,20 @@ class SshTransport:
 
     def unavailable(self) -> str | None:
         """Why no worker can be had: no ssh, nobody answers within two seconds, no login, or no Python there."""
-        if _PROGRAM.missing():
-            return f"{_PROGRAM.missing()} ({_PROGRAM.command() or f'apt-get install -y {_PROGRAM.package}'})"
+        missing = SSH.missing_with_way_out()
+        if missing:
+            return missing
         address = self.profile.address
         if not address:
             return f"it has no address (--device {self.profile.name}=user@host)"
         elsewhere = f"or give another address, --device {self.profile.name}=user@host"
-        if not _answers(address):
+        client = SshClient(address)
+        if not client.answers():
             return f"nobody answers at {address} (switch it on, {elsewhere})"
-        done = subprocess.run([*ssh_command(address), _PROBE], stdin=subprocess.DEVNULL, capture_output=True)
+        done = client.run(_PROBE)
         if done.returncode == CONNECTION_LOST:
-            said = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
-            return f"ssh cannot log in to {address}: {said[-1]} (put your key there with ssh-copy-id, {elsewhere})"
+            said = last_lines(done.stderr.decode(errors="replace"), 1) or "no reason given"
+            return f"ssh cannot log in to {address}: {said} (put your key there with ssh-copy-id, {elsewhere})"
         return f"{address} has no Python 3.11 or later (install python3 there)" if done.returncode else None
 
     def start(self, subject: str, timeout: float = DEFAULT_TIMEOUT) -> SshWorker:
@@ -87,10 +81,8 @@ class SshWorker(ProcessWorker):
     def __init__(self, subject: str, address: str, timeout: float) -> None:
         # The shell in between reports a signal as 128 + its number; ssh alone would say 255, as for a lost connection.
         source = Path(remote_store.__file__).read_text(encoding="utf-8")
-        command = f"python3 -c {shlex.quote(source)}; exit $?"
-        super().__init__(
-            subject, [*ssh_command(address), f"exec sh -c {shlex.quote(command)}"], timeout, lost_code=CONNECTION_LOST
-        )
+        line = f"exec sh -c {shlex.quote(f'python3 -c {shlex.quote(source)}; exit $?')}"
+        super().__init__(subject, SshClient(address).command(line), timeout, lost_code=CONNECTION_LOST)
         try:
             self._start_worker()
         except BaseException:
@@ -144,35 +136,3 @@ class SshWorker(ProcessWorker):
         if "error" in answer:
             raise UserError(f"{self._subject}: the other machine could not {header['op']} ({answer['error']})")
         return answer
-
-
-def ssh_command(address: str) -> list[str]:
-    """The command that reaches user@host or user@host:port, without what to run there."""
-    host, port = _parts(address)
-    options = [part for option in _OPTIONS for part in ("-o", option)]
-    more = shlex.split(os.environ.get(OPTIONS_VARIABLE, ""))
-    return [_PROGRAM.path() or "ssh", "-T", *options, *more, *(["-p", port] if port else []), "--", host]
-
-
-def _parts(address: str) -> tuple[str, str | None]:
-    host, colon, port = address.rpartition(":")
-    return (host, port) if colon and port.isdigit() and ":" not in host else (address, None)
-
-
-def _answers(address: str) -> bool:
-    """Whether a TCP connection comes about. True where only ssh can tell: behind a jump host."""
-    command = ssh_command(address)
-    settings = _settings(subprocess.run([command[0], "-G", *command[1:]], capture_output=True, text=True).stdout)
-    if settings.get("proxycommand", "none") != "none" or "proxyjump" in settings:
-        return True
-    try:
-        with socket.create_connection((settings["hostname"], int(settings["port"])), _PROBE_SECONDS):
-            return True
-    except (OSError, KeyError, ValueError):
-        return False
-
-
-def _settings(listing: str) -> dict[str, str]:
-    """`ssh -G`: lines of "key value"."""
-    pairs: Sequence[tuple[str, str, str]] = [line.partition(" ") for line in listing.splitlines()]
-    return {key: value for key, _, value in pairs}

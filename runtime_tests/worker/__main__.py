@@ -22,8 +22,10 @@ A reply with "error" holds one sentence about the input; a crash holds none.
 
 from __future__ import annotations
 
+import importlib
 import os
 import queue
+import re
 import select
 import signal
 import sys
@@ -74,7 +76,7 @@ class Worker:
 
     def _open(self, request: Message) -> Message:
         h = request.header
-        self._engine = _ENGINES[h["runtime"]](Path(h["artifact"]), h["options"])
+        self._engine = _engine(h["runtime"])(Path(h["artifact"]), **h["options"])
         return Message({"facts": self._engine.facts()})
 
     def _logits(self, request: Message) -> Message:
@@ -167,30 +169,12 @@ def _peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _llama_cpp(artifact: Path, options: dict[str, Any]) -> Any:
-    from runtime_tests.worker.llama_cpp_engine import LlamaCppEngine
+def _engine(runtime: str) -> Any:
+    """The engine of a runtime: `ENGINE` of the module that is named like it ("llama.cpp": llama_cpp_engine).
 
-    return LlamaCppEngine(artifact, **options)
-
-
-def _onnxruntime(artifact: Path, options: dict[str, Any]) -> Any:
-    from runtime_tests.worker.onnx_engine import OnnxEngine
-
-    return OnnxEngine(artifact, **options)
-
-
-def _genai(artifact: Path, options: dict[str, Any]) -> Any:
-    from runtime_tests.worker.genai_engine import GenaiEngine
-
-    return GenaiEngine(artifact, **options)
-
-
-# Imported on demand: a worker loads one runtime, and starts as fast as that allows.
-_ENGINES: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
-    "llama.cpp": _llama_cpp,
-    "onnxruntime": _onnxruntime,
-    "onnxruntime-genai": _genai,
-}
+    Imported on demand: a worker loads one runtime, and starts as fast as that allows.
+    """
+    return importlib.import_module(f"{__package__}.{re.sub(r'[^a-z0-9]', '_', runtime)}_engine").ENGINE
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ class Digest:
 
 def digest_of(logits: FloatArray, targets: TokenArray, top: int = DEFAULT_TOP) -> Digest:
     """Digest of f32 [n, vocab] logits; `targets` int32 [n] are the tokens that followed."""
-    log_p = _log_softmax64(logits)
+    log_p = log_softmax64(logits)
     top = min(top, logits.shape[1])
     rows = np.arange(len(log_p))
     order = np.argsort(-log_p, axis=-1, kind="stable")
@@ -51,21 +51,8 @@ def digest_of(logits: FloatArray, targets: TokenArray, top: int = DEFAULT_TOP) -
     )
 
 
-def divergence(reference: FloatArray, digest: Digest) -> FloatArray:
-    """f32 [n]: KL(reference ‖ digest) in nats, with all tokens outside the digest as one; reference f32 [n, vocab]."""
-    log_r = _log_softmax64(reference)
-    top_r = np.take_along_axis(log_r, digest.top_ids.astype(np.int64), axis=-1)
-    inside = (np.exp(top_r) * (top_r - digest.top_logp)).sum(axis=-1)
-    others = np.ones_like(log_r, dtype=bool)
-    np.put_along_axis(others, digest.top_ids.astype(np.int64), False, axis=-1)
-    rest_r = np.where(others, np.exp(log_r), 0.0).sum(axis=-1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        outside = np.where(rest_r > 0, rest_r * (np.log(rest_r) - digest.rest_logp), 0.0)
-    result: FloatArray = (inside + outside).astype(np.float32)
-    return result
-
-
-def _log_softmax64(logits: FloatArray) -> NDArray[np.float64]:
+def log_softmax64(logits: FloatArray) -> NDArray[np.float64]:
+    """Log-probabilities f64 [n, vocab] of f32 [n, vocab] logits."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result

@@ -244,3 +244,6 @@ def ggml_to_float(type_number: int, data: NDArray[np.uint8], count: int) -> Floa
     out = np.empty(count, dtype=np.float32)
     c.ToFloat(traits.to_float)(data.ctypes.data, out.ctypes.data, count)
     return out
+
+
+ENGINE = LlamaCppEngine

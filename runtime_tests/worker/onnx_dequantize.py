@@ -1,31 +1,19 @@
-"""ONNX Runtime's own dequantizer, weight by weight.
+"""ONNX Runtime's own dequantizer, one quantized node at a time.
 
 A MatMulNBits of accuracy level 0 applied to the identity returns its dequantized weights bit for bit: every output is
-one product 1·w plus zeros. So each node of an artifact is made a model of its own, with the artifact's operands, and
-run where the runtime is. GatherBlockQuantized returns its rows directly.
+one product 1·w plus zeros. GatherBlockQuantized returns its rows directly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from runtime_tests.worker.onnx_session import cpu_session
-from signround_edge.errors import UserError, first_line
+from signround_edge.evaluation.metrics import FloatArray
 
-if TYPE_CHECKING:  # a worker on another machine has no onnx_ir
-    from exporters.onnx.artifact.reader import Artifact
-
-FloatArray = NDArray[np.float32]
-
-# At most this many weights in one model, and this many input features in one run: bounds memory to some 100 MB.
-_WEIGHTS_PER_MODEL = 1 << 23
-_IDENTITY_ROWS = 1024
+_IDENTITY_ROWS = 1024  # input features in one run: bounds memory
 
 
 @dataclass(frozen=True)
@@ -46,10 +34,6 @@ class NodeModel:
     dtype: str
 
 
-# f32 [rows, cols] of a NodeModel, wherever the runtime is.
-Dequantizer = Callable[[NodeModel], FloatArray]
-
-
 def run_node_model(node: NodeModel) -> FloatArray:
     """f32 [rows, cols] through ONNX Runtime in this process, one thread."""
     session = cpu_session(node.model)
@@ -62,97 +46,3 @@ def run_node_model(node: NodeModel) -> FloatArray:
         identity = np.eye(stop - start, node.cols, k=start, dtype=node.dtype)
         weights[:, start:stop] = session.run(None, {"X": identity})[0].T
     return weights
-
-
-def dequantize_through_runtime(
-    artifact: Path, dequantizer: Dequantizer = run_node_model
-) -> Iterator[tuple[str, FloatArray]]:
-    """Every stored weight of an artifact, one at a time: (name, f32 weights).
-
-    Quantized ones are named by their node and are [N, K]; the float ones that hold a parameter follow as they are
-    stored (names and order as in `exporters.onnx.artifact.reader.iter_expected`).
-
-    Args:
-        artifact: the folder or the .onnx file.
-        dequantizer: runs the node models; by default ONNX Runtime in this process.
-    Raises:
-        UserError: the file is broken, or ONNX Runtime refuses a node.
-    """
-    from exporters.onnx.artifact.reader import open_artifact, stored_floats
-    from exporters.onnx.artifact.sidecar import SIDECAR
-
-    opened = open_artifact(artifact)
-    for node in opened.quantized_nodes():
-        yield node.name or "", dequantize_node(opened, node, dequantizer)
-    if (opened.path.parent / SIDECAR).is_file():
-        yield from stored_floats(opened)
-
-
-def dequantize_node(artifact: Artifact, node: Any, dequantizer: Dequantizer = run_node_model) -> FloatArray:
-    """f32 [N, K] of one MatMulNBits or GatherBlockQuantized node (an `onnx_ir.Node`)."""
-    from exporters.onnx.bindings import quantized_initializers, scales_cast
-    from runtime_tests.transports.interface import WorkerFailure
-
-    operands = {role: artifact.array(name) for role, name in quantized_initializers(node).items()}
-    if scales_cast(node) is not None:
-        operands["scales"] = operands["scales"].astype(np.float32)  # as the graph does before it computes
-    attributes = {name: artifact.attribute(node, name) for name in ("bits", "block_size")}
-    try:
-        return dequantize_operands(node.op_type, operands, attributes, dequantizer)
-    except WorkerFailure:
-        raise
-    except Exception as error:  # onnxruntime's error classes share no base but Exception
-        raise UserError(
-            f"{artifact.path}: ONNX Runtime refuses the weights of node {node.name} ({first_line(error)}); "
-            "export the run again"
-        ) from error
-
-
-def dequantize_operands(
-    op: str,
-    operands: dict[str, NDArray[Any]],
-    attributes: dict[str, int],
-    dequantizer: Dequantizer = run_node_model,
-) -> FloatArray:
-    """f32 [N, K] of stored operands through ONNX Runtime.
-
-    Args:
-        op: "MatMulNBits" or "GatherBlockQuantized".
-        operands: "weight" uint8 [N, blocks, g·bits/8] or [N, K·bits/8], "scales" [N, blocks], and "zero_points" uint8
-            [N, ceil(blocks·bits/8)] unless they are left out.
-        attributes: "bits" and "block_size".
-        dequantizer: runs the node models.
-    """
-    rows = operands["weight"].shape[0]
-    cols = operands["weight"].size // max(rows, 1) * 8 // attributes["bits"]
-    weights = np.empty((rows, cols), dtype=np.float32)
-    step = max(1, _WEIGHTS_PER_MODEL // max(cols, 1))
-    for start in range(0, rows, step):
-        part = {role: array[start : start + step] for role, array in operands.items()}
-        weights[start : start + step] = dequantizer(_node_model(op, part, attributes, cols))
-    return weights
-
-
-def _node_model(op: str, operands: dict[str, NDArray[Any]], attributes: dict[str, int], cols: int) -> NodeModel:
-    from onnx import TensorProto, helper, numpy_helper
-
-    rows = operands["weight"].shape[0]
-    scale_type = helper.np_dtype_to_tensor_dtype(operands["scales"].dtype)
-    multiplies = op == "MatMulNBits"
-    if multiplies:
-        inputs = ["X", *operands]
-        attributes = {**attributes, "K": cols, "N": rows, "accuracy_level": 0}
-    else:
-        weight, *others = operands
-        inputs = [weight, "X", *others]
-        attributes = {**attributes, "gather_axis": 0, "quantize_axis": 1}
-    graph = helper.make_graph(
-        [helper.make_node(op, inputs, ["Y"], domain="com.microsoft", **attributes)],
-        "dequantize",
-        [helper.make_tensor_value_info("X", scale_type if multiplies else TensorProto.INT64, None)],
-        [helper.make_tensor_value_info("Y", scale_type, None)],
-        [numpy_helper.from_array(np.ascontiguousarray(array), role) for role, array in operands.items()],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    return NodeModel(model.SerializeToString(), op, rows, cols, str(operands["scales"].dtype))

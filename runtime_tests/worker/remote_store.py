@@ -31,7 +31,7 @@ from typing import Any
 
 
 def store() -> Path:
-    """Where pushed files are kept: under the cache folder that `runtime_tests.cache` names."""
+    """Where pushed files are kept: under the cache folder that `runtime_tests.setup.cache` names."""
     chosen = os.environ.get("SIGNROUND_EDGE_CACHE")
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = (Path(chosen) if chosen else Path(caches) / "signround-edge") / "pushed"

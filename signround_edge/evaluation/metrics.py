@@ -98,6 +98,10 @@ class Scores:
     top1_agreement: float | None = None
     ln_ratio_stderr: float | None = None
 
+    def to_json(self) -> dict[str, float]:
+        """The document of `evaluate --json`: the figures that there are."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
 
 @dataclass
 class ScoreKeeper:

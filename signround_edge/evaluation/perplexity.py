@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import FloatArray, ScoreKeeper, Scores, TokenArray, Windows, cut_windows
+from signround_edge.model.config import longest_window
 from signround_edge.model.decoder import build_decoder, checkpoint_name, set_parameter
 from signround_edge.model.source import SourceModel
 from signround_edge.model.tokenizer import load_tokenizer
@@ -88,16 +88,6 @@ def text_windows(tokenizer_dir: Path, text: Path, n_ctx: int = 512, max_windows:
         raise UserError(f"--text {text} is not UTF-8 ({error.reason}); convert it first") from error
     tokens = list(tokenizer(content, verbose=False)["input_ids"])
     return cut_windows(tokens, n_ctx, added_bos(tokenizer), max_windows)
-
-
-def longest_window(model_dir: Path) -> int | None:
-    """The longest text that a model was made for, by its config.json; None where none says so (an ONNX folder)."""
-    try:
-        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    found = (config.get(key) for key in ("max_position_embeddings", "n_positions"))
-    return next((int(value) for value in found if isinstance(value, int) and value > 0), None)
 
 
 def added_bos(tokenizer: Any) -> int | None:

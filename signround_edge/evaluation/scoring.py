@@ -10,6 +10,7 @@ from typing import Any
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import Scores
 from signround_edge.evaluation.perplexity import TorchSession, evaluate, load_run_model, load_source_model, text_windows
+from signround_edge.model.config import is_model_folder
 from signround_edge.model.source import resolve_model
 from signround_edge.plugins import exporter_of, runtimes
 from signround_edge.run_directory import RunDirectory
@@ -50,7 +51,7 @@ def _open(path: str, reference_dir: Path | None) -> tuple[Any, Path]:
         run = RunDirectory.open(local)
         return TorchSession(load_run_model(run)), run.config_dir
     # An ONNX folder may carry its model's config.json.
-    if not local.exists() or ((local / "config.json").is_file() and not (local / "model.onnx").is_file()):
+    if not local.exists() or (is_model_folder(local) and not (local / "model.onnx").is_file()):
         folder = resolve_model(path)
         return TorchSession(load_source_model(folder)), folder
     artifact_format = exporter_of(local).name

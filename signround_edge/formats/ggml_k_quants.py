@@ -11,6 +11,7 @@ from torch import Tensor
 
 from signround_edge.formats.grid import BlockScales, Fields, to_fp16, zero_position
 from signround_edge.formats.super_block import SUPER_BLOCK, SuperBlockGrid
+from signround_edge.formats.super_search import search_super
 
 
 class SuperSymmetric(SuperBlockGrid):
@@ -26,6 +27,9 @@ class SuperSymmetric(SuperBlockGrid):
         self.anchor = 1 << (bits - 1)
         self.sub_min, self.sub_max = -(1 << (sub_bits - 1)), (1 << (sub_bits - 1)) - 1
         self.field_ranges = {"sub_scale": (self.sub_min, self.sub_max)}
+
+    def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:
+        return search_super(self, blocks, importance)
 
     def store(self, scales: BlockScales) -> Fields:
         super_scale = scales.super_scale
@@ -72,6 +76,9 @@ class SuperAffine(SuperBlockGrid):
         super().__init__(name, bits, block_size, bits_per_weight)
         self.sub_max = (1 << sub_bits) - 1
         self.field_ranges = {"sub_scale": (0, self.sub_max), "sub_minimum": (0, self.sub_max)}
+
+    def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:
+        return search_super(self, blocks, importance)
 
     def store(self, scales: BlockScales) -> Fields:
         assert scales.minimum is not None

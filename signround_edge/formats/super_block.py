@@ -7,7 +7,6 @@ from abc import abstractmethod
 from torch import Tensor
 
 from signround_edge.formats.grid import BlockScales, Fields, Grid, safe_reciprocal
-from signround_edge.formats.super_search import search_super
 
 SUPER_BLOCK = 256
 
@@ -24,9 +23,6 @@ class SuperBlockGrid(Grid):
         self.blocks_per_super = SUPER_BLOCK // block_size
         self.code_max = (1 << bits) - 1
         self.bits_per_weight = bits_per_weight
-
-    def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:
-        return search_super(self, blocks, importance)
 
     def per_super(self, blocks: Tensor) -> Tensor:
         """[R, B] as [R, super-blocks, blocks_per_super]."""

@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face model folder, read here and nowhere else."""
+"""config.json of a Hugging Face model folder, read and written here and nowhere else."""
 
 from __future__ import annotations
 
@@ -27,6 +27,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{file} is not a JSON object; give a complete model folder, or run `quantize` again")
     return config
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write config.json into a folder."""
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether it holds a config.json."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def longest_window(folder: Path) -> int | None:
+    """The longest text that a model was made for, by its config.json; None where none says so (an ONNX folder)."""
+    try:
+        config = read_config(folder)
+    except UserError:
+        return None
+    found = (config.get(key) for key in ("max_position_embeddings", "n_positions"))
+    return next((int(value) for value in found if isinstance(value, int) and value > 0), None)
 
 
 def head_dim(config: dict[str, Any]) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from signround_edge.errors import UserError
 from signround_edge.files import sha256_of
+from signround_edge.model.config import CONFIG_FILE, is_model_folder
 
 # What an exporter or an evaluation needs besides weights; copied into run/config.
 CONFIG_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -74,7 +75,7 @@ class SourceModel:
     @classmethod
     def open(cls, path: Path) -> SourceModel:
         """Read config presence and all safetensors headers; UserError on anything missing or broken."""
-        if not (path / "config.json").is_file():
+        if not is_model_folder(path):
             raise UserError(f"{path} has no config.json; give a Hugging Face model folder")
         files: dict[str, str] = {}
         dtypes: dict[str, torch.dtype] = {}
@@ -112,7 +113,7 @@ class SourceModel:
 
     def hashes(self) -> dict[str, str]:
         """File name → sha256 of every weight file and of config.json."""
-        names = sorted({*self.files.values(), "config.json"})
+        names = sorted({*self.files.values(), CONFIG_FILE})
         return {name: sha256_of(self.path / name) for name in names}
 
     def copy_config(self, target: Path) -> None:

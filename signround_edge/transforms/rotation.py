@@ -11,7 +11,6 @@ is to be measured (docs/LOG.md: not with blocks of 16 to 128 weights).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from signround_edge.errors import UserError
 from signround_edge.evaluation.perplexity import load_source_model
 from signround_edge.files import whole_folder
+from signround_edge.model.config import read_config, write_config
 from signround_edge.model.decoder import out_in, set_out_in, set_parameter, set_weight, weight_of
 from signround_edge.model.source import SourceModel
 from signround_edge.schemes.roles import writes_to_stream
@@ -47,7 +47,7 @@ def rotate(model: Path, out: Path, seed: int = 0) -> float:
         raise UserError(f"{out} exists already; give another -o")
     source = SourceModel.open(model)
     loaded: Any = load_source_model(model)
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config = read_config(model)
     vocabulary = len(loaded.get_input_embeddings().weight)
     tokens = torch.randint(vocabulary, _TOKENS_TO_CHECK, generator=torch.Generator().manual_seed(seed))
     exact = _logits(loaded, tokens)
@@ -56,7 +56,7 @@ def rotate(model: Path, out: Path, seed: int = 0) -> float:
         source.copy_config(partial)
         config |= {"tie_word_embeddings": False, "dtype": "float32"}
         config.pop("torch_dtype", None)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_config(partial, config)
         save_torch_state_dict(dict(loaded.named_parameters()), partial)
         del loaded
         divergence = logits_divergence(exact, _logits(load_source_model(partial), tokens))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from signround_edge.errors import UserError
+from signround_edge.transforms import TRANSFORMS
+
+# Where blocks are tuned; "auto" is a GPU where torch finds one.
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -49,20 +54,20 @@ class TuningSettings:
     samples: int = 128
     seqlen: int = 512
     batch_size: int = 8
-    start: str = "gptq"
+    start: Literal["gptq", "nearest"] = "gptq"
     correct_drift: bool = True
     lr: float | None = None
     scale_lr: float | None = None
     tune_scales: bool = True
-    positions: str = "fixed"
+    positions: Literal["fixed", "follow"] = "fixed"
     scale_range: tuple[float, float] = (0.5, 1.5)
-    scale_init: str = "search"
-    loss: str = "relative"
-    granularity: str = "block"
-    optimizer: str = "signsgd"
+    scale_init: Literal["search", "absmax"] = "search"
+    loss: Literal["relative", "mse"] = "relative"
+    granularity: Literal["block", "layer"] = "block"
+    optimizer: Literal["signsgd", "adam"] = "signsgd"
     held_out: float = 0.125
     checks: int = 3
-    compute_dtype: str = "auto"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     whole_model_steps: int = 0
     whole_model_batch_size: int = 4
     whole_model_lr: float = 2e-4
@@ -71,21 +76,58 @@ class TuningSettings:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        for name in vars(self):
+            _check_kind(name, getattr(self, name))
         lowest = {"steps": 0, "samples": 1, "seqlen": 2, "batch_size": 1, "checks": 1}
         lowest |= {"whole_model_steps": 0, "whole_model_batch_size": 1}
         for name, low in lowest.items():
             if getattr(self, name) < low:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {low}")
+                raise UserError(f"{flag(name)} {getattr(self, name)} must be at least {low}")
         if not 0 <= self.whole_model_code_lr <= 1:
-            raise UserError(f"--whole-model-code-lr {self.whole_model_code_lr} must be at least 0 and at most 1")
+            raise UserError(
+                f"{flag('whole_model_code_lr')} {self.whole_model_code_lr} must be at least 0 and at most 1"
+            )
         for name in ("lr", "scale_lr", "whole_model_lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be above 0 and at most 1")
+                raise UserError(f"{flag(name)} {value} must be above 0 and at most 1")
+        if not 0 < self.held_out < 1:
+            raise UserError(f"held_out {self.held_out} must be above 0 and below 1")
+        low_end, high_end = self.scale_range
+        if not 0 <= low_end <= 1 <= high_end:
+            raise UserError(f"scale_range {self.scale_range} must begin at 0 to 1 and end at 1 or above")
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready dictionary, as stored in the manifest."""
         return {**asdict(self), "scale_range": list(self.scale_range), "transforms": list(self.transforms)}
+
+
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    return get_type_hints(TuningSettings)
+
+
+def choices(setting: str) -> tuple[str, ...]:
+    """What a setting that names a choice may be; () for every other one. The annotation is the only list of them."""
+    if setting == "transforms":
+        return TRANSFORMS
+    kind = _kinds()[setting]
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def flag(setting: str) -> str:
+    """The command line's name of a setting: "--batch-size"."""
+    return f"--{setting.removesuffix('s') if setting == 'transforms' else setting.replace('_', '-')}"
+
+
+def _check_kind(setting: str, value: Any) -> None:
+    """UserError for a value that is no choice, or no whole number where there must be one."""
+    known = choices(setting)
+    for one in value if setting == "transforms" else [value]:
+        if known and one not in known:
+            raise UserError(f"{flag(setting)} {one} is unknown; known are {', '.join(known)}")
+    if _kinds()[setting] is int and (not isinstance(value, int) or isinstance(value, bool)):
+        raise UserError(f"{flag(setting)} {value} must be a whole number")
 
 
 # Published: arXiv 2309.05516, version 1 (no clip tuning, absmax scales) and version 2 (clip tuning, 200 steps).

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
-from benchmarks.table import measured
+from benchmarks.rows import measured
 from signround_edge.model.tokenizer import load_tokenizer
 from signround_edge.tuning.calibration.text import calibration_tokens
 

@@ -30,7 +30,7 @@ from typing import Any
 import pytest
 
 from runtime_tests.temporary import remove_abandoned
-from runtime_tests.transports.ssh import OPTIONS_VARIABLE
+from runtime_tests.transports.ssh_client import OPTIONS_VARIABLE
 from runtime_tests.verify import verify  # noqa: F401  imported before the fork
 from signround_edge.cli import main as main_command
 from tests.runtime_tests.processes import command_of, descendants

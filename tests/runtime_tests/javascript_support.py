@@ -10,7 +10,7 @@ import pytest
 from devices import DeviceProfile, get_device
 from runtime_tests.report.report import VerifyReport
 from runtime_tests.setup.devices import requirements
-from runtime_tests.transports.browser import Chromium
+from runtime_tests.transports.pages.browser import Chromium
 from signround_edge.errors import UserError
 
 PHONE = (

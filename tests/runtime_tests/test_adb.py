@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from devices import DeviceProfile, get_device
-from runtime_tests.transports.adb import AdbTransport
+from runtime_tests.transports.pages.adb import AdbTransport
 from runtime_tests.verify import verify
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory

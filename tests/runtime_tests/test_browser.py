@@ -21,11 +21,11 @@ from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from runtime_tests.runtimes.onnx_javascript import OnnxRuntimeWeb
 from runtime_tests.runtimes.wllama import WllamaRuntime
 from runtime_tests.runtimes.worker_session import WorkerSession
-from runtime_tests.transports import browser as browser_module
-from runtime_tests.transports.browser import Chromium, ChromiumTransport, PhoneTransport
 from runtime_tests.transports.interface import ConnectionLost, WorkerFailure
-from runtime_tests.transports.page_server import PageServer
-from runtime_tests.transports.phone import listening_address, qr_code
+from runtime_tests.transports.pages import browser as browser_module
+from runtime_tests.transports.pages.browser import Chromium, ChromiumTransport, PhoneTransport
+from runtime_tests.transports.pages.phone import listening_address, qr_code
+from runtime_tests.transports.pages.server import PageServer
 from runtime_tests.verify import verify
 from runtime_tests.worker.digest import Digest
 from signround_edge.errors import UserError

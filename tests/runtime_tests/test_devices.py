@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +10,12 @@ import pytest
 from click.testing import CliRunner
 
 from devices import get_device, load_devices, read_profile
-from runtime_tests.cache import VARIABLE, cache_folder, fill
 from runtime_tests.device_status import list_devices, status_of
 from runtime_tests.setup.arm_cpuinfo import cpuinfo
+from runtime_tests.setup.cache import VARIABLE, cache_folder, fill
 from runtime_tests.setup.devices import requirements, set_up, way_out
 from runtime_tests.setup.npm import NpmPackage
 from runtime_tests.setup.requirement import SystemProgram, run_tool
-from runtime_tests.setup.worker_bundle import worker_bundle
 from signround_edge.cli import main
 from signround_edge.errors import UserError
 
@@ -137,31 +135,6 @@ def test_a_failing_installer_is_one_sentence() -> None:
         run_tool(["sh", "-c", "echo no such thing >&2; exit 3"], "sh")
     with pytest.raises(UserError, match="cannot be run"):
         run_tool(["/no/such/program"], "it")
-
-
-def test_the_workers_code_in_one_file_runs_without_ours(empty_cache: Path, tmp_path: Path) -> None:
-    """On a device there is no signround_edge: everything that the worker imports must be in the bundle, or numpy."""
-    import sys
-
-    import numpy
-
-    bundle = worker_bundle()
-    packages = Path(numpy.__file__).parents[1]
-    (tmp_path / "site").mkdir()
-    for name in ("numpy", "numpy.libs"):
-        if (packages / name).exists():
-            (tmp_path / "site" / name).symlink_to(packages / name)
-    script = (
-        "import runtime_tests.worker.__main__, runtime_tests.worker.digest, runtime_tests.worker.llama_cpp_engine\n"
-    )
-    script += "import runtime_tests.worker.onnx_engine, runtime_tests.worker.onnx_dequantize\n"
-    script += "import runtime_tests.worker.remote_store; print(runtime_tests.worker.__main__.__file__)"
-    path = f"{tmp_path / 'site'}:{bundle}"
-    done = subprocess.run(
-        [sys.executable, "-S", "-P", "-c", script], env={"PYTHONPATH": path}, capture_output=True, text=True
-    )
-    assert done.stdout.startswith(str(bundle)), done.stderr
-    assert worker_bundle() == bundle
 
 
 def test_an_emulated_core_has_the_proc_file_of_an_arm_core() -> None:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime_tests.checks.parity import Contender, score
-from runtime_tests.worker.digest import Digest, digest_of, divergence
+from runtime_tests.checks.parity import Contender, divergence, score
+from runtime_tests.worker.digest import Digest, digest_of
 from signround_edge.evaluation.metrics import FloatArray, ScoreKeeper, TokenArray, Windows, log_softmax
 
 

@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 
 from devices import DeviceProfile, get_device
+from exporters.interface import ExportOptions
+from exporters.onnx import OnnxExporter
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from runtime_tests.transports.interface import WorkerFailure
-from runtime_tests.transports.ssh import OPTIONS_VARIABLE, SshTransport
+from runtime_tests.transports.ssh import SshTransport
+from runtime_tests.transports.ssh_client import OPTIONS_VARIABLE
 from runtime_tests.verify import verify
 from runtime_tests.worker import remote_store
 from signround_edge.run_directory import RunDirectory
@@ -61,6 +64,17 @@ def test_verify_passes_over_ssh_with_the_weights_read_there(
     ]
     assert report.passed
     assert workers(sshd) == []
+
+
+def test_an_ort_file_that_rounds_activations_passes_over_ssh(
+    sshd: Sshd, profile: DeviceProfile, run: RunDirectory, text: Path, tmp_path: Path
+) -> None:
+    """Its control is the same file at accuracy level 0, which is made there."""
+    options = ExportOptions(accuracy_level=4, ort_format=True, log=str)
+    file = OnnxExporter().export(run, tmp_path / "out", options) / "model.ort"
+    report = verify(run, [file], text, devices=[f"raspberry-pi-5={sshd.address}"], n_ctx=64, max_windows=2, log=str)
+    assert [(r.name, r.status, r.reason) for r in report.runtimes] == [("onnxruntime", "pass", None)]
+    assert report.runtimes[0].control is not None
 
 
 def test_an_artifact_is_pushed_once(sshd: Sshd, profile: DeviceProfile, gguf_file: Path) -> None:

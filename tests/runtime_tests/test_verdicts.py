@@ -15,7 +15,8 @@ from rich.console import Console
 import devices
 from devices import Tolerances, get_device, load_devices, read_profile
 from runtime_tests.checks.exactness import Difference, Exactness, check_exactness
-from runtime_tests.checks.parity import Contender, miss_exact_gate, miss_quantized_gate, score
+from runtime_tests.checks.gates import miss_exact_gate, miss_quantized_gate
+from runtime_tests.checks.parity import Contender, score
 from runtime_tests.device_status import list_devices
 from runtime_tests.interface import StoredTensor
 from runtime_tests.report.report import ArtifactReport, RuntimeReport, VerifyReport

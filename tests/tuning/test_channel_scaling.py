@@ -29,11 +29,11 @@ from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.transforms.check import LOGITS_LIMIT, logits_divergence
 from signround_edge.transforms.folds import Fold
-from signround_edge.tuning import quantize as quantize_module
 from signround_edge.tuning.block import channel_scaling
 from signround_edge.tuning.block.unit import Matrix
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
+from signround_edge.tuning.whole_model import loading
 
 full = pytest.mark.full
 SCALED = replace(SMALL, steps=0, samples=8, transforms=("channel-scales",))
@@ -182,16 +182,16 @@ def test_the_whole_model_stage_starts_from_the_transformed_weights(
     rates = {"whole_model_lr": 2e-3, "whole_model_code_lr": 5e-3, "whole_model_batch_size": 4}
     settings = replace(SCALED, samples=16, seqlen=64, whole_model_steps=10, **rates)
     seen: dict[str, float] = {}
-    tunable = quantize_module.TunedMatrix
+    tunable = loading.TunedMatrix
 
     def watched(
         tensor: QuantizedTensor, transposed: bool, original: torch.Tensor, dtype: torch.dtype
-    ) -> quantize_module.TunedMatrix:
+    ) -> loading.TunedMatrix:
         error = float((tensor.dequantize() - original).norm() / original.norm())
         seen[f"{len(seen)}"] = error
         return tunable(tensor, transposed, original, dtype)
 
-    monkeypatch.setattr(quantize_module, "TunedMatrix", watched)
+    monkeypatch.setattr(loading, "TunedMatrix", watched)
     run = quantize(tiny_llama, parse_scheme("gguf:q4_0"), tmp_path / "run", str(calibration_text), settings)
     assert len(seen) == 35
     assert max(seen.values()) < 0.15  # of 4 bits; against the weights as they were it would be above

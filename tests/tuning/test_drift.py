@@ -71,7 +71,7 @@ def test_the_solution_is_that_of_the_ridge() -> None:
     ).solution.T
     found = correct_drift(unit, 8, OFF, lambda: loss_of(unit))
     torch.testing.assert_close((found.weights["down"] - matrix.weight).double(), expected, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(found.products["down"].double(), x.T @ x, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(found.hessians["down"].double(), x.T @ x, atol=1e-3, rtol=1e-5)
 
 
 def test_a_correction_that_held_out_samples_do_not_confirm_is_taken_back() -> None:
@@ -114,7 +114,7 @@ class TwoWriters(nn.Module):
 
 
 @pytest.mark.parametrize("writers", [("out", "down"), ("out",), ("down",), ()])
-def test_products_are_of_the_inputs_among_the_corrected_weights(writers: tuple[str, ...]) -> None:
+def test_hessians_are_of_the_inputs_among_the_corrected_weights(writers: tuple[str, ...]) -> None:
     torch.manual_seed(5)
     block, stream = TwoWriters(), torch.randn(32, 8, 16)
     with torch.no_grad():
@@ -140,9 +140,9 @@ def test_products_are_of_the_inputs_among_the_corrected_weights(writers: tuple[s
         module.register_forward_pre_hook(lambda _, args, n=name: inputs.update({n: args[0].detach().flatten(0, 1)}))
     with torch.no_grad():
         block(stream[:24])
-    assert found.products.keys() == inputs.keys()
+    assert found.hessians.keys() == inputs.keys()
     for name, x in inputs.items():
-        torch.testing.assert_close(found.products[name], x.T @ x, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(found.hessians[name], x.T @ x, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_damping_is_higher_where_text_is_short(samples: int, damping: float) -> 
     unit = unit_of_one(mixing(), samples=samples)
     (m,) = unit.matrices
     autocast = compute_context(SETTINGS, [m.grid], torch.device("cpu"))
-    products = correct_drift(unit, SETTINGS.batch_size, autocast, lambda: 0.0).products
+    products = correct_drift(unit, SETTINGS.batch_size, autocast, lambda: 0.0).hessians
     start = find_start(unit, SETTINGS, autocast)
     expected = compensated(m.weight, products["m"], m.grid, start.tensors["m"].fields, damping)
     assert torch.equal(start.states["m"].blocks.view(16, 64), expected)

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from signround_edge.tuning.calibration.activations import equal_weights
-from signround_edge.tuning.calibration.input_moments import InputProducts
+from signround_edge.tuning.calibration.input_moments import Hessians
 
 
 @pytest.mark.parametrize("channels", [3, 256, 257, 600])
 def test_products_of_all_pairs_of_channels_are_there(channels: int) -> None:
     generator = torch.Generator().manual_seed(channels)
-    found = InputProducts(equal_weights)
+    found = Hessians(equal_weights)
     weighted = []
     for _ in range(2):
         inputs, weights = (torch.rand(2, 50, n, generator=generator) for n in (channels, 1))

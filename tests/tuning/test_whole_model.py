@@ -18,11 +18,10 @@ from signround_edge.formats import get_grid
 from signround_edge.model.decoder import Decoder, build_decoder, set_parameter
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
-from signround_edge.tuning import quantize as quantize_module
 from signround_edge.tuning.block.sign_step import RoundingState
 from signround_edge.tuning.calibration.activations import Shell, block_returns_tuple
 from signround_edge.tuning.quantize import quantize
-from signround_edge.tuning.whole_model import divergence
+from signround_edge.tuning.whole_model import divergence, loading
 from signround_edge.tuning.whole_model.divergence import TopProbabilities
 from signround_edge.tuning.whole_model.stage import WholeModel
 from signround_edge.tuning.whole_model.tunables import FloatShift, TunedMatrix, starting_positions
@@ -148,7 +147,7 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(quantize_module, "tune_whole_model", interrupted)
+        patch.setattr(loading, "tune_whole_model", interrupted)
         with pytest.raises(KeyboardInterrupt):
             quantize(*arguments)
     with pytest.raises(UserError, match=r"incomplete \(whole-model stage\).*--resume"):

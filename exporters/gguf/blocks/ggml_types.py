@@ -1,11 +1,14 @@
-"""ggml's tensor types: number, values a block and bytes a block. gguf-py's table, and what it does not know yet."""
+"""ggml's tensor types: number, values a block and bytes a block; and the types of files, which presets are.
+
+gguf-py's tables, and what they do not know yet.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
 
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, LlamaFileType
 
 
 @dataclass(frozen=True)
@@ -36,5 +39,9 @@ _ROWS = (
 
 BY_NAME = {row.name: row for row in _ROWS}
 BY_NUMBER = {row.number: row for row in _ROWS}
+
+# Preset of llama-quantize ("q4_k_m", "f16") → its number in `enum llama_ftype` (llama.h), a file's general.file_type.
+FILE_TYPES = {t.name.removeprefix("ALL_").removeprefix("MOSTLY_").lower(): int(t) for t in LlamaFileType}
+FILE_TYPES["q2_0"] = 41  # not in gguf-py 0.19
 
 F32, F16, BF16 = BY_NAME["F32"], BY_NAME["F16"], BY_NAME["BF16"]

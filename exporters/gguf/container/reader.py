@@ -6,7 +6,6 @@ somewhere in numpy. Here anything that does not add up is one UserError. Layout:
 
 from __future__ import annotations
 
-import re
 import struct
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -18,11 +17,11 @@ from gguf import GGUFValueType
 from numpy.typing import NDArray
 
 from exporters.gguf.blocks.ggml_types import BY_NUMBER, GgmlType
+from exporters.gguf.container.splits import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, part_of, split_path
 from signround_edge.errors import UserError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 _MAX_DIMS = 4
 _SMALLEST_ENTRY = 13  # a key of no letters (8), a type (4) and one byte of value
 _MAX_ARRAY_DEPTH = 4
@@ -148,20 +147,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def split_path(path: Path, index: int, count: int) -> Path:
-    """The name that llama.cpp wants for file `index` (from 0) of `count` of the model `path`."""
-    return path.with_name(f"{path.name.removesuffix('.gguf')}-{index + 1:05d}-of-{count:05d}.gguf")
-
-
 def _join(first: GgufFile, count: int) -> None:
     """Add the tensors of the other files of a split model."""
-    stem = re.fullmatch(rf"(.*)-00001-of-{count:05d}\.gguf", first.path.name)
-    if stem is None or first.get(SPLIT_NO) != 0:
+    named = part_of(first.path)
+    if named is None or (named.number, named.total) != (1, count) or first.get(SPLIT_NO) != 0:
         raise UserError(
             f"{first.path} is one of {count} files of a split model; give the first, called …-00001-of-{count:05d}.gguf"
         )
     for index in range(1, count):
-        path = split_path(first.path.with_name(stem[1]), index, count)
+        path = split_path(named.model, index, count)
         if not path.is_file():
             raise UserError(
                 f"{path} is missing: {first.path} is the first of {count} files; put them all in one folder"

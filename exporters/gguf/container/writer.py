@@ -16,10 +16,10 @@ from gguf import GGUFWriter
 from numpy.typing import NDArray
 
 from exporters.gguf.blocks.ggml_types import GgmlType
-from exporters.gguf.container.reader import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, split_path
+from exporters.gguf.container.splits import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, split_path
 from signround_edge.errors import UserError
+from signround_edge.files import is_disk_full, whole_files
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _HEAD_ROOM = 1 << 20
 
 
@@ -45,7 +45,7 @@ class PlannedTensor:
 def write_file(path: Path, writer: GGUFWriter, tensors: Iterable[PlannedTensor], max_bytes: int | None = None) -> Path:
     """Write the metadata collected in `writer` and the tensors to `path`, one tensor in memory at a time.
 
-    The data goes to `<path>.partial`, which is renamed when everything is on disk and removed when anything fails.
+    The file, or all of several, appear whole or not at all.
 
     Args:
         writer: a GGUFWriter without file and without tensors.
@@ -60,26 +60,16 @@ def write_file(path: Path, writer: GGUFWriter, tensors: Iterable[PlannedTensor],
     count = len(groups)
     paths = [path] if count == 1 else [split_path(path, i, count) for i in range(count)]
     writers = [writer, *(GGUFWriter(None, writer.arch) for _ in groups[1:])]
-    partials = [p.with_name(p.name + ".partial") for p in paths]
     needed = sum(t.nbytes for group in groups for t in group) + _HEAD_ROOM
-    with _as_user_errors(path, needed):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < needed:
+    with _as_user_errors(path, needed), whole_files(*paths) as partials:
+        if shutil.disk_usage(path.parent).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        try:
-            for index, (own, group, partial) in enumerate(zip(writers, groups, partials, strict=True)):
-                if count > 1:
-                    own.add_uint16(SPLIT_NO, index)
-                    own.add_uint16(SPLIT_COUNT, count)
-                    own.add_int32(SPLIT_TENSORS, sum(map(len, groups)))
-                _write_partial(own, group, partial)
-            for partial, final in zip(partials, paths, strict=True):
-                os.replace(partial, final)
-        except BaseException:
-            for partial in partials:
-                partial.unlink(missing_ok=True)
-            raise
+        for index, (own, group, partial) in enumerate(zip(writers, groups, partials, strict=True)):
+            if count > 1:
+                own.add_uint16(SPLIT_NO, index)
+                own.add_uint16(SPLIT_COUNT, count)
+                own.add_int32(SPLIT_TENSORS, sum(map(len, groups)))
+            _write_one(own, group, partial)
     return paths[0]
 
 
@@ -96,8 +86,8 @@ def _grouped(tensors: list[PlannedTensor], max_bytes: int | None) -> list[list[P
     return groups
 
 
-def _write_partial(writer: GGUFWriter, tensors: list[PlannedTensor], partial: Path) -> None:
-    """One whole file, safely on disk."""
+def _write_one(writer: GGUFWriter, tensors: list[PlannedTensor], partial: Path) -> None:
+    """One of the files."""
     for tensor in tensors:
         # float32 as dtype: gguf takes the shape as logical then; raw_dtype is what is stored.
         number: Any = tensor.ggml_type.number  # gguf-py wants its enum, which lacks some types, and only writes it
@@ -106,8 +96,6 @@ def _write_partial(writer: GGUFWriter, tensors: list[PlannedTensor], partial: Pa
     with partial.open("ab") as out:
         for tensor in tensors:
             _write_tensor(out.write, tensor, writer.data_alignment)
-        out.flush()
-        os.fsync(out.fileno())
 
 
 def _write_head(writer: GGUFWriter, partial: Path) -> None:
@@ -138,7 +126,7 @@ def _as_user_errors(path: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _DISK_FULL:
+        if is_disk_full(error):
             raise UserError(
                 f"{path} was not written: the disk is full; free {needed / 1e6:.0f} MB there or choose another -o"
             ) from error

@@ -13,14 +13,12 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.gguf.families.family import Family
+from exporters.gguf.families.family import TEMPLATE_HINT, Family
 from exporters.gguf.families.row_orders import Config
 from signround_edge.errors import UserError
 from signround_edge.model.config import head_dim
 
 Vector = NDArray[np.float32]
-
-TEMPLATE_HINT = "make an f16 GGUF with llama.cpp's convert_hf_to_gguf.py and give it as --template"
 
 
 def rope_parameters(config: Config) -> Config:
@@ -45,7 +43,7 @@ def rotary_dims(config: Config) -> int:
 def factor_tensors(family: Family, config: Config) -> dict[str, Vector]:
     """Tensors that divide the rotary frequencies, f32 [rotated values / 2] by name: empty for most models."""
     rope = rope_parameters(config)
-    if rope["rope_type"] == "longrope" and family.arch is gguf.MODEL_ARCH.PHI3:
+    if rope["rope_type"] == "longrope" and "longrope" in family.rope_scalings:
         long, short = gguf.MODEL_TENSOR.ROPE_FACTORS_LONG, gguf.MODEL_TENSOR.ROPE_FACTORS_SHORT
         return {_name(long): _vector(rope["long_factor"]), _name(short): _vector(rope["short_factor"])}
     factors = rope_frequency_factors(config)
@@ -56,7 +54,8 @@ def rope_frequency_factors(config: Config) -> Vector | None:
     """The divisors of Llama 3's scaled frequencies, f32 [head_dim/2] (tensor rope_freqs), or None without them.
 
     Source: `_compute_llama3_parameters` in transformers' modeling_rope_utils.py; llama.cpp divides each frequency by
-    its factor.
+    its factor. Computed here in 64 bits and rounded once: frequencies divided by those that transformers' function
+    returns, which are 32-bit, are up to four units off in the last place, and so are the converter's factors.
     """
     rope = rope_parameters(config)
     if rope["rope_type"] != "llama3":
@@ -75,13 +74,14 @@ def rope_frequency_factors(config: Config) -> Vector | None:
 def add_rope(writer: gguf.GGUFWriter, family: Family, config: Config, log: Callable[[str], None]) -> None:
     """All `<arch>.rope.*` keys. UserError for scalings that llama.cpp's graph does not compute.
 
-    Llama 3's frequencies need the tensor rope_freqs, which only Llama's graph reads.
+    Linear scaling and YaRN every graph computes. Llama 3's frequencies and LongRoPE need tensors of factors, which few
+    graphs read.
     """
     rope = rope_parameters(config)
     kind = rope["rope_type"]
     writer.add_rope_dimension_count(rotary_dims(config))
     writer.add_rope_freq_base(float(rope["rope_theta"]))
-    if kind == "default" or (kind == "llama3" and family.arch is gguf.MODEL_ARCH.LLAMA):
+    if kind == "default":
         return
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -90,10 +90,11 @@ def add_rope(writer: gguf.GGUFWriter, family: Family, config: Config, log: Calla
         log("dynamic RoPE scaling is exported without scaling: the same up to the original context length")
     elif kind == "yarn":
         _add_yarn(writer, config, rope, log)
-    elif kind == "longrope" and family.arch is gguf.MODEL_ARCH.PHI3:
-        _add_longrope(writer, config, rope, log)
-    else:
+    elif kind not in family.rope_scalings:
         raise UserError(f"RoPE scaling {kind!r} has no built-in GGUF metadata for {family.name}; {TEMPLATE_HINT}")
+    elif kind == "longrope":
+        _add_longrope(writer, config, rope, log)
+    # Of llama3 all is in its tensor.
 
 
 def _add_yarn(writer: gguf.GGUFWriter, config: Config, rope: Config, log: Callable[[str], None]) -> None:

@@ -43,15 +43,6 @@ def same_order(config: Config, projection: str, rows: int) -> RowOrder | None:
     return None
 
 
-def interleaved_order(config: Config, projection: str, rows: int) -> RowOrder | None:
-    """Llama's graph rotates neighbouring pairs (Meta's original layout): q and k are stored in that order."""
-    if projection == "q_proj":
-        return interleaved_rows(rows, int(config["num_attention_heads"]))
-    if projection == "k_proj":
-        return interleaved_rows(rows, int(config["num_key_value_heads"]))
-    return None
-
-
 def grouped_order(config: Config, projection: str, rows: int) -> RowOrder | None:
     """The fused projections of GPT-NeoX, BLOOM (a group is one head) and Falcon."""
     if projection != "query_key_value":

@@ -6,7 +6,6 @@ are stored in another order), so names are all there is to map.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from exporters.gguf.imatrix.file import read_imatrix, write_imatrix
 from signround_edge.errors import UserError
 from signround_edge.files import sha256_of
+from signround_edge.model.config import CONFIG_FILE, read_config
 from signround_edge.model.experts import split_expert, stacks
 from signround_edge.schemes.gguf_names import gguf_name
 
@@ -25,10 +25,10 @@ from signround_edge.schemes.gguf_names import gguf_name
 def _config(model: Path) -> tuple[str, dict[str, Any]]:
     """(model_type, config.json) of a model folder; UserError when it names none."""
     try:
-        config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        config = read_config(model)
         return str(config["model_type"]), config
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{model / 'config.json'} names no model_type; give a Hugging Face folder") from error
+    except (UserError, KeyError) as error:
+        raise UserError(f"{model / CONFIG_FILE} names no model_type; give a Hugging Face folder") from error
 
 
 class ImatrixSource:

@@ -20,10 +20,10 @@ from exporters.gguf.blocks.ggml_types import F32
 from exporters.gguf.container.reader import GgufFile, StoredTensorInfo, shown
 from exporters.gguf.container.writer import PlannedTensor, write_file
 from exporters.gguf.families.row_orders import RowOrder
-from exporters.gguf.placement import Placement, candidate_names, dequantized_rows, iter_dequantized
+from exporters.gguf.placement import Placement, candidate_names
 from exporters.gguf.provenance import PROVENANCE, add_provenance, file_type
 from exporters.gguf.routes.matching import find_row_order, find_vector
-from exporters.gguf.tensors import plan_tensor
+from exporters.gguf.tensors import dequantized, iter_dequantized, plan_tensor
 from exporters.interface import ExportOptions
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
@@ -92,7 +92,7 @@ def _place(
     """The candidate with the order of rows that the file has; None when the file holds something else."""
     if len(candidate.hf_names) > 1:
         return candidate if _same_experts(run, file, candidate) else None
-    ours = dequantized_rows(run, candidate)
+    ours = dequantized(run, candidate)
     theirs = float_rows(file, candidate.gguf_name)
     if ours.shape != theirs.shape:
         return None

@@ -103,26 +103,6 @@ def read_ort_format(file: Path) -> ir.Model:
     return ir.Model(ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers), ir_version=10)
 
 
-def with_accuracy_level(content: bytes, level: int) -> bytes:
-    """An .ort file's bytes with another accuracy_level on every MatMulNBits: one integer in place, for each node."""
-    data = bytearray(content)
-    graph = _root(np.frombuffer(data, dtype=np.uint8), "the .ort file")
-    for i in range(graph.NodesLength()):
-        node = graph.Nodes(i)
-        for attribute in _attributes(node) if node.OpType() == b"MatMulNBits" else ():
-            if attribute.Name() == b"accuracy_level" and attribute.I() != level:
-                offset = attribute._tab.Offset(_OFFSET_OF_I)
-                if offset == 0:
-                    raise UserError(f"an .ort file of accuracy level 0 cannot be run at level {level}; use model.onnx")
-                place = attribute._tab.Pos + offset
-                data[place : place + 8] = level.to_bytes(8, "little", signed=True)
-    return bytes(data)
-
-
-# Attribute.i in its table's list of fields (name, doc_string, type, f, i, …): 4 bytes, then 2 for each field before it.
-_OFFSET_OF_I = 12
-
-
 def _root(data: Any, name: str) -> Any:
     with _contained():
         from onnxruntime.tools import ort_format_model  # noqa: F401 (makes ort_flatbuffers_py known)

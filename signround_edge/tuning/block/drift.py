@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from signround_edge.tuning.block.unit import Matrix, Unit
-from signround_edge.tuning.calibration.input_moments import InputProducts
+from signround_edge.tuning.calibration.input_moments import Hessians
 
 # λ as a share of the mean diagonal of Σ ω·x·xᵀ. See docs/LOG.md.
 _RIDGE = 1.0
@@ -31,13 +31,13 @@ class Corrected:
 
     Attributes:
         weights: f32 [out, in] in the place of the exact ones, where those lower the loss.
-        products: Σ ω·x·xᵀ f32 [in, in] of what the training samples give each matrix among these weights; experts
+        hessians: Σ ω·x·xᵀ f32 [in, in] of what the training samples give each matrix among these weights; experts
             that see no token have none.
         loss: the unit's with these weights.
     """
 
     weights: dict[str, Tensor]
-    products: dict[str, Tensor]
+    hessians: dict[str, Tensor]
     loss: float
 
 
@@ -52,14 +52,14 @@ def correct_drift(
     Args:
         autocast: context of the forward passes.
         loss: the unit's loss on the held-out samples for the weights that are in it.
-        correct: whether to change anything; without it only `products` and `loss` are found.
+        correct: whether to change anything; without it only `hessians` and `loss` are found.
     """
     waiting = _in_order_of_calls(unit, autocast)
-    weights, products, best = dict[str, Tensor](), dict[str, Tensor](), loss()
+    weights, hessians, best = dict[str, Tensor](), dict[str, Tensor](), loss()
     for writer in [m for m in waiting if m.writes_to_stream and correct]:
         until = waiting.index(writer) + 1
         found, errors = _sums(unit, waiting[:until], batch_size, autocast)
-        waiting, products = waiting[until:], products | found
+        waiting, hessians = waiting[until:], hessians | found
         change = _ridge(found[writer.name], errors)
         if change is None:
             continue
@@ -70,8 +70,8 @@ def correct_drift(
         else:
             writer.install(writer.weight)
     if waiting:
-        products |= _sums(unit, waiting, batch_size, autocast)[0]
-    return Corrected(weights, products, best)
+        hessians |= _sums(unit, waiting, batch_size, autocast)[0]
+    return Corrected(weights, hessians, best)
 
 
 def _in_order_of_calls(unit: Unit, autocast: torch.autocast) -> list[Matrix]:
@@ -97,23 +97,23 @@ def _sums(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Over the training samples: Σ ω·x·xᵀ of the inputs of matrices, and Σ ω·e·xᵀ f32 [out, in] of the last of them."""
     last = matrices[-1]
-    products, errors = InputProducts(unit.token_weights), torch.zeros_like(last.weight)
-    with products.watching(unit.module, {m.name: m.module for m in matrices}):
+    hessians, errors = Hessians(unit.token_weights), torch.zeros_like(last.weight)
+    with hessians.watching(unit.module, {m.name: m.module for m in matrices}):
         for index in unit.train.split(batch_size):
             with torch.no_grad(), autocast:
                 output = unit.forward(index).float()
             target = unit.target(index)
             weights = unit.token_weights(target)
             if last.writes_to_stream:
-                inputs = products.waiting(last.name).flatten(0, -2).float()
+                inputs = hessians.waiting(last.name).flatten(0, -2).float()
                 errors.addmm_((target - output).mul_(weights).flatten(0, -2).T, inputs)
-            products.settle(weights)
-    return products.result(), errors
+            hessians.settle(weights)
+    return hessians.result(), errors
 
 
-def _ridge(products: Tensor, errors: Tensor) -> Tensor | None:
+def _ridge(hessian: Tensor, errors: Tensor) -> Tensor | None:
     """ΔW f32 [out, in], or None where the inputs are all zero or not finite."""
-    damped = products.double()
+    damped = hessian.double()
     damped.diagonal().add_(_RIDGE * damped.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(damped)
     if failed or not lower.isfinite().all():

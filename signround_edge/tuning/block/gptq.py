@@ -23,19 +23,19 @@ DAMPING = (0.3, 0.03)
 _COLUMNS_AT_ONCE = 64  # errors reach the columns behind such a group in one product
 
 
-def compensated(weight: Tensor, products: Tensor, grid: Grid, fields: Fields, damping: float) -> Tensor:
+def compensated(weight: Tensor, hessian: Tensor, grid: Grid, fields: Fields, damping: float) -> Tensor:
     """The weight f32 [R, K] whose rounding to nearest on `fields` gives GPTQ's codes.
 
     It is `weight` itself where the inputs hold NaN or infinities, or H has no factor with this damping.
 
     Args:
         weight: f32 [R, K].
-        products: Σ x·xᵀ f32 [K, K] of the inputs.
+        hessian: Σ x·xᵀ f32 [K, K] of the inputs.
         fields: scale fields as the grid stores them.
         damping: added to the diagonal of H, as a share of its mean.
     """
-    order = products.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(products[order][:, order], damping)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    factor = inverse_factor(hessian[order][:, order], damping)
     if factor is None:
         return weight
     # Transposed: a column of the weight is contiguous, and so is its scale.
@@ -57,12 +57,12 @@ def compensated(weight: Tensor, products: Tensor, grid: Grid, fields: Fields, da
     return torch.empty_like(work).index_copy_(0, order, work).T.contiguous()
 
 
-def inverse_factor(products: Tensor, damping: float) -> Tensor | None:
-    """Upper Cholesky factor f32 of the inverse of the damped products [K, K], or None where there is none.
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
+    """Upper Cholesky factor f32 of the inverse of the damped hessian [K, K], or None where there is none.
 
     Channels that never fired get a diagonal of 1.
     """
-    damped = products.double()
+    damped = hessian.double()
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += damping * diagonal.mean()

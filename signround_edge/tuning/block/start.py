@@ -42,12 +42,12 @@ class Start:
 
 @dataclass(frozen=True)
 class _GptqTarget:
-    """One matrix as GPTQ gets it: what to round, f32 [R, K], on which scales, and Σ x·xᵀ f32 [K, K] of its inputs."""
+    """One matrix as GPTQ gets it: what to round, f32 [R, K], on which scales, and the hessian f32 [K, K]."""
 
     grid: Grid
     weight: Tensor
     scales: BlockScales
-    products: Tensor
+    hessian: Tensor
 
     @property
     def codes(self) -> int:
@@ -56,7 +56,7 @@ class _GptqTarget:
 
     def state(self, settings: TuningSettings, damping: float) -> RoundingState:
         """What is tuned, at GPTQ's codes."""
-        weight = compensated(self.weight, self.products, self.grid, self.grid.store(self.scales), damping)
+        weight = compensated(self.weight, self.hessian, self.grid, self.grid.store(self.scales), damping)
         return RoundingState.start(self.grid, weight, self.scales, settings.positions)
 
 
@@ -101,13 +101,13 @@ def _gptq_targets(
     found = correct_drift(unit, settings.batch_size, autocast, loss, settings.correct_drift)
     targets: dict[str, _GptqTarget] = {}
     for m in unit.matrices:
-        if m.name not in found.products:
+        if m.name not in found.hessians:
             continue
         scales, weight = nearest[m.name].initial, m.weight
         if m.name in found.weights:
             weight = found.weights[m.name]
             scales = initial_scales(m.grid, weight, m.importance, settings.scale_init)
-        targets[m.name] = _GptqTarget(m.grid, weight, scales, found.products[m.name])
+        targets[m.name] = _GptqTarget(m.grid, weight, scales, found.hessians[m.name])
     return targets, found.loss
 
 

@@ -1,4 +1,4 @@
-"""Moments of the inputs of matrices, summed up while a block runs: E[x²] of each channel, and products of channels."""
+"""Moments of the inputs of matrices, summed up while a block runs: E[x²] of each channel, and hessians."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from signround_edge.model.experts import Expert, stacks
 # An expert's E[x²] starts as that of all experts of its layer, which counts like this many tokens: some experts see few
 # tokens of a calibration text, or none.
 _PRIOR_TOKENS = 8
-# Products of channels are summed up by this many columns: half of a symmetric matrix, at the speed of large products.
+# Hessians are summed up by this many columns: half of a symmetric matrix, at the speed of large products.
 _COLUMNS_AT_ONCE = 256
 
 
@@ -112,8 +112,8 @@ class SecondMoments(InputMoments):
         }
 
 
-class InputProducts(InputMoments):
-    """Σ x·xᵀ of the inputs of matrices. Matrices that share an input, as q, k and v do, share one sum."""
+class Hessians(InputMoments):
+    """Hessians Σ x·xᵀ of matrices, of whose inputs x they are. Those that share an input (q, k, v) share one sum."""
 
     def __init__(self, token_weights: Callable[[Tensor], Tensor]) -> None:
         super().__init__(token_weights)
@@ -139,9 +139,9 @@ class InputProducts(InputMoments):
             self._sums[name][start:, columns].addmm_(rows[:, start:].T, rows[:, columns])
 
     def result(self) -> dict[str, Tensor]:
-        """Name → Σ x·xᵀ f32 [in features, in features] of the matrices that had any input."""
-        for products in self._sums.values():
-            for end in range(_COLUMNS_AT_ONCE, len(products), _COLUMNS_AT_ONCE):
+        """Name → hessian f32 [in features, in features] of the matrices that had any input."""
+        for hessian in self._sums.values():
+            for end in range(_COLUMNS_AT_ONCE, len(hessian), _COLUMNS_AT_ONCE):
                 columns = slice(end - _COLUMNS_AT_ONCE, end)
-                products[columns, end:] = products[end:, columns].T
+                hessian[columns, end:] = hessian[end:, columns].T
         return {name: self._sums[owner] for name, owner in self._owners.items()}

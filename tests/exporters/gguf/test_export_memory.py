@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.synthetic_run import Shape, write_synthetic_run
-from exporters.gguf import placement as naming
+from signround_edge import run_directory
 from tests.exporters.gguf.conftest import export
 
 SMALL = Shape(layers=2, hidden=512, intermediate=2048, heads=8, kv_heads=4, vocab=3072)
@@ -53,6 +53,6 @@ def test_writing_some_rows_at_a_time_changes_no_byte(
 ) -> None:
     run = write_synthetic_run(tmp_path / "run", SMALL)
     whole = export(run, tmp_path / "whole.gguf", dtype=dtype)
-    monkeypatch.setattr(naming, "_VALUES_AT_ONCE", 10_000)
+    monkeypatch.setattr(run_directory, "_VALUES_AT_ONCE", 10_000)
     pieces = export(run, tmp_path / "pieces.gguf", dtype=dtype)
     assert whole.read_bytes() == pieces.read_bytes()

@@ -13,11 +13,13 @@ import torch
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer, MistralConfig, Phi3Config, PretrainedConfig
 
-from exporters.gguf.families.architecture import sliding_window
-from exporters.gguf.families.family import canonical_config
+from exporters.gguf import families
+from exporters.gguf.families import table
+from exporters.gguf.families.family import sliding_window
+from exporters.gguf.families.gemma import window_period
 from exporters.gguf.families.rope import rope_frequency_factors, rope_parameters, rotary_dims
 from exporters.gguf.families.row_orders import grouped_rows, interleaved_rows
-from exporters.gguf.limits import window_period
+from exporters.gguf.families.table import canonical_config
 from exporters.gguf.reader import iter_expected, name_map, read_metadata, read_tensors
 from exporters.gguf.tokenizer import pretokenizer
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
@@ -25,7 +27,6 @@ from signround_edge import __version__
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import ScoreKeeper
 from signround_edge.files import sha256_of
-from signround_edge.model.config import read_config
 from signround_edge.model.experts import stacks
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.gguf.conftest import BASE, export, gpt2_split, train_byte_level
@@ -71,6 +72,20 @@ def tokenizer_folder(kind: str, request: pytest.FixtureRequest, folder: Path) ->
     for name, edit in edits.items():
         (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **edit}))
     return folder
+
+
+def test_every_built_in_family_is_tested_here() -> None:
+    assert {row.config.model_type for row in FAMILIES.values()} == set(table.FAMILIES)
+
+
+def test_a_family_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "newcomer.py").write_text(
+        "import gguf\n"
+        "from exporters.gguf.families.family import Family\n"
+        'ROWS = (Family("newcomer", gguf.MODEL_ARCH.LLAMA),)\n'
+    )
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
+    assert set(table.gather()) == {*table.FAMILIES, "newcomer"}
 
 
 def falcon_split() -> pre_tokenizers.PreTokenizer:
@@ -202,7 +217,7 @@ def test_fused_projections_are_stored_as_queries_keys_values() -> None:
 def test_a_fused_projection_and_its_bias_move_together(name: str, run_of: RunOf, tmp_path: Path) -> None:
     run = run_of(CONFIGS[name])
     orders = {m.gguf_name: m.rows for m in name_map(run, export(run, tmp_path / "a.gguf"))}
-    config = canonical_config(read_config(run.config_dir))
+    config = canonical_config(run.config)
     weight = orders["blk.1.attn_qkv.weight"]
     assert weight is not None
     expected = grouped_rows(len(weight), config["num_key_value_heads"], config["head_dim"])

@@ -12,12 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig
 
 from exporters.gguf.families.row_orders import interleaved_rows
+from exporters.gguf.placement import Placement
 from exporters.gguf.reader import iter_expected, name_map, read_metadata, read_tensors
 from exporters.gguf.routes.matching import find_row_order, find_vector
+from exporters.gguf.tensors import dequantized
 from exporters.gguf.tokenizer.tokenizer import add_tokenizer
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from signround_edge.errors import CheckFailed, UserError
-from signround_edge.manifest import OUTSIDE, TensorEntry
+from signround_edge.manifest import OUTSIDE, Manifest, TensorEntry
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.gguf.conftest import BASE, export
 from tests.exporters.gguf.test_gguf_families import kld, torch_logits
@@ -241,17 +243,9 @@ def test_vectors_take_the_order_of_their_weight_or_gemmas_offset() -> None:
 
 
 def test_gemma_norms_are_written_with_their_offset(tmp_path: Path) -> None:
-    from exporters.gguf.placement import Placement, dequantized_rows
-
-    class OneVector:
-        def is_quantized(self, name: str) -> bool:
-            return False
-
-        def float_tensor(self, name: str) -> torch.Tensor:
-            return torch.tensor([0.25, -0.5])
-
-        def entry(self, name: str) -> TensorEntry:
-            return TensorEntry(name, OUTSIDE, [2], "float32")
-
+    entry = TensorEntry("norm.weight", OUTSIDE, [2], "float32")
+    manifest = Manifest("gguf:q4_0", ["gguf"], {}, {}, {}, [OUTSIDE], {}, [entry])
+    run = RunDirectory.create(tmp_path, manifest)
+    run.write_part(OUTSIDE, {"norm.weight": torch.tensor([0.25, -0.5])}, {})
     placement = Placement("blk.0.attn_norm.weight", ("norm.weight",), added=1.0)
-    assert dequantized_rows(OneVector(), placement).tolist() == [[1.25, 0.5]]  # type: ignore[arg-type]
+    assert dequantized(run, placement).tolist() == [[1.25, 0.5]]

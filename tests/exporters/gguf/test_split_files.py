@@ -11,6 +11,7 @@ import pytest
 from transformers import LlamaConfig
 
 from exporters.gguf.container.reader import GgufFile
+from exporters.gguf.container.splits import model_files
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
@@ -40,6 +41,18 @@ def test_split_files_hold_the_same_tensors_and_load(run: RunDirectory, tmp_path:
     tokens = np.arange(3, 40, dtype=np.int64)
     with LlamaCppRuntime().open(whole) as a, LlamaCppRuntime().open(first) as b:
         assert np.array_equal(a.logits(tokens), b.logits(tokens))
+
+
+def test_the_files_of_a_model_are_known_by_the_name_of_any_of_them(run: RunDirectory, tmp_path: Path) -> None:
+    export(run, tmp_path / "a.b-00001.gguf", split_max_bytes=200_000)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert len(parts) > 2
+    assert [model_files(part) for part in parts] == [parts] * len(parts)
+
+
+@pytest.mark.parametrize("name", ["a.gguf", "a-00001-of-00003.bin", "a-00004-of-00003.gguf", "a-00000-of-00000.gguf"])
+def test_other_names_are_of_models_in_one_file(name: str) -> None:
+    assert model_files(Path(name)) == [Path(name)]
 
 
 def test_broken_sets_are_one_sentence(run: RunDirectory, tmp_path: Path) -> None:

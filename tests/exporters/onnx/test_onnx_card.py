@@ -16,7 +16,7 @@ from exporters.interface import LevelCost
 from exporters.onnx.artifact.reader import changed_files, read_tensors
 from runtime_tests import accuracy_levels
 from runtime_tests.accuracy_levels import level_4_measurement
-from runtime_tests.worker.onnx_engine import OnnxEngine
+from runtime_tests.worker.onnxruntime_engine import OnnxEngine
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.onnx.conftest import Exported, export

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Conf
 
 from exporters.onnx import export as export_module
 from exporters.onnx.artifact.reader import changed_files, iter_expected, open_artifact, read_tensors
-from runtime_tests.worker.onnx_dequantize import dequantize_through_runtime
+from runtime_tests.runtimes.onnx_weights import dequantize_through_runtime
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
 from tests.exporters.onnx.conftest import BASE, VOCABULARY, Exported, export

@@ -17,7 +17,7 @@ from exporters.onnx import OnnxExporter
 from exporters.onnx.artifact import ort_format
 from exporters.onnx.artifact.reader import changed_files, open_artifact, read_tensors
 from runtime_tests.verify import verify
-from runtime_tests.worker.onnx_engine import OnnxEngine
+from runtime_tests.worker.onnxruntime_engine import OnnxEngine
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.onnx.conftest import Exported, export

@@ -17,7 +17,7 @@ from exporters.onnx.packing import (
     stack_rows,
     unpack_bits,
 )
-from runtime_tests.worker.onnx_dequantize import dequantize_operands
+from runtime_tests.runtimes.onnx_weights import dequantize_operands
 from signround_edge.formats import GRIDS, get_grid
 from tests.adversarial import ADVERSARIAL, adversarial_matrix, random_fields
 

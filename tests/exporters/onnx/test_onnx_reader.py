@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, Qwen3Config
 
 from exporters.onnx import OnnxExporter
 from exporters.onnx.artifact.reader import changed_files, iter_expected, open_artifact, read_tensors, resolve
-from runtime_tests.worker.onnx_dequantize import dequantize_through_runtime
+from runtime_tests.runtimes.onnx_weights import dequantize_through_runtime
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.onnx.conftest import BASE, Exported

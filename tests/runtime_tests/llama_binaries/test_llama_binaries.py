@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import subprocess
@@ -15,23 +16,26 @@ from hypothesis import strategies as st
 
 from benchmarks.llama_perplexity import PROGRAM, cached_folder
 from devices import get_device
-from runtime_tests.llama_binaries.hosts import LocalHost, SshHost, host_of
+from runtime_tests.llama_binaries.hosts import FarHost, LocalHost, host_of
 from runtime_tests.llama_binaries.kl_base import KlBaseWriter, encode
 from runtime_tests.llama_binaries.perplexity import LlamaBinaries, measure
 from runtime_tests.llama_binaries.statistics import read_statistics
-from runtime_tests.transports.ssh import OPTIONS_VARIABLE
+from runtime_tests.transports.ssh_client import OPTIONS_VARIABLE, SshClient
 from runtime_tests.verify import verify
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import Scores, Windows, log_softmax
 from signround_edge.evaluation.perplexity import TorchSession, load_run_model, text_windows
 from signround_edge.run_directory import RunDirectory
 from tests.runtime_tests import sabotage
+from tests.runtime_tests.adb_server import AdbServer, Phone
 from tests.runtime_tests.processes import descendants, killed_client, wait_until
-from tests.runtime_tests.sshd import running_sshd
+from tests.runtime_tests.sshd import free_port, listens, running_sshd
 
 SIZE = {"n_ctx": 64, "max_windows": 4}
 HOW = "llama-perplexity is not in the cache (python -m benchmarks.llama_perplexity builds it)"
 OUTPUT = Path(__file__).parent / "b11434.txt"  # of a real run
+ADB_PORT = "ANDROID_ADB_SERVER_PORT"
+needs_adb = pytest.mark.skipif(shutil.which("adb") is None, reason="adb is not installed (apt-get install adb)")
 needs_program = pytest.mark.skipif(not (cached_folder() / PROGRAM).is_file(), reason=HOW)
 
 
@@ -179,7 +183,7 @@ def test_files_are_pushed_over_ssh_and_taken_away(tmp_path: Path, monkeypatch: p
         profile = replace(get_device("cpu-x86"), transport="ssh")
         with pytest.raises(UserError, match="with an address"):
             host_of(profile)
-        with SshHost(sshd.address) as host:
+        with FarHost(SshClient(sshd.address)) as host:
             program, pushed = host.push(script), host.push(content)
             done = host.run([program, pushed], {}, 30)
             assert done.code == 5
@@ -192,9 +196,42 @@ def test_files_are_pushed_over_ssh_and_taken_away(tmp_path: Path, monkeypatch: p
         wait_until(lambda: descendants(sshd.pid) == [])
 
 
+@needs_adb
+def test_a_command_runs_on_a_phone_and_its_folder_is_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real `adb` client, and a phone that is this machine."""
+    held, _open_end = os.pipe()  # as the connection, which stays open
+
+    def shell(line: str) -> str:
+        line = line.replace("/data/local/tmp", str(tmp_path))
+        return subprocess.run(["sh", "-c", line], stdin=held, capture_output=True, text=True, check=False).stdout
+
+    with AdbServer(Phone(shell=shell)) as server:
+        monkeypatch.setenv(ADB_PORT, str(server.port))
+        with host_of(get_device("pixel-8")) as host:
+            (folder,) = tmp_path.iterdir()
+            assert host.run(["sh", "-c", "echo $X; echo err >&2"], {"X": "a b"}, 30).output == "a b\nerr\n"
+        assert not folder.exists()
+        assert not server.killed  # it ran before us
+
+
+@needs_adb
+def test_which_phone_is_asked_as_for_its_browser(monkeypatch: pytest.MonkeyPatch) -> None:
+    with AdbServer(Phone("A1"), Phone("B2")) as server:
+        monkeypatch.setenv(ADB_PORT, str(server.port))
+        with pytest.raises(UserError, match="several phones, A1, B2"):
+            host_of(get_device("pixel-8"))
+    port = free_port()
+    monkeypatch.setenv(ADB_PORT, str(port))
+    with pytest.raises(UserError, match="adb sees no phone"):
+        host_of(get_device("pixel-8"))
+    assert not listens(port)  # adb's server, which we have started
+
+
 def test_an_unreachable_machine_is_a_sentence() -> None:
     with pytest.raises(UserError, match="check that the device is connected"):
-        SshHost("nobody@127.0.0.1:9")
+        FarHost(SshClient("nobody@127.0.0.1:9"))
 
 
 # `verify`
@@ -300,6 +337,6 @@ def test_the_real_program_runs_over_ssh(
 
     with running_sshd(tmp_path) as sshd:
         monkeypatch.setenv(OPTIONS_VARIABLE, sshd.options)
-        monkeypatch.setattr(perplexity, "host_of", lambda _profile: SshHost(sshd.address))
+        monkeypatch.setattr(perplexity, "host_of", lambda _profile: FarHost(SshClient(sshd.address)))
         report = verify(run, [gguf_file], text, llama_bin=cached_folder(), log=str, **SIZE)
     assert [(r.status, r.reason) for r in report.runtimes] == [("pass", None), ("pass", None)]

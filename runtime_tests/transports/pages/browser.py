@@ -14,18 +14,18 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from numpy.typing import NDArray
 
 from devices import DeviceProfile
 from runtime_tests.setup.devices import CHROMIUM
-from runtime_tests.transports import leash
-from runtime_tests.transports.interface import DEFAULT_TIMEOUT, ConnectionLost, Transport, WorkerFailure
-from runtime_tests.transports.page_server import PageGone, PageServer
+from runtime_tests.transports.interface import DEFAULT_TIMEOUT, Closing, ConnectionLost, Transport, WorkerFailure
+from runtime_tests.transports.leash import Leash
+from runtime_tests.transports.pages.server import PageGone, PageServer
 from runtime_tests.transports.push import files_of
 from runtime_tests.worker.protocol import Message
-from signround_edge.errors import UserError
+from signround_edge.errors import UserError, last_lines
 
 _FLAGS = (
     "--headless",
@@ -39,10 +39,9 @@ _FLAGS = (
     "--mute-audio",
 )
 _START_SECONDS = 120.0
-_LAST_LINES = 4
 
 
-class PageWorker:
+class PageWorker(Closing):
     """A session in the page that a server serves.
 
     Args:
@@ -95,20 +94,13 @@ class PageWorker:
             self._server.tell(Message({"op": "close", "session": self._session}), self._page)
             self._on_close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class ChromiumTransport:
     """Headless Chromium on this computer; every worker has a browser of its own."""
 
     def unavailable(self) -> str | None:
         """Why no worker can be had."""
-        missing = CHROMIUM.missing()
-        return f"{missing} ({CHROMIUM.command() or f'apt-get install -y {CHROMIUM.package}'})" if missing else None
+        return CHROMIUM.missing_with_way_out()
 
     def start(self, subject: str, timeout: float = DEFAULT_TIMEOUT) -> PageWorker:
         """See `Transport`."""
@@ -153,16 +145,12 @@ class Chromium:
         profile = tempfile.mkdtemp(prefix="signround-chromium-")
         root = ("--no-sandbox",) if hasattr(os, "geteuid") and os.geteuid() == 0 else ()
         browser = [CHROMIUM.path() or "chromium", *_FLAGS, *root, *flags, f"--user-data-dir={profile}", url]
-        read, self._lifeline = os.pipe()
+        self._leash = Leash(profile)
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed in close()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", leash.__file__, str(read), profile, *browser],
-            stdin=subprocess.DEVNULL,
-            stdout=self._stderr,
-            stderr=self._stderr,
-            pass_fds=(read,),
-        )
-        os.close(read)
+        with self._leash.around(browser) as (held, inherited):
+            self._process = subprocess.Popen(
+                held, stdin=subprocess.DEVNULL, stdout=self._stderr, stderr=self._stderr, pass_fds=inherited
+            )
         self._closing = False
         threading.Thread(target=self._watch, args=(on_exit,), daemon=True).start()
 
@@ -176,14 +164,13 @@ class Chromium:
         if self._stderr.closed:
             return ""
         self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").splitlines()
-        return " | ".join([line.strip() for line in lines if line.strip()][-_LAST_LINES:])
+        return last_lines(self._stderr.read().decode(errors="replace"))
 
     def close(self) -> None:
         """End it and remove its profile folder. May be repeated."""
         if not self._closing:
             self._closing = True
-            os.close(self._lifeline)
+            self._leash.let_go()
             self._process.wait()
             self._stderr.close()
 
@@ -228,7 +215,7 @@ class PhoneTransport:
             self._server = None
 
     def _listen(self) -> PageServer:
-        from runtime_tests.transports.phone import invitation, listening_address
+        from runtime_tests.transports.pages.phone import invitation, listening_address
 
         host, port = listening_address(self._profile.address)
         server = PageServer(host, port)

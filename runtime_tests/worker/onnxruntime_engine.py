@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime_tests.worker.onnx_session import cpu_session
+from runtime_tests.worker.ort_level import with_accuracy_level
 from signround_edge.errors import UserError, first_line
 from signround_edge.evaluation.metrics import FloatArray, TokenArray
 
@@ -172,9 +173,7 @@ def _session(model: Path, edit: Callable[[Any], None] | None = None) -> Any:
 
 def _ort_session_at(model: Path, level: int) -> Any:
     """A session on an .ort file with another accuracy_level on every MatMulNBits."""
-    from exporters.onnx.artifact.ort_format import with_accuracy_level
-
-    return _inference_session(model, with_accuracy_level(model.read_bytes(), level))
+    return _inference_session(model, with_accuracy_level(model, level))
 
 
 def _inference_session(model: Path, edited: bytes | None = None) -> Any:
@@ -210,3 +209,6 @@ def _give_out_everything(graph: Any) -> list[str]:
         names += [name for name in node.output if name and name not in known]
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     return names
+
+
+ENGINE = OnnxEngine

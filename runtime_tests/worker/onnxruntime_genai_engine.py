@@ -57,3 +57,6 @@ class GenaiEngine:
             raise UserError(f"{self._artifact} gives logits of shape {list(logits.shape)} for {len(tokens)} tokens")
         result: FloatArray = logits[0].astype(np.float32)
         return result
+
+
+ENGINE = GenaiEngine

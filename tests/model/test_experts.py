@@ -21,7 +21,7 @@ from signround_edge.schemes.plan import listing, make_plan
 from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.calibration import input_moments
 from signround_edge.tuning.calibration.activations import equal_weights
-from signround_edge.tuning.calibration.input_moments import InputProducts, SecondMoments
+from signround_edge.tuning.calibration.input_moments import Hessians, SecondMoments
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
 from tests.support import assert_same_files, save_random_model
@@ -189,7 +189,7 @@ def test_products_of_an_expert_are_of_its_own_tokens() -> None:
     experts, hidden, chosen, shares = routed_layer()
     names = {f"mlp.experts.{i}.{m}.weight": experts.get_submodule(f"{i}.{m}") for i in range(4) for m in MATRICES}
     token_weights = torch.rand(2, 3, 1, generator=torch.Generator().manual_seed(5)) + 0.5
-    products = InputProducts(equal_weights)
+    products = Hessians(equal_weights)
     layer = nn.Module()
     layer.mlp = experts
     with products.watching(layer, names):

@@ -1,0 +1,171 @@
+"""What a program calls, in the words of the command line, which calls the same functions and shows their results.
+
+Paths may be strings. Progress goes to `progress`, a function that takes a line of text (`print`), or a `Progress`.
+Every function raises `UserError` for bad usage or input, with one sentence that names what is wrong and the way out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from signround_edge.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from runtime_tests.report.report import VerifyReport
+    from signround_edge.evaluation.metrics import Scores
+    from signround_edge.inspection import Inspection
+    from signround_edge.run_directory import RunDirectory
+    from signround_edge.tuning.settings import TuningSettings
+
+StrPath = str | os.PathLike[str]
+OnProgress = Progress | Callable[[str], None] | None
+
+
+def quantize(
+    model: StrPath,
+    scheme: str,
+    out: StrPath,
+    *,
+    calibration: StrPath | None = None,
+    settings: TuningSettings | None = None,
+    tensor_type: Sequence[str] = (),
+    token_embedding_type: str | None = None,
+    output_tensor_type: str | None = None,
+    imatrix: StrPath | None = None,
+    save_imatrix: StrPath | None = None,
+    float_fallback: bool = False,
+    device: str = "auto",
+    resume: bool = False,
+    progress: OnProgress = None,
+) -> RunDirectory:
+    """Tune a model on the grids of a scheme, one decoder block in memory at a time, and write a run directory.
+
+    Args:
+        model: a Hugging Face folder, or a name such as "org/model" to download.
+        scheme: "gguf:q4_k_m", "onnx:w4g128-asym", …; a comma joins those of one grid.
+        out: run directory to write.
+        calibration: text file, JSON lines or the name of a dataset; None takes the shipped speeches.
+        settings: all that decides the result besides; `RECIPES` has named ones.
+        tensor_type: "PATTERN=TYPE" for matrices by name, such as "ffn_down=Q6_K"; the first that matches counts.
+        token_embedding_type, output_tensor_type: types of embedding and output head; None leaves them to the scheme.
+        imatrix: llama.cpp's importance matrix, for E[x²] of the scale search.
+        save_imatrix: where to write the calibration's own E[x²] for llama-quantize.
+        float_fallback: keep matrices that no block size divides in floats instead of refusing the model.
+        device: "auto", "cpu" or "cuda".
+        resume: continue `out` after its last complete block.
+    """
+    from exporters.gguf.imatrix.importance import importance_files
+    from signround_edge.model.source import resolve_model
+    from signround_edge.schemes.scheme import parse_scheme
+    from signround_edge.tuning.quantize import quantize as tune
+    from signround_edge.tuning.settings import TuningSettings
+
+    shown = _progress(progress)
+    parsed = parse_scheme(scheme).with_overrides(tuple(tensor_type))
+    parsed = parsed.with_outside_types(token_embedding_type, output_tensor_type)
+    text = None if calibration is None else os.fspath(calibration)
+    if text is None:
+        from signround_edge.demo import calibration_text_path
+
+        text = str(calibration_text_path())
+        shown.line("note: calibrating on the shipped speeches; text like your application's (--calibration) is better")
+    folder = resolve_model(os.fspath(model))
+    given, saved = importance_files(_path(imatrix), _path(save_imatrix), folder, text)
+    chosen = settings or TuningSettings()
+    return tune(folder, parsed, Path(out), text, chosen, device, resume, float_fallback, shown, given, saved)
+
+
+def verify(
+    run: StrPath | RunDirectory,
+    artifacts: StrPath | Sequence[StrPath],
+    text: StrPath,
+    *,
+    devices: Sequence[str] = ("cpu-x86",),
+    reference: StrPath | None = None,
+    llama_bin: StrPath | None = None,
+    windows: int | None = None,
+    n_ctx: int = 512,
+    report: StrPath | None = None,
+    progress: OnProgress = None,
+) -> VerifyReport:
+    """Prove on the real runtimes that artifacts hold a run's weights exactly and behave like them.
+
+    What does not hold is no exception: `passed` of the result says it, and its reasons name the first tensor, key or
+    layer that is off.
+
+    Args:
+        artifacts: one exported file or folder, or several.
+        text: UTF-8 text to score.
+        devices: names of device profiles.
+        reference: the original model, to say how far the artifacts are from it.
+        llama_bin: folder of llama.cpp binaries for the devices.
+        windows: windows of `n_ctx` tokens to score at most.
+        report: folder for certificate.json and certificate.html.
+    """
+    from runtime_tests.certificate.write import write_certificate
+    from runtime_tests.verify import DEFAULT_WINDOWS
+    from runtime_tests.verify import verify as check
+    from signround_edge.model.source import resolve_model
+
+    shown = _progress(progress)
+    several = [artifacts] if isinstance(artifacts, str | os.PathLike) else artifacts
+    found = check(
+        _run(run),
+        [Path(artifact) for artifact in several],
+        Path(text),
+        devices=devices,
+        reference=None if reference is None else resolve_model(os.fspath(reference)),
+        n_ctx=n_ctx,
+        max_windows=windows or DEFAULT_WINDOWS,
+        llama_bin=_path(llama_bin),
+        log=shown.line,
+    )
+    for path in write_certificate(found, Path(report)) if report is not None else ():
+        shown.line(f"wrote {path}")
+    return found
+
+
+def inspect(path: StrPath) -> Inspection:
+    """The tensors of a run directory or an artifact: format, shape, bytes, bits a weight."""
+    from signround_edge.inspection import inspect as look
+
+    return look(Path(path))
+
+
+def evaluate(
+    path: StrPath,
+    text: StrPath,
+    *,
+    reference: StrPath | None = None,
+    windows: int | None = None,
+    n_ctx: int = 512,
+) -> Scores:
+    """Perplexity of a model folder, a run directory or an artifact on its runtime, as `llama-perplexity` defines it.
+
+    Args:
+        text: UTF-8 text to score.
+        reference: the full-precision model; with it also KL divergence and top-1 agreement.
+        windows: windows of `n_ctx` tokens to score at most.
+    """
+    from signround_edge.evaluation.scoring import score
+
+    return score(os.fspath(path), Path(text), None if reference is None else os.fspath(reference), n_ctx, windows)
+
+
+def _progress(given: OnProgress) -> Progress:
+    if given is None:
+        return SILENT
+    return given if isinstance(given, Progress) else Progress(given)
+
+
+def _run(given: StrPath | RunDirectory) -> RunDirectory:
+    from signround_edge.run_directory import RunDirectory
+
+    return given if isinstance(given, RunDirectory) else RunDirectory.open(Path(given))
+
+
+def _path(given: StrPath | None) -> Path | None:
+    return None if given is None else Path(given)

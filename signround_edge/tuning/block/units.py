@@ -1,0 +1,81 @@
+"""Making units: a block, or each of its matrices, with the activations that it is tuned on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from signround_edge.model.decoder import out_in
+from signround_edge.schemes.roles import writes_to_stream
+from signround_edge.tuning.block.tune import compute_context
+from signround_edge.tuning.block.unit import Matrix, Unit
+from signround_edge.tuning.calibration.activations import Shell, run_block
+from signround_edge.tuning.calibration.input_moments import InputMoments
+from signround_edge.tuning.job import Job
+
+
+def block_matrices(job: Job, index: int, importance: dict[str, Tensor]) -> list[Matrix]:
+    """The quantized matrices of a loaded block, with the weights that are in it.
+
+    Args:
+        importance: parameter name → E[x²] f32 [in features].
+    """
+    model_type = str(getattr(job.decoder.model.config, "model_type", ""))
+    return [
+        Matrix(
+            name,
+            module,
+            job.grid(name),
+            out_in(module).contiguous(),
+            importance[name],
+            writes_to_stream(name, model_type),
+        )
+        for name, module in job.decoder.matrices(index).items()
+        if job.run.is_quantized(name)
+    ]
+
+
+def block_unit(job: Job, shell: Shell, index: int, matrices: list[Matrix], inputs: Tensor, target: Tensor) -> Unit:
+    """All matrices of a block against the block's exact output.
+
+    Args:
+        inputs: what enters the block in the quantized model, f32 [samples, seqlen, hidden].
+        target: what leaves it in the exact model, same shape.
+    """
+    block = job.decoder.blocks[index]
+
+    def forward(samples: Tensor) -> Tensor:
+        call = shell.block_call(index, job.tokens[samples], job.device)
+        return call.run(block, inputs[samples].to(job.device))
+
+    targets = (lambda samples: target[samples].to(job.device), job.token_weights)
+    return Unit(matrices, forward, *targets, *job.split(), block)
+
+
+def layer_unit(job: Job, shell: Shell, index: int, matrix: Matrix, inputs: Tensor) -> Unit:
+    """One matrix against its own exact output for the input that the quantized model gives it."""
+    seen: list[Tensor] = []
+    hook = matrix.module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().cpu()))
+    run_all(job, shell, index, inputs)
+    hook.remove()
+    layer_inputs = torch.cat(seen)
+    with torch.no_grad(), compute_context(job.settings, [matrix.grid], job.device):
+        targets = torch.cat([matrix.module(x.to(job.device)).float().cpu() for x in seen])
+    return Unit(
+        [replace(matrix, writes_to_stream=False)],  # its own exact output is the target: nothing is inherited
+        lambda samples: matrix.module(layer_inputs[samples].to(job.device)),
+        lambda samples: targets[samples].to(job.device),
+        job.token_weights,
+        *job.split(),
+        matrix.module,
+    )
+
+
+def run_all(job: Job, shell: Shell, index: int, hidden: Tensor, moments: InputMoments | None = None) -> Tensor:
+    """`hidden` of all samples through block `index`, products in the dtype of its tuning."""
+    grids = [job.grid(name) for name in job.decoder.matrices(index) if job.run.is_quantized(name)]
+    autocast = compute_context(job.settings, grids, job.device)
+    size = job.settings.batch_size
+    return run_block(job.decoder, shell, index, job.tokens, hidden, size, job.device, autocast, moments)

@@ -1,0 +1,107 @@
+"""The Python API: the program of docs/api.md as it stands there, results as data, nothing heavy before it is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import signround_edge as se
+from exporters.onnx import OnnxExporter
+from signround_edge.cli import main as command_line
+from signround_edge.formats import GRIDS
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "transformers", "numpy", "onnx", "onnxruntime", "gguf", "click", "rich")
+
+
+def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Where the program of docs/api.md ran, as it stands there, and what it printed."""
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.S)
+    assert 12 <= len(program.splitlines()) <= 20
+    folder = tmp_path_factory.mktemp("api")
+    done = python(program, folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_the_documented_program_runs(chain: tuple[Path, str]) -> None:
+    folder, printed = chain
+    assert "held-out loss" in printed  # progress=print
+    assert "bits a weight" in printed
+    assert 0 < float(re.findall(r"KL divergence from the original: (.*)", printed)[0]) < 0.1
+    proof = json.loads((folder / "proof" / "certificate.json").read_text(encoding="utf-8"))
+    assert proof["status"] == "pass"
+
+
+def test_results_are_what_the_command_line_prints(
+    chain: tuple[Path, str], capsys: pytest.CaptureFixture[str], evaluation_text: Path
+) -> None:
+    folder, _ = chain
+    command_line(["inspect", str(folder / "model-onnx"), "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out) == se.inspect(str(folder / "model-onnx")).to_json()
+    options = ["--text", str(evaluation_text), "--windows", "1", "--n-ctx", "64"]
+    command_line(["evaluate", str(folder / "run"), *options, "--json"], standalone_mode=False)
+    scores = se.evaluate(folder / "run", evaluation_text, windows=1, n_ctx=64)
+    assert json.loads(capsys.readouterr().out) == scores.to_json()
+
+
+def test_an_export_is_a_path(chain: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = chain
+    exported = se.export(folder / "run", "onnx", tmp_path / "out", accuracy_level=4, scale_dtype="f16")
+    assert OnnxExporter().recognises(Path(exported))
+    assert exported.to_json() == {"format": "onnx", "path": str(tmp_path / "out")}
+    assert se.inspect(exported).total_bytes < se.inspect(folder / "model-onnx").total_bytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"format": "tflite"}, "--format tflite is unknown; known are gguf, onnx"),
+        ({"format": "gguf", "accuracy_level": 4}, "--accuracy-level is for --format onnx"),
+        ({"format": "onnx", "accuracy_level": 2}, "--accuracy-level 2 is unknown"),
+        ({"format": "onnx", "dtype": "f8"}, "--dtype f8"),
+        ({"format": "gguf", "split_max_size": "big"}, "big is not a size"),
+    ],
+)
+def test_bad_usage_is_one_sentence(
+    chain: tuple[Path, str], tmp_path: Path, arguments: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(se.UserError, match=re.escape(sentence)):
+        se.export(chain[0] / "run", out=tmp_path / "out", **arguments)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_device_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(se.UserError, match="--device tpu is unknown; known are auto, cpu, cuda"):
+        se.quantize(tiny_llama, "gguf:q4_0", tmp_path / "run", device="tpu")
+
+
+def test_every_public_name_is_there_and_loaded_when_it_is_used(tmp_path: Path) -> None:
+    assert all(hasattr(se, name) for name in se.__all__)
+    assert set(se.__all__) <= set(dir(se))
+    code = f"import sys, signround_edge; print([m for m in {HEAVY} if m in sys.modules])"
+    assert python(code, tmp_path).stdout.strip() == "[]"
+    code = f"import sys, signround_edge.cli; print([m for m in {HEAVY} if m in sys.modules])"
+    assert python(code, tmp_path).stdout.strip() == "['click']"
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        se.quantise  # noqa: B018
+
+
+def test_a_run_gives_its_tensors(chain: tuple[Path, str]) -> None:
+    run = se.RunDirectory.open(chain[0] / "run")
+    name = next(n for n in run.names() if run.is_quantized(n))
+    assert run.quantized(name).grid is GRIDS["Q4_0"]
+    assert run.config["model_type"] == "llama"

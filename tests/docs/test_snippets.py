@@ -1,7 +1,7 @@
 """Every command and program in the documents runs as it stands there.
 
-A document's blocks run in their order in a folder of its own, beside what README.md's commands wrote, since a reader
-comes from there. What cannot run says so above its fence: `<!-- not run: reason -->`.
+A document's blocks run in their order in a folder of its own. In most lies what README.md's commands wrote, since a
+reader comes from there. What cannot run says so above its fence: `<!-- not run: reason -->`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ FASTER = {
     "verify": {"--windows": "1", "--n-ctx": "64"},
     "evaluate": {"--windows": "1", "--n-ctx": "64"},
 }
+# Documents that begin with nothing, and those that take longer (this one also runs in tests/test_api.py).
+FROM_NOTHING = ("docs/api.md",)
+LONG = ("docs/api.md",)
 
 ALL = [block for document in documents() for block in blocks_of(document)]
 OTHERS = sorted({block.document for block in ALL if block.runs} - {"README.md"})
@@ -108,11 +111,12 @@ def run_command(command: str, place: str) -> None:
 
 def faster(arguments: list[str]) -> list[str]:
     """The arguments of a command with those of FASTER behind them, which count; rounding to nearest stays that."""
-    rounds_only = "--steps 0" in " ".join(arguments)
-    settings = {} if "--check" in arguments else FASTER.get(arguments[0], {})
-    return arguments + [
-        w for name, value in settings.items() if not (rounds_only and name == "--steps") for w in (name, value)
-    ]
+    settings = dict(FASTER.get(arguments[0], {}))
+    if "--check" in arguments:
+        return arguments
+    if "--steps 0" in " ".join(arguments):
+        del settings["--steps"]
+    return arguments + [word for setting in settings.items() for word in setting]
 
 
 def test_readme_runs_from_top_to_bottom(after_readme: tuple[Path, dict[str, str]]) -> None:
@@ -120,10 +124,16 @@ def test_readme_runs_from_top_to_bottom(after_readme: tuple[Path, dict[str, str]
     assert {"run", "model-q4_0.gguf", "model-onnx"} <= {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("document", OTHERS)
-def test_the_blocks_of_a_document_run(document: str, after_readme: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
-    made, names = after_readme
-    folder = shutil.copytree(made, tmp_path / "reader")
+@pytest.mark.parametrize("document", [pytest.param(d, marks=pytest.mark.full) if d in LONG else d for d in OTHERS])
+def test_the_blocks_of_a_document_run(
+    document: str, request: pytest.FixtureRequest, stand_ins: Callable[[Path], dict[str, str]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "reader"
+    if document in FROM_NOTHING:
+        folder.mkdir()
+    else:
+        shutil.copytree(request.getfixturevalue("after_readme")[0], folder)
+    names = stand_ins(folder)
     run_blocks([block for block in ALL if block.document == document], folder, names)
 
 

@@ -2,78 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from signround_edge.run_directory import RunDirectory
+from signround_edge.errors import UserError
+from signround_edge.inspection import TensorInfo
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch and numpy, which the command line's start can do without
     import numpy as np
     from numpy.typing import NDArray
 
+    from signround_edge.run_directory import RunDirectory
 
-@dataclass(frozen=True)
-class LevelCost:
-    """What accuracy level 4 of MatMulNBits costs on one model.
-
-    Attributes:
-        ppl_floats, ppl_level_4: perplexity at level 1 and at level 4.
-        kld_mean, top1_agreement: level 4 against level 1.
-        tokens: tokens scored.
-        text: name of the text.
-    """
-
-    ppl_floats: float
-    ppl_level_4: float
-    kld_mean: float
-    top1_agreement: float
-    tokens: int
-    text: str
+DTYPES = ("f32", "f16")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Options of `signround-edge export`.
+    """Options of `signround-edge export` that every format has; a format with more of them has a class of its own.
 
     Attributes:
-        dtype: None packs the integers; "f32" or "f16" writes the dequantized weights as floats instead.
+        dtype: None packs the integers; one of `DTYPES` writes the dequantized weights as floats instead.
         template: a file of the target format whose metadata and naming (GGUF) or graph (ONNX) to keep.
-        accuracy_level: MatMulNBits' accuracy_level (ONNX only).
-        scale_dtype: how scales are stored, "f32" or "f16" (ONNX only); the integers and weights are the same.
         split_max_bytes: split the model's data into files of at most so many bytes.
-        ort_format: also write ONNX Runtime's own file format (ONNX only).
-        measure_level_4: given the written folder, what accuracy level 4 costs (ONNX only), or a string that says why
-            that is not known. None leaves it out.
         log: called with one line of progress.
+    Raises:
+        UserError: an option has a value that there is not.
     """
 
     dtype: str | None = None
     template: Path | None = None
-    accuracy_level: int = 0
-    scale_dtype: str = "f32"
     split_max_bytes: int | None = None
-    ort_format: bool = False
-    measure_level_4: Callable[[Path], LevelCost | str] | None = None
     log: Callable[[str], None] = print
 
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of an artifact, as `inspect` lists it.
-
-    Attributes:
-        name: the artifact's name of the tensor.
-        type: the artifact's name of its format ("Q4_0", "MatMulNBits-4x32", "F32").
-        shape: as in the Hugging Face model, outermost first.
-        bytes: stored bytes, scale fields included.
-    """
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    bytes: int
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, *DTYPES):
+            raise UserError(
+                f"--dtype {self.dtype} is unknown; give {' or '.join(DTYPES)}, or leave it out to pack the integers"
+            )
 
 
 class ExpectedTensor(NamedTuple):
@@ -89,9 +57,17 @@ class ExpectedTensor(NamedTuple):
 
 
 class Exporter(Protocol):
-    """Turns a complete run directory into an artifact; packs bits, never rounds a weight."""
+    """Turns a complete run directory into an artifact; packs bits, never rounds a weight.
+
+    Attributes:
+        name: of the format, as `--format` has it.
+        options: the class of its options: `ExportOptions`, or one derived from it. Their names are the command's flags.
+    """
 
     name: str
+
+    @property
+    def options(self) -> type[ExportOptions]: ...
 
     def recognises(self, path: Path) -> bool:
         """Whether a file or folder looks like this exporter's format (cheap; it may still be broken)."""
@@ -102,7 +78,10 @@ class Exporter(Protocol):
         ...
 
     def export(self, run: RunDirectory, out: Path, options: ExportOptions) -> Path:
-        """Write the artifact at `out` (whole or not at all) and return the path that a runtime loads."""
+        """Write the artifact at `out` (whole or not at all) and return the path that a runtime loads.
+
+        Options of `ExportOptions` itself leave all that is the format's own at its defaults.
+        """
         ...
 
     def iter_expected(self, run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]:
@@ -115,3 +94,31 @@ class Exporter(Protocol):
             CheckFailed: it lacks a parameter of the run.
         """
         ...
+
+
+def options_for(target: str, known: Mapping[str, Exporter], given: Mapping[str, object]) -> ExportOptions:
+    """The options of one exporter, made of what a command was given.
+
+    Args:
+        target: the format.
+        known: every format's exporter.
+        given: name of an option → its value; None where it was not given.
+    Raises:
+        UserError: an option that is not of this format, or a value that there is not.
+    """
+    options = known[target].options
+    chosen = {name: value for name, value in given.items() if value is not None}
+    for name in chosen:
+        if name not in _names(options):
+            raise foreign_option(name, [f for f, exporter in known.items() if name in _names(exporter.options)], target)
+    return options(**chosen)  # type: ignore[arg-type]
+
+
+def foreign_option(name: str, formats: Sequence[str], target: str) -> UserError:
+    """The error of an option that is for other formats than the target."""
+    flag = f"--{name.replace('_', '-')}"
+    return UserError(f"{flag} is for --format {' or '.join(formats)}; leave it out for {target.upper()}")
+
+
+def _names(options: type[ExportOptions]) -> set[str]:
+    return {field.name for field in fields(options)}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from exporters.interface import LevelCost
+from exporters.onnx.options import LevelCost
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from signround_edge.errors import UserError
 
@@ -14,29 +13,33 @@ N_CTX, WINDOWS = 256, 8
 UNASKED_BYTES = 1_000_000_000
 
 
-def level_4_measurement(config_dir: Path, text: Path | None) -> Callable[[Path], LevelCost | str]:
-    """What `export` does to learn the cost of level 4: measure it on a text, by default the shipped speeches.
-
-    Raises:
-        UserError: the given text does not exist.
-    """
+def check_card_text(text: Path | None) -> None:
+    """UserError when the text that is to be measured on does not exist: to be known before a long export."""
     if text is not None and not text.is_file():
         raise UserError(f"--card-text {text} does not exist; give a UTF-8 text file, or leave it out")
 
-    def measure(folder: Path) -> LevelCost | str:
-        size = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
-        if text is None and size > UNASKED_BYTES:
-            return f"the model has {size / 1e9:.1f} GB, and measuring holds it twice in memory; export with --card-text"
-        from signround_edge.demo import evaluation_text_path
 
-        try:
-            return measure_level_4(folder, config_dir, text or evaluation_text_path())
-        except UserError as error:
-            if text is not None:
-                raise
-            return str(error)
+def level_4_cost(folder: Path, config_dir: Path, text: Path | None) -> LevelCost | str:
+    """What the card of an exported folder says of level 4: its cost, or why that was not measured.
 
-    return measure
+    Args:
+        folder: the exported folder.
+        config_dir: folder with the tokenizer.
+        text: what to measure on; None for the shipped speeches, and only as far as that is quick and possible.
+    Raises:
+        UserError: it cannot be measured on the given text.
+    """
+    if text is not None:
+        return measure_level_4(folder, config_dir, text)
+    size = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
+    if size > UNASKED_BYTES:
+        return f"the model has {size / 1e9:.1f} GB, and measuring holds it twice in memory; export with --card-text"
+    from signround_edge.demo import evaluation_text_path
+
+    try:
+        return measure_level_4(folder, config_dir, evaluation_text_path())
+    except UserError as error:
+        return str(error)
 
 
 def measure_level_4(

@@ -7,10 +7,13 @@ Every function raises `UserError` for bad usage or input, with one sentence that
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from signround_edge.errors import UserError
 from signround_edge.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -76,6 +79,79 @@ def quantize(
     given, saved = importance_files(_path(imatrix), _path(save_imatrix), folder, text)
     chosen = settings or TuningSettings()
     return tune(folder, parsed, Path(out), text, chosen, device, resume, float_fallback, shown, given, saved)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export` wrote; usable wherever a path is.
+
+    Attributes:
+        format: "gguf" or "onnx".
+        path: of the file or folder that a runtime loads.
+    """
+
+    format: str
+    path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def to_json(self) -> dict[str, str]:
+        """Format and path."""
+        return {"format": self.format, "path": str(self.path)}
+
+
+def export(
+    run: StrPath | RunDirectory,
+    format: str,
+    out: StrPath,
+    *,
+    template: StrPath | None = None,
+    dtype: str | None = None,
+    split_max_size: str | int | None = None,
+    accuracy_level: int | None = None,
+    scale_dtype: str | None = None,
+    ort_format: bool = False,
+    card_text: StrPath | None = None,
+    progress: OnProgress = None,
+) -> Export:
+    """Write the integers and scales of a run, unchanged, as a GGUF file or an ONNX folder, whole or not at all.
+
+    Args:
+        format: "gguf", "onnx", or the name of an installed exporter.
+        out: file or folder to write.
+        template: GGUF: a file whose metadata to copy; ONNX: a float graph of the model.
+        dtype: "f32" or "f16" writes the dequantized weights as floats instead.
+        split_max_size: split the data into files of at most this size: 500_000_000, "500M" or "4G".
+        accuracy_level, scale_dtype, ort_format: ONNX: see `exporters.onnx.options.OnnxOptions`.
+        card_text: ONNX: text on which the card says what accuracy level 4 costs; None takes shipped speeches.
+
+    Raises:
+        CheckFailed: what was written is not the run's; the message names the tensor.
+    """
+    from exporters.interface import foreign_option, options_for
+    from exporters.onnx.artifact.level_cost import add_level_cost
+    from exporters.onnx.options import OnnxOptions
+    from runtime_tests.accuracy_levels import check_card_text, level_4_cost
+    from signround_edge.plugins import exporters
+
+    shown, known = _progress(progress), exporters()
+    if format not in known:
+        raise UserError(f"--format {format} is unknown; known are {', '.join(known)}")
+    given = {
+        "template": _path(template), "dtype": dtype, "split_max_bytes": _bytes_of(split_max_size), "log": shown.line,
+        "accuracy_level": accuracy_level, "scale_dtype": scale_dtype, "ort_format": ort_format or None,
+    }  # fmt: skip
+    options, text = options_for(format, known, given), _path(card_text)
+    if text is not None and not isinstance(options, OnnxOptions):
+        raise foreign_option("card_text", ["onnx"], format)
+    check_card_text(text)
+    opened = _run(run)
+    path = known[format].export(opened, Path(out), options)
+    if isinstance(options, OnnxOptions) and options.dtype is None:
+        shown.line("onnx: measuring what accuracy level 4 costs on this model")
+        add_level_cost(path, level_4_cost(path, opened.config_dir, text))
+    return Export(format, path)
 
 
 def verify(
@@ -159,6 +235,16 @@ def _progress(given: OnProgress) -> Progress:
     if given is None:
         return SILENT
     return given if isinstance(given, Progress) else Progress(given)
+
+
+def _bytes_of(size: str | int | None) -> int | None:
+    """500M, 4G or a plain number of bytes, as llama.cpp's gguf-split counts: M is 10^6, G is 10^9."""
+    if size is None:
+        return None
+    match = re.fullmatch(r"(\d+)([MG]?)", str(size).strip().upper())
+    if match is None or int(match[1]) == 0:
+        raise UserError(f"--split-max-size (--max-shard-size) {size} is not a size; give for example 500M or 4G")
+    return int(match[1]) * {"": 1, "M": 10**6, "G": 10**9}[match[2]]
 
 
 def _run(given: StrPath | RunDirectory) -> RunDirectory:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import signal
 import sys
 import threading
@@ -14,6 +13,8 @@ from typing import Any
 
 import click
 
+from exporters.interface import DTYPES
+from exporters.onnx.options import ACCURACY_LEVELS, SCALE_DTYPES
 from signround_edge import __version__
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.tuning.settings import DEVICES, RECIPES, choices
@@ -51,14 +52,6 @@ def _one_sentence(error: Exception) -> str:
 
 def _say(text: str) -> None:
     click.echo(text, err=True)
-
-
-def _bytes_of(size: str) -> int:
-    """500M, 4G or a plain number of bytes, as llama.cpp's gguf-split counts: M is 10^6, G is 10^9."""
-    match = re.fullmatch(r"(\d+)([MG]?)", size.strip().upper())
-    if match is None or int(match[1]) == 0:
-        raise UserError(f"--split-max-size (--max-shard-size) {size} is not a size; give for example 500M or 4G")
-    return int(match[1]) * {"": 1, "M": 10**6, "G": 10**9}[match[2]]
 
 
 def _print_json(document: Any) -> None:
@@ -181,34 +174,25 @@ def rotate(model: str, out: Path, seed: int) -> None:
 @click.option("--format", "target", required=True, help="gguf or onnx.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File or folder to write.")
 @click.option("--template", type=click.Path(path_type=Path), help="GGUF: metadata to copy; ONNX: your float graph.")
-@click.option("--accuracy-level", type=click.Choice(["0", "1", "4"]), default="0", help="Of MatMulNBits, ONNX only.")
-@click.option("--scale-dtype", type=click.Choice(["f32", "f16"]), default="f32", help="Stored scales, ONNX only.")
+@click.option("--accuracy-level", type=click.Choice(list(map(str, ACCURACY_LEVELS))), help="Of MatMulNBits, ONNX only.")
+@click.option("--scale-dtype", type=click.Choice(SCALE_DTYPES), help="Stored scales, ONNX only.")
 @click.option("--card-text", type=click.Path(path_type=Path), help="ONNX: text to measure level 4 on, for the card.")
-@click.option("--dtype", type=click.Choice(["f32", "f16"]), help="Write the dequantized weights as floats instead.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Write the dequantized weights as floats instead.")
 @click.option("--split-max-size", "--max-shard-size", help="Split the data into files of at most this size (500M, 4G).")
 @click.option("--ort-format", is_flag=True, help="ONNX: also write model.ort and the list of operators that it needs.")
 def export(
-    run: Path, target: str, out: Path, template: Path | None, accuracy_level: str, scale_dtype: str,
+    run: Path, target: str, out: Path, template: Path | None, accuracy_level: str | None, scale_dtype: str | None,
     card_text: Path | None, dtype: str | None, split_max_size: str | None, ort_format: bool,
 ) -> None:  # fmt: skip
     """Write the integers and scales of RUN, unchanged, as GGUF or ONNX."""
-    from signround_edge.plugins import exporters
-    from signround_edge.run_directory import RunDirectory
+    from signround_edge import api
 
-    known = exporters()
-    if target not in known:
-        raise UserError(f"--format {target} is unknown; known are {', '.join(known)}")
-    from exporters.interface import ExportOptions
-    from runtime_tests.accuracy_levels import level_4_measurement
-
-    limit = None if split_max_size is None else _bytes_of(split_max_size)
-    opened = RunDirectory.open(run)
-    measure = level_4_measurement(opened.config_dir, card_text) if target == "onnx" else None
-    options = ExportOptions(
-        dtype, template, int(accuracy_level), scale_dtype, limit, ort_format, measure_level_4=measure, log=_say
-    )
-    path = known[target].export(opened, out, options)
-    _say(f"wrote {path}")
+    written = api.export(
+        run, target, out, template=template, dtype=dtype, split_max_size=split_max_size,
+        accuracy_level=None if accuracy_level is None else int(accuracy_level), scale_dtype=scale_dtype,
+        ort_format=ort_format, card_text=card_text, progress=_say,
+    )  # fmt: skip
+    _say(f"wrote {written.path}")
 
 
 @main.command()

@@ -5,13 +5,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from signround_edge.errors import UserError
 from signround_edge.plugins import exporter_of
 
-if TYPE_CHECKING:
-    from exporters.interface import TensorInfo
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of an artifact, as `inspect` lists it.
+
+    Attributes:
+        name: the artifact's name of the tensor.
+        type: the artifact's name of its format ("Q4_0", "MatMulNBits-4x32", "F32").
+        shape: as in the Hugging Face model, outermost first.
+        bytes: stored bytes, scale fields included.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,6 @@ def inspect(path: Path) -> Inspection:
 
 
 def _inspect_run(path: Path) -> Inspection:
-    from exporters.interface import TensorInfo
     from signround_edge.run_directory import RunDirectory
     from signround_edge.schemes.plan import entry_bytes
 

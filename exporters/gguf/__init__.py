@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from exporters.interface import ExpectedTensor, ExportOptions, TensorInfo
+from exporters.interface import ExpectedTensor, ExportOptions
+from signround_edge.inspection import TensorInfo
 from signround_edge.run_directory import RunDirectory
 
 __all__ = ["GgufExporter"]
@@ -15,6 +16,7 @@ class GgufExporter:
     """Writes one .gguf file, or several that belong together; see `exporters.gguf.export`."""
 
     name = "gguf"
+    options = ExportOptions
 
     def recognises(self, path: Path) -> bool:
         """Whether it is a file that begins like GGUF, or is called so (a damaged one should be reported as damaged)."""

@@ -19,16 +19,12 @@ from exporters.interface import ExportOptions
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 
-_DTYPES = (None, "f32", "f16")
 _ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight")  # as llama.cpp's converter has it
 
 
 def export(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
     """Write a run as GGUF; see `GgufExporter.export`."""
-    if options.dtype not in _DTYPES:
-        raise UserError(f"--dtype {options.dtype} is not known; use f32 or f16, or leave it out to pack the integers")
     path = out / "model.gguf" if out.is_dir() else out
-    _check_options(options)
     if options.template is not None:
         return export_with_template(run, path, options, options.template)
     config = canonical_config(run.config)
@@ -50,13 +46,3 @@ def export(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
     add_provenance(writer, run)
     options.log(f"writing {path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:.1f} MB")
     return write_file(path, writer, tensors, options.split_max_bytes)
-
-
-def _check_options(options: ExportOptions) -> None:
-    for flag, given in (
-        ("--accuracy-level", options.accuracy_level != 0),
-        ("--scale-dtype", options.scale_dtype != "f32"),
-        ("--ort-format", options.ort_format),
-    ):
-        if given:
-            raise UserError(f"{flag} is for --format onnx; leave it out for GGUF")

@@ -10,8 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from exporters.interface import ExportOptions
+from exporters.onnx.options import OnnxOptions
+from signround_edge.inspection import TensorInfo
+
 if TYPE_CHECKING:
-    from exporters.interface import ExpectedTensor, ExportOptions, TensorInfo
+    from exporters.interface import ExpectedTensor
     from signround_edge.run_directory import RunDirectory
 
 __all__ = ["OnnxExporter"]
@@ -21,6 +25,7 @@ class OnnxExporter:
     """Writes a folder: model.onnx, tokenizer and config files, and genai_config.json where the graph has a KV cache."""
 
     name = "onnx"
+    options: type[ExportOptions] = OnnxOptions
 
     def recognises(self, path: Path) -> bool:
         """Whether it is an .onnx or .ort file, or a folder that holds an .onnx file."""
@@ -28,7 +33,6 @@ class OnnxExporter:
 
     def inspect(self, path: Path) -> list[TensorInfo]:
         """Tensors of a folder or .onnx file; UserError when it is truncated or broken."""
-        from exporters.interface import TensorInfo
         from exporters.onnx.artifact.reader import read_tensors
 
         return [TensorInfo(*row) for row in read_tensors(path)]
@@ -43,7 +47,7 @@ class OnnxExporter:
         """
         from exporters.onnx.export import export_folder
 
-        return export_folder(run, out, options)
+        return export_folder(run, out, OnnxOptions.of(options))
 
     def iter_expected(self, run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]:
         """What each tensor of the folder that stems from the run should hold; see `exporters.onnx.artifact.reader`."""

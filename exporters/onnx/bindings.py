@@ -19,7 +19,8 @@ QUANTIZED_INPUTS = {
     "MatMulNBits": {"weight": 1, "scales": 2, "zero_points": 3},
     "GatherBlockQuantized": {"weight": 0, "scales": 2, "zero_points": 3},
 }
-
+# What messages call them.
+OPERAND_WORDS = {"weight": "codes", "scales": "scales", "zero_points": "zero points"}
 
 _FLOAT = ir.DataType.FLOAT.value
 
@@ -48,6 +49,11 @@ class Binding:
     def name(self) -> str:
         """The stored tensor's name: the node of a quantized one, the initializer of a float one."""
         return self.node if self.quantized else self.initializers["weight"]
+
+    @property
+    def title(self) -> str:
+        """Its parameters, as messages name them."""
+        return " + ".join(self.parameters)
 
     @property
     def quantized(self) -> bool:

@@ -21,6 +21,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "Qwen3ForCausalLM": ("default", "linear"),
 }
 
+GENAI_CONFIG = "genai_config.json"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 EMBEDDING_NODE = "/model/embed_tokens/Gather"

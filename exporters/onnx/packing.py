@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from signround_edge.formats import Grid, QuantizedTensor, as_matmul_nbits
-from signround_edge.formats.matmul_nbits import scales_are_fp16
+from signround_edge.formats.matmul_nbits import matmul_nbits_container
 from signround_edge.run_directory import dtype_name
 
 Bytes = NDArray[np.uint8]
@@ -145,7 +145,7 @@ def stack_rows(parts: list[Operands]) -> Operands:
 
 def layout_of(grid: Grid, rows: int, cols: int, half_scales: bool = False) -> OperandLayout | None:
     """The layout of what `pack_operands` makes of a matrix [rows, cols] on that grid."""
-    container = container_of(grid)
+    container = matmul_nbits_container(grid)
     if container is None:
         return None
     return OperandLayout(rows, cols, *container, dtype_name(_scale_dtype(grid, half_scales)))
@@ -157,14 +157,5 @@ def stack_layouts(parts: list[OperandLayout]) -> OperandLayout:
     return replace(parts[0], rows=sum(p.rows for p in parts), scale_dtype=dtype)
 
 
-def container_of(grid: Grid) -> tuple[int, int] | None:
-    """(bits, block size) of the MatMulNBits operands of that grid, or None where it has no such form."""
-    codes = torch.zeros((1, grid.row_multiple), dtype=grid.code_dtype)
-    shapes = grid.field_shapes(1, grid.row_multiple)
-    fields = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
-    view = as_matmul_nbits(QuantizedTensor(grid, codes, fields))
-    return None if view is None else (view.bits, view.block_size)
-
-
 def _scale_dtype(grid: Grid, half_scales: bool) -> torch.dtype:
-    return torch.float16 if half_scales and scales_are_fp16(grid) else torch.float32
+    return torch.float16 if half_scales and grid.fp16_scales else torch.float32

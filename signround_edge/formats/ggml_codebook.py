@@ -46,6 +46,7 @@ def _pick(table: Tensor, index: Tensor) -> Tensor:
 class Codebook(Grid):
     """Levels from the table; mixed into the grids that say how scales are stored."""
 
+    even = False
     anchor: int  # of the grid that this is mixed into
 
     def levels(self, offsets: Tensor) -> Tensor:

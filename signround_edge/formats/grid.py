@@ -88,6 +88,8 @@ class Grid(ABC):
             grids; 0, the code of the minimum, for affine ones.
         affine: whether there is a minimum (or zero point) besides the scale.
         integer_zero: whether affine codes have an integer zero point in the place of a minimum.
+        even: whether levels are evenly spaced, which makes them the code offsets themselves.
+        fp16_scales: whether the scale of every block is an fp16 value, not a product of two stored ones.
         minimum_at_most_zero: whether the minimum of a block cannot be positive.
         field_ranges: inclusive range of each integer field that does not use all values of its dtype.
         bits_per_weight: stored bits a weight, scale fields included.
@@ -102,6 +104,8 @@ class Grid(ABC):
     anchor: int
     affine: bool
     integer_zero: bool = False
+    even: bool = True
+    fp16_scales: bool = True
     minimum_at_most_zero: bool = False
     field_ranges: Mapping[str, tuple[int, int]] = MappingProxyType({})
     bits_per_weight: float

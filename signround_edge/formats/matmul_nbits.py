@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from signround_edge.formats.ggml_codebook import Codebook
-from signround_edge.formats.ggml_k_quants import SuperSymmetric
 from signround_edge.formats.ggml_legacy import SymmetricFp16
 from signround_edge.formats.grid import BlockScales, Fields, Grid, QuantizedTensor, safe_reciprocal, to_fp16
 from signround_edge.formats.scale_search import in_row_chunks, search_affine
@@ -99,34 +97,20 @@ class NBitsView:
     zero_points: Tensor
 
 
-def matmul_nbits_bytes(grid: Grid, rows: int, cols: int) -> int | None:
-    """Bytes of codes, f32 scales and packed zero points of a [rows, cols] matrix as MatMulNBits; None without a form.
+def has_matmul_nbits_form(grid: Grid) -> bool:
+    """Whether tensors on the grid can be stored as MatMulNBits without loss: w = s·(q − z), z an integer."""
+    return grid.even and (grid.integer_zero or not grid.affine)
 
-    Each row of zero points is padded to a byte. ONNX Runtime takes scales in the dtype of the activations: f32.
+
+def matmul_nbits_container(grid: Grid) -> tuple[int, int] | None:
+    """(bits, block size) with which MatMulNBits stores tensors on the grid; None without a form.
+
+    The block size is the largest of ONNX Runtime that divides the grid's.
     """
     if not has_matmul_nbits_form(grid):
         return None
-    bits = _container(grid)
-    blocks = cols // _stored_block(grid)
-    return rows * (cols * bits // 8 + 4 * blocks + (blocks * bits + 7) // 8)
-
-
-def has_matmul_nbits_form(grid: Grid) -> bool:
-    """Whether tensors on the grid can be stored as MatMulNBits without loss."""
-    return isinstance(grid, MatMulNBitsAsymmetric) or _scale_times_integer(grid)
-
-
-def scales_are_fp16(grid: Grid) -> bool:
-    """Whether the scales of the grid's MatMulNBits form are fp16 values, so that storing them in f16 changes nothing.
-
-    Those of Q3_K and Q6_K are products of a sub-scale and an fp16 super-scale.
-    """
-    return not isinstance(grid, SuperSymmetric)
-
-
-def _scale_times_integer(grid: Grid) -> bool:
-    """Whether w = s·(q − anchor) with evenly spaced codes."""
-    return isinstance(grid, SymmetricFp16 | SuperSymmetric) and not isinstance(grid, Codebook)
+    block_size = next(size for size in reversed(ONNX_BLOCKS) if grid.block_size % size == 0)
+    return container_bits(grid.code_max - grid.code_min + 1), block_size
 
 
 def container_bits(codes: int) -> int:
@@ -134,31 +118,33 @@ def container_bits(codes: int) -> int:
     return next(bits for bits in (2, 4, 8) if codes <= 1 << bits)
 
 
-def _container(grid: Grid) -> int:
-    return container_bits(grid.code_max - grid.code_min + 1)
+def matmul_nbits_bytes(grid: Grid, rows: int, cols: int) -> int | None:
+    """Bytes of codes, f32 scales and packed zero points of a [rows, cols] matrix as MatMulNBits; None without a form.
 
-
-def _stored_block(grid: Grid) -> int:
-    """The largest block size of ONNX Runtime that divides the grid's."""
-    return next(size for size in reversed(ONNX_BLOCKS) if grid.block_size % size == 0)
+    Each row of zero points is padded to a byte. ONNX Runtime takes scales in the dtype of the activations: f32.
+    """
+    container = matmul_nbits_container(grid)
+    if container is None:
+        return None
+    bits, block_size = container
+    blocks = cols // block_size
+    return rows * (cols * bits // 8 + 4 * blocks + (blocks * bits + 7) // 8)
 
 
 def as_matmul_nbits(tensor: QuantizedTensor) -> NBitsView | None:
-    """The same integers and scales as MatMulNBits operands, or None where the grid has a real-valued minimum.
+    """The same integers and scales as MatMulNBits operands; None where the grid has no such form.
 
     Every grid of the form s·(q − integer) maps without loss; 5- and 6-bit codes take an 8-bit container.
     """
-    grid, fields = tensor.grid, tensor.fields
-    codes = tensor.codes
-    if isinstance(grid, MatMulNBitsAsymmetric):
-        scales, zeros = fields["scale"].float(), fields["zero_point"]
-    elif _scale_times_integer(grid):
-        scales, zeros = grid.affine_view(fields)
-        offset = -grid.code_min if grid.code_dtype == torch.int8 else 0
-        codes = codes.view(torch.uint8) + offset  # modulo 256, so that no wider copy is made
-        zeros = (zeros + offset).to(torch.uint8)
-    else:
+    grid, codes = tensor.grid, tensor.codes.view(torch.uint8)
+    container = matmul_nbits_container(grid)
+    if container is None:
         return None
-    block = _stored_block(grid)
-    scales, zeros = (t.repeat_interleave(grid.block_size // block, dim=1) for t in (scales, zeros))
-    return NBitsView(_container(grid), block, codes, scales, zeros)
+    bits, block_size = container
+    scales, zeros = grid.affine_view(tensor.fields)
+    offset = -grid.code_min
+    if offset:
+        codes = codes + offset  # modulo 256, so that no wider copy is made
+    zeros = (zeros + offset).to(torch.uint8)
+    scales, zeros = (t.repeat_interleave(grid.block_size // block_size, dim=1) for t in (scales, zeros))
+    return NBitsView(bits, block_size, codes, scales, zeros)

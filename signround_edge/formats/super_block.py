@@ -15,6 +15,7 @@ class SuperBlockGrid(Grid):
     """What both kinds share: sub-blocks of `block_size` values, `blocks_per_super` of them in 256 values."""
 
     row_multiple = SUPER_BLOCK
+    fp16_scales = False
     code_min = 0
 
     def __init__(self, name: str, bits: int, block_size: int, bits_per_weight: float) -> None:

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from exporters.gguf import GgufExporter
 from exporters.interface import ExportOptions
 from exporters.onnx import OnnxExporter
+from exporters.onnx.options import OnnxOptions
 from runtime_tests.report.report import VerifyReport
 from runtime_tests.verify import verify
 from signround_edge.demo.train_tiny_llama import save_tokenizer, train_tokenizer
@@ -78,7 +79,7 @@ def onnx_folder(run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def onnx_int8_folder(run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, with activations rounded to int8 at run time."""
-    options = ExportOptions(accuracy_level=4, log=quiet)
+    options = OnnxOptions(accuracy_level=4, log=quiet)
     return OnnxExporter().export(run, tmp_path_factory.mktemp("onnx4") / "model", options)
 
 

@@ -21,13 +21,14 @@ from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from devices import DeviceProfile
-from exporters.interface import ExpectedTensor, ExportOptions, TensorInfo
+from exporters.interface import ExpectedTensor, ExportOptions
 from runtime_tests.artifacts.expectation import Expectation
 from runtime_tests.artifacts.weights_only import expect_weights
 from runtime_tests.interface import StoredTensor
 from runtime_tests.transports.interface import Transport
 from signround_edge.errors import CheckFailed
 from signround_edge.evaluation.metrics import FloatArray, TokenArray
+from signround_edge.inspection import TensorInfo
 from signround_edge.run_directory import RunDirectory
 
 BLOCK = 32

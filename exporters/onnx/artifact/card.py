@@ -5,35 +5,68 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from exporters.interface import LevelCost
-from exporters.onnx.artifact.reader import read_tensors
+from exporters.onnx.artifact.reader import open_artifact, read_tensors
+from exporters.onnx.artifact.sidecar import Sidecar
+from exporters.onnx.builder_names import GENAI_CONFIG
+from exporters.onnx.options import ACCURACY_LEVELS, LevelCost
+from signround_edge.errors import UserError
+from signround_edge.model.tokenizer import load_tokenizer
 
 CARD = "README.md"
+NOT_MEASURED = "nobody asked for it"
 
-_LEVELS = {
-    0: "0: ONNX Runtime chooses how MatMulNBits computes, which on CPUs is f32",
-    1: "1: MatMulNBits computes in f32",
-    4: "4: MatMulNBits rounds its inputs to int8, which is faster on most CPUs and less exact",
+_GENAI = """\
+import onnxruntime_genai as og
+
+model = og.Model(".")
+tokenizer, params = og.Tokenizer(model), og.GeneratorParams(model){special_tokens}
+params.set_search_options(max_length=64)
+generator = og.Generator(model, params)
+generator.append_tokens(tokenizer.encode("Once"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+"""
+# Where the model's tokenizer puts nothing around a text the option must not be set: for a tokenizer_class such as
+# LlamaTokenizer it would add BOS all the same.
+_SPECIAL_TOKENS = """
+tokenizer.update_options(add_special_tokens="true")  # encode leaves out BOS by itself"""
+
+_PLAIN = """\
+import numpy as np
+import onnxruntime
+import transformers
+
+# No key-value cache: give the whole text for each new token.
+session = onnxruntime.InferenceSession("model.onnx")
+tokenizer = transformers.AutoTokenizer.from_pretrained(".")
+ids = np.array([tokenizer.encode("Once")])
+for _ in range(20):
+    (logits,) = session.run(["logits"], {feeds})
+    ids = np.append(ids, logits[:, -1:].argmax(-1), axis=1)
+print(tokenizer.decode(ids[0]))
+"""
+_FEEDS = {
+    "input_ids": "ids",
+    "attention_mask": "np.ones_like(ids)",
+    "position_ids": "np.arange(ids.shape[1])[None]",
 }
 
 
-def write_card(
-    folder: Path, facts: dict[str, str], accuracy_level: int, cost: LevelCost | str | None, kv_cache: bool
-) -> None:
-    """Write the card into the folder.
+def render_card(folder: Path, sidecar: Sidecar, cost: LevelCost | str) -> str:
+    """The card, in Markdown.
 
     Args:
-        folder: where model.onnx is.
-        facts: the provenance that `signround_edge.json` holds too.
-        accuracy_level: of every MatMulNBits; without any (`--dtype`) the card does not speak of it.
-        cost: what level 4 costs, or why that was not measured; None for a graph of floats.
-        kv_cache: whether onnxruntime-genai runs the graph.
+        folder: where all other files of the export are.
+        sidecar: what `signround_edge.json` says.
+        cost: what level 4 costs, or why that was not measured; the card of a graph of floats does not speak of it.
     """
+    facts = sidecar.provenance
     sections = [f"# {facts['scheme']} by signround-edge {facts['version']}", _provenance(facts), _contents(folder)]
-    if cost is not None:
-        sections.append(_accuracy(accuracy_level, cost))
-    sections.append(_how_to_run(kv_cache))
-    (folder / CARD).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    if sidecar.dtype is None:
+        sections.append(_accuracy(sidecar.accuracy_level, cost))
+    sections.append(f"## Running it\n\n{_how_to_run(folder)}")
+    return "\n\n".join(sections) + "\n"
 
 
 def _provenance(facts: dict[str, str]) -> str:
@@ -55,7 +88,7 @@ def _contents(folder: Path) -> str:
 
 
 def _accuracy(level: int, cost: LevelCost | str) -> str:
-    lines = ["## Accuracy level", "", f"{_LEVELS[level]}. WebAssembly ignores it."]
+    lines = ["## Accuracy level", "", f"{level}: {ACCURACY_LEVELS[level]}. WebAssembly ignores it."]
     if isinstance(cost, str):
         return "\n".join([*lines, f"What level 4 costs on this model was not measured: {cost}."])
     lines += ["", "| on this model | level 0 or 1 | level 4 |", "|---|---|---|"]
@@ -66,29 +99,20 @@ def _accuracy(level: int, cost: LevelCost | str) -> str:
     return "\n".join([*lines, "", how, "The level is an attribute of the nodes: export again to change it."])
 
 
-def _how_to_run(kv_cache: bool) -> str:
-    lines = ["## Running it", "", "```python"]
-    if kv_cache:
-        lines += [
-            "import onnxruntime_genai as og",
-            "",
-            'model = og.Model(".")',
-            "tokenizer, params = og.Tokenizer(model), og.GeneratorParams(model)",
-            "params.set_search_options(max_length=64)",
-            "generator = og.Generator(model, params)",
-            'generator.append_tokens(tokenizer.encode("Once"))',
-            "while not generator.is_done():",
-            "    generator.generate_next_token()",
-            "print(tokenizer.decode(generator.get_sequence(0)))",
-        ]
-    else:
-        lines += [
-            "import numpy as np",
-            "import onnxruntime",
-            "",
-            "# No key-value cache: give the whole text for each new token.",
-            'session = onnxruntime.InferenceSession("model.onnx")',
-            "ids = np.array([[1, 2, 3]])",
-            'logits = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0]',
-        ]
-    return "\n".join([*lines, "```"])
+def _how_to_run(folder: Path) -> str:
+    """A program that runs in the folder as it stands; a template's inputs may leave none to give."""
+    inputs = [str(value.name) for value in open_artifact(folder).graph.inputs]
+    if set(inputs) <= set(_FEEDS):
+        feeds = ", ".join(f'"{name}": {_FEEDS[name]}' for name in inputs)
+        return f"```python\n{_PLAIN.format(feeds=f'{{{feeds}}}')}```"
+    if (folder / GENAI_CONFIG).is_file():
+        code = _GENAI.format(special_tokens=_SPECIAL_TOKENS if _adds_special_tokens(folder) else "")
+        return f"```python\n{code}```"
+    return f"Its inputs are those of the template: {', '.join(inputs)}."
+
+
+def _adds_special_tokens(folder: Path) -> bool:
+    try:
+        return bool(load_tokenizer(folder).num_special_tokens_to_add() > 0)
+    except UserError:  # onnxruntime-genai cannot load it either
+        return False

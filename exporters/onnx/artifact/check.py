@@ -8,13 +8,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporters.onnx.bindings import Binding
-from exporters.onnx.routes.staging import stand_in_container, stand_in_numbers
+from exporters.onnx.bindings import OPERAND_WORDS, Binding
 from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import CheckFailed
 
 _VALUES_AT_ONCE = 1 << 24
-_WORDS = {"weight": "codes", "scales": "scales", "zero_points": "zero points"}
 
 
 def check_bindings(graph: ir.Graph, bindings: list[Binding], weights: RunWeights) -> None:
@@ -60,7 +58,7 @@ def check_quantized(graph: ir.Graph, node: ir.Node, binding: Binding, weights: R
     attributes = {name: node.attributes[name].as_int() for name in ("bits", "block_size")}
     if attributes != {"bits": expected.bits, "block_size": expected.block_size}:
         raise CheckFailed(
-            f"tensor {_title(binding)} has {attributes['bits']} bits in blocks of {attributes['block_size']} in node "
+            f"tensor {binding.title} has {attributes['bits']} bits in blocks of {attributes['block_size']} in node "
             f"{node.name}, but {expected.bits} in blocks of {expected.block_size} in the run directory"
         )
     operands: dict[str, NDArray[Any]] = {
@@ -69,29 +67,10 @@ def check_quantized(graph: ir.Graph, node: ir.Node, binding: Binding, weights: R
         "zero_points": expected.zero_points,
     }
     for role, array in operands.items():
-        what = _WORDS[role]
+        what = OPERAND_WORDS[role]
         if role not in binding.initializers:
-            raise CheckFailed(f"tensor {_title(binding)} has no {what} in node {node.name}")
+            raise CheckFailed(f"tensor {binding.title} has no {what} in node {node.name}")
         _compare(binding, what, _array(graph, binding.initializers[role]).reshape(-1), array.reshape(-1))
-
-
-def check_stand_ins(graph: ir.Graph, bindings: list[Binding], weights: RunWeights) -> None:
-    """CheckFailed unless every stand-in is where its parameter's operands belong, as the builder was given it."""
-    numbers, nodes = stand_in_numbers(weights.run), {node.name: node for node in graph}
-    for binding in bindings:
-        rows = [weights.run.entry(weights.owner(p)).shape[0] for p in binding.parameters]
-        node, container = nodes[binding.node], stand_in_container(weights, binding.parameters[0])
-        found = tuple(node.attributes[name].as_int() for name in ("bits", "block_size"))
-        for role in ("weight", "scales", "zero_points"):
-            stored = _array(graph, binding.initializers[role]).reshape(-1)
-            wanted = np.repeat([float(numbers[p]) for p in binding.parameters], rows)
-            wanted = wanted if role == "scales" else np.zeros(len(stored) // len(wanted) * len(wanted))
-            differing = int(np.count_nonzero(stored != wanted)) if len(stored) == len(wanted) else len(stored)
-            if differing or found != container:
-                raise CheckFailed(
-                    f"{_WORDS[role]} of tensor {_title(binding)} in node {binding.node} differ from what the graph "
-                    f"builder was given in {differing} of {len(stored)} values ({found[0]} bits, blocks of {found[1]})"
-                )
 
 
 def _array(graph: ir.Graph, initializer: str) -> NDArray[Any]:
@@ -100,7 +79,7 @@ def _array(graph: ir.Graph, initializer: str) -> NDArray[Any]:
 
 
 def _compare(binding: Binding, what: str, stored: NDArray[Any], expected: NDArray[Any]) -> None:
-    place = f"{what} of tensor {_title(binding)} in node {binding.node}"
+    place = f"{what} of tensor {binding.title} in node {binding.node}"
     if stored.shape != expected.shape or stored.dtype != expected.dtype:
         raise CheckFailed(
             f"{place} are {stored.dtype} {list(stored.shape)}, expected {expected.dtype} {list(expected.shape)}"
@@ -116,7 +95,3 @@ def _count_differing(stored: NDArray[Any], expected: NDArray[Any]) -> int:
     return sum(
         int(np.count_nonzero(stored[i : i + _VALUES_AT_ONCE] != expected[i : i + _VALUES_AT_ONCE])) for i in starts
     )
-
-
-def _title(binding: Binding) -> str:
-    return " + ".join(binding.parameters)

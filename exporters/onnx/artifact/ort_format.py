@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from exporters.onnx.routes.third_party_logging import logging_restored
+from exporters.onnx.third_party_logging import logging_restored
 from signround_edge.errors import UserError
 
 ORT_FILE = "model.ort"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from exporters.onnx.bindings import Binding
 from signround_edge.errors import UserError
+from signround_edge.files import sha256_of
 
 SIDECAR = "signround_edge.json"
 _FORMAT = "onnx"
@@ -35,15 +36,13 @@ class Sidecar:
     accuracy_level: int
     bindings: list[Binding]
     zero_biases: list[str]
-    files: dict[str, str]
+    files: dict[str, str] = field(default_factory=dict)
     kv_cache: bool = True
     scale_dtype: str = "f32"
     level_4_cost: dict[str, Any] | None = None
 
-    def write(self, folder: Path) -> None:
-        """Write it into the folder."""
-        from signround_edge.files import write_atomically
-
+    def to_bytes(self) -> bytes:
+        """The file."""
         data = {
             "format": _FORMAT,
             **self.provenance,
@@ -56,7 +55,7 @@ class Sidecar:
             "zero_biases": self.zero_biases,
             "tensors": [b.to_json() for b in self.bindings],
         }
-        write_atomically(folder / SIDECAR, (json.dumps(data, indent=1) + "\n").encode())
+        return (json.dumps(data, indent=1) + "\n").encode()
 
     @classmethod
     def read(cls, folder: Path) -> Sidecar:
@@ -85,6 +84,4 @@ class Sidecar:
 
 def hash_files(folder: Path) -> dict[str, str]:
     """File name → sha256 of every file in the folder but the sidecar."""
-    from signround_edge.files import sha256_of
-
     return {f.name: sha256_of(f) for f in sorted(folder.iterdir()) if f.is_file() and f.name != SIDECAR}

@@ -131,10 +131,3 @@ def replace_node(
     name = (old.name or "").replace(old.op_type, op)
     new = ir.node(op, inputs, attributes, domain=domain, name=name, num_outputs=1)
     ir.convenience.replace_nodes_and_values(graph, old, [old], [new], old.outputs, new.outputs)
-
-
-def drop_unused_initializers(graph: ir.Graph) -> None:
-    """Remove initializers that no node reads any more."""
-    for name, value in list(graph.initializers.items()):
-        if not value.uses():
-            del graph.initializers[name]

@@ -17,8 +17,8 @@ def halve_weights(graph: ir.Graph, bindings: list[Binding], weights: RunWeights)
     """Round every bound float matrix to f16 and insert its Cast; norm weights and biases stay f32."""
     for binding in bindings:
         value = graph.initializers[binding.initializers["weight"]]
-        if binding.quantized or len(value.shape) != 2:
-            continue
+        if binding.quantized or len(value.shape) != 2 or value.const_value.dtype == ir.DataType.FLOAT16:
+            continue  # a template's may be in f16 already
         uses = list(value.uses())
         output = cast_to_float(graph, value)
         for node, position in uses:

@@ -18,7 +18,7 @@ from exporters.onnx.passes.graph_edit import (
     set_gather_operands,
     set_operand_initializers,
 )
-from exporters.onnx.routes.weight_uses import WeightUse, weight_uses
+from exporters.onnx.passes.weight_uses import WeightUse, weight_uses
 from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import UserError
 
@@ -120,7 +120,7 @@ def _check_use(use: WeightUse, as_codes: bool, binding: Binding) -> None:
         fits = op == "Gather" and use.position == 0 and as_codes and attributes.get("axis", 0) in (0, -2)
     if not fits or node.domain not in ("", "ai.onnx"):
         raise UserError(
-            f"tensor {' + '.join(binding.parameters)} is read by node {node.name} ({op}), which ONNX Runtime has in no "
+            f"tensor {binding.title} is read by node {node.name} ({op}), which ONNX Runtime has in no "
             "quantized form; export with --dtype f32, or give --template with a graph of MatMul, Gemm and Gather"
         )
 

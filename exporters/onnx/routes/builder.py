@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from exporters.onnx.routes.third_party_logging import logging_restored
+from exporters.onnx.third_party_logging import logging_restored
 from signround_edge.errors import UserError
 
 

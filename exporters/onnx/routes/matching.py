@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporters.onnx.bindings import Binding
-from exporters.onnx.routes.weight_uses import float_initializers, weight_uses
+from exporters.onnx.passes.weight_uses import float_initializers, weight_uses
 from exporters.onnx.run_weights import RunWeights
 
 FloatArray = NDArray[np.float32]

@@ -15,46 +15,38 @@ stand-in are its parameter's number, by which the exporter sees that every matri
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from exporters.onnx.bindings import OPERAND_WORDS, Binding
 from exporters.onnx.builder_names import EMBEDDING, HEAD, decoder_config
-from exporters.onnx.packing import container_of
+from exporters.onnx.routes.graph import copy_config_files
 from exporters.onnx.run_weights import RunWeights
+from signround_edge.errors import CheckFailed
 from signround_edge.formats import get_grid
-from signround_edge.formats.matmul_nbits import ONNX_BLOCKS
+from signround_edge.formats.matmul_nbits import ONNX_BLOCKS, matmul_nbits_container
+from signround_edge.model.config import CONFIG_FILE
 from signround_edge.run_directory import RunDirectory
 
 _PLACEHOLDER_BITS = 8
 
 
-def stand_in_numbers(run: RunDirectory) -> dict[str, int]:
-    """Parameter → the number that its stand-in carries as its scale: from 1, in model order, a tied head last."""
-    return {name: number for number, name in enumerate([*run.names(), HEAD], start=1)}
-
-
-def stand_in_container(weights: RunWeights, name: str) -> tuple[int, int]:
-    """(bits, block size) of a matrix's stand-in: those of its operands; any for one that the run keeps in floats."""
-    format_ = weights.run.entry(weights.owner(name)).format
-    container = None if format_ is None else container_of(get_grid(format_))
-    return container or (_PLACEHOLDER_BITS, ONNX_BLOCKS[0])
-
-
-def write_stand_in_checkpoint(weights: RunWeights, config: dict[str, Any], folder: Path) -> None:
+def write_stand_in_checkpoint(weights: RunWeights, folder: Path) -> None:
     """Write the checkpoint at `folder`: stand-ins of the matrices, and norm weights and biases as they are.
 
     The embedding has the shape [1, 1]; the builder never looks at its values.
     """
     run = weights.run
     overrides: dict[str, dict[str, int]] = {}
-    numbers = stand_in_numbers(run)
-    _copy_config(run, folder)
+    numbers = _numbers(run)
+    copy_config_files(run, folder)  # config.json is replaced below
     tensors: dict[str, Tensor] = {}
     for name in run.names():
         shape = run.entry(name).shape
@@ -68,12 +60,12 @@ def write_stand_in_checkpoint(weights: RunWeights, config: dict[str, Any], folde
         overrides["lm_head"] = _stage_matrix(weights, HEAD, numbers[HEAD], tensors)
     save_file(tensors, folder / "model.safetensors")
     quantization = {"quant_method": "olive", "bits": 4, "group_size": 32, "symmetric": False, "overrides": overrides}
-    _write_config({**decoder_config(config), "quantization_config": quantization}, folder)
+    _write_config({**decoder_config(run.config), "quantization_config": quantization}, folder)
 
 
-def write_float_checkpoint(run: RunDirectory, config: dict[str, Any], folder: Path) -> None:
+def write_float_checkpoint(run: RunDirectory, folder: Path) -> None:
     """Write the run's dequantized weights in f32 as a plain Hugging Face checkpoint, one file per part of the run."""
-    _copy_config(run, folder)
+    copy_config_files(run, folder)  # config.json is replaced below
     index: dict[str, str] = {}
     for part in run.manifest.parts:
         file = f"model-{part}.safetensors"
@@ -82,7 +74,7 @@ def write_float_checkpoint(run: RunDirectory, config: dict[str, Any], folder: Pa
         index |= dict.fromkeys(tensors, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     # Without the dtype here transformers would load the f32 tensors in the source model's dtype.
-    _write_config({**decoder_config(config), "dtype": "float32", "torch_dtype": "float32"}, folder)
+    _write_config({**decoder_config(run.config), "dtype": "float32", "torch_dtype": "float32"}, folder)
 
 
 def can_pack_qkv(run: RunDirectory) -> bool:
@@ -95,10 +87,41 @@ def can_pack_qkv(run: RunDirectory) -> bool:
     return all(len(kinds) == 1 for kinds in attention.values())
 
 
+def check_stand_ins(graph: ir.Graph, bindings: list[Binding], weights: RunWeights) -> None:
+    """CheckFailed unless every stand-in is where its parameter's operands belong, as the builder was given it."""
+    numbers, nodes = _numbers(weights.run), {node.name: node for node in graph}
+    for binding in bindings:
+        rows = [weights.run.entry(weights.owner(p)).shape[0] for p in binding.parameters]
+        node, container = nodes[binding.node], _container(weights, binding.parameters[0])
+        found = tuple(node.attributes[name].as_int() for name in ("bits", "block_size"))
+        for role, what in OPERAND_WORDS.items():
+            stored = graph.initializers[binding.initializers[role]].const_value.numpy().reshape(-1)
+            wanted = np.repeat([float(numbers[p]) for p in binding.parameters], rows)
+            wanted = wanted if role == "scales" else np.zeros(len(stored) // len(wanted) * len(wanted))
+            differing = int(np.count_nonzero(stored != wanted)) if len(stored) == len(wanted) else len(stored)
+            if differing or found != container:
+                raise CheckFailed(
+                    f"{what} of tensor {binding.title} in node {binding.node} differ from what the graph "
+                    f"builder was given in {differing} of {len(stored)} values ({found[0]} bits, blocks of {found[1]})"
+                )
+
+
+def _numbers(run: RunDirectory) -> dict[str, int]:
+    """Parameter → the number that its stand-in carries as its scale: from 1, in model order, a tied head last."""
+    return {name: number for number, name in enumerate([*run.names(), HEAD], start=1)}
+
+
+def _container(weights: RunWeights, name: str) -> tuple[int, int]:
+    """(bits, block size) of a matrix's stand-in: those of its operands; any for one that the run keeps in floats."""
+    format_ = weights.run.entry(weights.owner(name)).format
+    container = None if format_ is None else matmul_nbits_container(get_grid(format_))
+    return container or (_PLACEHOLDER_BITS, ONNX_BLOCKS[0])
+
+
 def _stage_matrix(weights: RunWeights, name: str, number: int, tensors: dict[str, Tensor]) -> dict[str, int]:
     """Add one matrix's stand-in and return its override of bits and group size."""
     base = name.removesuffix(".weight")
-    bits, block_size = stand_in_container(weights, name)
+    bits, block_size = _container(weights, name)
     rows = weights.run.entry(weights.owner(name)).shape[0]
     tensors[f"{base}.qweight"] = torch.zeros(rows, block_size * bits // 8, dtype=torch.uint8)
     tensors[f"{base}.scales"] = torch.full((rows, 1), float(number))
@@ -110,12 +133,5 @@ def _names_of_part(run: RunDirectory, part: str) -> Iterator[str]:
     return (name for name in run.names() if run.entry(name).part == part)
 
 
-def _copy_config(run: RunDirectory, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    for file in sorted(run.config_dir.iterdir()):
-        if file.is_file() and file.name != "config.json":
-            shutil.copyfile(file, folder / file.name)
-
-
 def _write_config(config: dict[str, Any], folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1), encoding="utf-8")

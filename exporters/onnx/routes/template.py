@@ -1,9 +1,8 @@
-"""A user's own ONNX graph of the model: opened, checked, and matched with the run."""
+"""The route of `--template`: a user's own float graph of the model, with the run's weights."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,14 +11,37 @@ from onnx_ir.passes import common
 
 from exporters.onnx.artifact.reader import open_model
 from exporters.onnx.bindings import Binding
+from exporters.onnx.builder_names import GENAI_CONFIG
+from exporters.onnx.options import OnnxOptions
+from exporters.onnx.routes.graph import MODEL_FILE, FinishedGraph, copy_config_files, replace_weights
 from exporters.onnx.routes.matching import NEAR, match_weights
 from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import UserError
-from signround_edge.run_directory import RunDirectory
 
-GENAI_CONFIG = "genai_config.json"
 _QUANTIZED_OPERATORS = {"MatMulNBits", "GatherBlockQuantized", "QMoE", "DequantizeLinear", "MatMulInteger"}
 _QUANTIZED_OPERATORS |= {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QLinearMatMul", "MatMulBnb4", "QGemm"}
+
+
+def from_template(weights: RunWeights, template: Path, companions: Path, options: OnnxOptions) -> FinishedGraph:
+    """A user's float graph → our integers in the place of its floats.
+
+    Args:
+        weights: the run.
+        template: an .onnx file, or a folder that holds one.
+        companions: where config and tokenizer files go, and the genai_config.json that lies beside the template.
+        options: of the export.
+    Raises:
+        UserError: the template is not a float graph of this model.
+    """
+    model = open_template(template)
+    options.log(f"onnx: matching the weights of {template} with the run directory")
+    matched = match_template(model, template, weights)
+    _check_dtype(model.graph, matched, template, options)
+    copy_config_files(weights.run, companions)
+    _copy_genai_config(template, companions)
+    kv_cache = any((value.name or "").startswith("past") for value in model.graph.inputs)
+    bindings = replace_weights(model, matched, weights, options)
+    return FinishedGraph(model, bindings, f"template {template.name}", kv_cache)
 
 
 def open_template(path: Path) -> ir.Model:
@@ -33,6 +55,7 @@ def open_template(path: Path) -> ir.Model:
     if quantized:
         what = ", ".join(f"{count} {op}" for op, count in quantized.most_common(3))
         raise UserError(f"--template {path} is already quantized ({what} nodes); give the float graph it was made from")
+    common.RemoveInitializersFromInputsPass()(model)  # old exporters list every weight among the inputs
     inputs, outputs = ({value.name for value in values} for values in (model.graph.inputs, model.graph.outputs))
     if "input_ids" not in inputs or "logits" not in outputs:
         raise UserError(
@@ -74,18 +97,19 @@ def match_template(model: ir.Model, path: Path, weights: RunWeights) -> list[Bin
     return matches.bindings
 
 
-def copy_companions(run: RunDirectory, template: Path | None, folder: Path) -> None:
-    """Copy the run's config and tokenizer files, and genai_config.json where the template has one beside it."""
-    for file in sorted(run.config_dir.iterdir()):
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
-    if template is None:
-        return
+def _check_dtype(graph: ir.Graph, matched: list[Binding], template: Path, options: OnnxOptions) -> None:
+    stored = {graph.initializers[b.initializers["weight"]].const_value.dtype for b in matched}
+    if options.dtype == "f32" and ir.DataType.FLOAT16 in stored:
+        raise UserError(f"--dtype f32: the weights of --template {template} are f16; give one in f32, or --dtype f16")
+
+
+def _copy_genai_config(template: Path, folder: Path) -> None:
+    """Copy genai_config.json where the template has one beside it, for the name of our file."""
     source = (template if template.is_dir() else template.parent) / GENAI_CONFIG
     if source.is_file():
         try:
             config = json.loads(source.read_text(encoding="utf-8"))
-            config["model"]["decoder"]["filename"] = "model.onnx"
+            config["model"]["decoder"]["filename"] = MODEL_FILE
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{source} is not a readable genai_config.json ({error!r}); repair or remove it") from error
         (folder / GENAI_CONFIG).write_text(json.dumps(config, indent=4), encoding="utf-8")

@@ -11,12 +11,18 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from exporters.onnx.artifact.check import check_complete
+from exporters.onnx.options import OnnxOptions
+from exporters.onnx.routes.graph import FinishedGraph, copy_config_files, replace_weights
+from exporters.onnx.routes.matching import match_weights
+from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import UserError
 from signround_edge.evaluation.perplexity import load_run_model
 from signround_edge.run_directory import RunDirectory
@@ -30,6 +36,9 @@ _STACK_TRACE = "pkg.torch.onnx.stack_trace"
 class _LogitsOnly(nn.Module):
     """The causal language model as a function of two tensors."""
 
+    # torch writes it into the metadata of every node: a file does not depend on where this code lies.
+    __module__ = "exporters.onnx.tracing"
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -38,6 +47,30 @@ class _LogitsOnly(nn.Module):
         """f32 [batch, tokens, vocab] of int64 [batch, tokens]."""
         logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return logits
+
+
+def trace(weights: RunWeights, companions: Path, options: OnnxOptions) -> FinishedGraph:
+    """Run directory → torch model → torch.onnx.export → our integers in the place of its floats.
+
+    Args:
+        weights: the run.
+        companions: where the run's config and tokenizer files go.
+        options: of the export.
+    Raises:
+        UserError: torch cannot trace this architecture, or a quantized matrix has no quantized form in the graph.
+        CheckFailed: the graph lacks a parameter of the run.
+    """
+    options.log(
+        "onnx: onnxruntime-genai's model builder does not know this architecture; tracing it with torch.onnx.export. "
+        "The graph has no KV cache: it runs in plain ONNX Runtime, not in onnxruntime-genai"
+    )
+    model = trace_graph(weights.run)
+    options.log("onnx: matching the graph's weights with the run directory")
+    matched = match_weights(model.graph, weights, limit=0.0).bindings
+    check_complete(matched, weights)
+    copy_config_files(weights.run, companions)
+    bindings = replace_weights(model, matched, weights, options)
+    return FinishedGraph(model, bindings, f"torch.onnx.export (torch {torch.__version__})", False)
 
 
 def trace_graph(run: RunDirectory) -> ir.Model:

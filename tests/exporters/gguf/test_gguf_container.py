@@ -23,9 +23,9 @@ from exporters.gguf.container import writer as container_writer
 from exporters.gguf.container.reader import GgufFile
 from exporters.gguf.container.writer import PlannedTensor, write_file
 from exporters.gguf.reader import read_metadata, read_tensors
-from exporters.interface import TensorInfo
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from signround_edge.errors import UserError
+from signround_edge.inspection import TensorInfo
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.gguf.conftest import BASE, export
 

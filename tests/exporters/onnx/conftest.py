@@ -11,8 +11,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from exporters.interface import ExportOptions
 from exporters.onnx import OnnxExporter
+from exporters.onnx.options import OnnxOptions
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import Scheme
 from tests.support import make_run, save_random_model
@@ -88,4 +88,4 @@ def llama_export(llama_run: RunDirectory, tmp_path_factory: pytest.TempPathFacto
 
 
 def export(run: RunDirectory, out: Path, log: Callable[[str], None] = lambda line: None, **options: object) -> Path:
-    return OnnxExporter().export(run, out, ExportOptions(log=log, **options))  # type: ignore[arg-type]
+    return OnnxExporter().export(run, out, OnnxOptions(log=log, **options))  # type: ignore[arg-type]

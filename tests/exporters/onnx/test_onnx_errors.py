@@ -4,13 +4,19 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
+from exporters.gguf import GgufExporter
+from exporters.interface import ExportOptions, options_for
+from exporters.onnx import OnnxExporter
 from exporters.onnx import export as export_module
+from exporters.onnx.options import OnnxOptions
+from exporters.onnx.routes import built
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.onnx.conftest import BASE, Exported, export
@@ -51,6 +57,37 @@ def test_a_grid_with_a_minimum_names_schemes_that_export(make_random_run: MakeRu
 def test_options_without_a_meaning_are_refused(llama_run: RunDirectory, tmp_path: Path) -> None:
     assert "0, 1 and 4" in refused(llama_run, tmp_path / "out", accuracy_level=2)
     assert "f32 or f16" in refused(llama_run, tmp_path / "out", dtype="bf16")
+    assert "f32 or f16" in refused(llama_run, tmp_path / "out", scale_dtype="bf16")
+
+
+class OtherExporter(OnnxExporter):
+    """A third party's format, which shares one option with ONNX and lacks the others."""
+
+    @dataclass(frozen=True)
+    class Options(ExportOptions):
+        ort_format: bool = False
+
+    name = "other"
+    options: type[ExportOptions] = Options
+
+
+def test_an_option_of_other_formats_is_refused_and_they_are_named() -> None:
+    known = {"gguf": GgufExporter(), "onnx": OnnxExporter(), "other": OtherExporter()}
+    assert options_for("onnx", known, {"accuracy_level": 4, "dtype": None}) == OnnxOptions(accuracy_level=4)
+    assert options_for("other", known, {"ort_format": True}) == OtherExporter.Options(ort_format=True)
+    for target, name, sentence in (
+        ("gguf", "scale_dtype", "--scale-dtype is for --format onnx; leave it out for GGUF"),
+        ("gguf", "ort_format", "--ort-format is for --format onnx or other; leave it out for GGUF"),
+        ("other", "accuracy_level", "--accuracy-level is for --format onnx; leave it out for OTHER"),
+    ):
+        with pytest.raises(UserError) as caught:
+            options_for(target, known, {name: "f16"})
+        assert str(caught.value) == sentence
+
+
+def test_options_of_every_format_are_enough(llama_run: RunDirectory, llama_export: Exported, tmp_path: Path) -> None:
+    out = OnnxExporter().export(llama_run, tmp_path / "out", ExportOptions(log=str))
+    assert (out / "signround_edge.json").read_bytes() == (llama_export.folder / "signround_edge.json").read_bytes()
 
 
 def test_other_peoples_files_and_folders_are_left_alone(llama_run: RunDirectory, tmp_path: Path) -> None:
@@ -109,7 +146,7 @@ def test_a_killed_exports_leftovers_are_cleaned(
 def test_a_builder_that_changes_a_value_is_caught_and_the_tensor_named(
     operand: str, llama_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = export_module.build_graph
+    build = built.build_graph
 
     def build_wrongly(checkpoint: Path, out: Path, precision: str, pack_qkv: bool = True) -> None:
         build(checkpoint, out, precision, pack_qkv)
@@ -119,7 +156,7 @@ def test_a_builder_that_changes_a_value_is_caught_and_the_tensor_named(
         data[tensor.offset + tensor.length // 2] ^= 1
         (out / "model.onnx.data").write_bytes(data)
 
-    monkeypatch.setattr(export_module, "build_graph", build_wrongly)
+    monkeypatch.setattr(built, "build_graph", build_wrongly)
     with pytest.raises(CheckFailed, match=r"model\.layers\.1\.mlp\.down_proj\.weight .* differ .* in 1 of"):
         export(llama_run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -128,8 +165,8 @@ def test_a_builder_that_changes_a_value_is_caught_and_the_tensor_named(
 def test_a_parameter_that_the_graph_does_not_hold_is_caught(
     llama_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = export_module.find_bindings
-    monkeypatch.setattr(export_module, "find_bindings", lambda graph: find(graph)[:-2])
+    find = built.find_bindings
+    monkeypatch.setattr(built, "find_bindings", lambda graph: find(graph)[:-2])
     with pytest.raises(CheckFailed, match=r"model\.norm\.weight"):
         export(llama_run, tmp_path / "out")
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from exporters.onnx import export as export_module
 from exporters.onnx.artifact.reader import changed_files, iter_expected, open_artifact, read_tensors
+from exporters.onnx.routes import built
 from runtime_tests.runtimes.onnx_weights import dequantize_through_runtime
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
@@ -267,13 +267,13 @@ def test_the_builder_gets_stand_ins_and_no_weights(
     llama_run: RunDirectory, llama_export: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would hold all of them in memory, several times over."""
-    build, sizes = export_module.build_graph, []
+    build, sizes = built.build_graph, []
 
     def build_and_weigh(checkpoint: Path, out: Path, precision: str, pack_qkv: bool = True) -> None:
         build(checkpoint, out, precision, pack_qkv)
         sizes.extend(sum(f.stat().st_size for f in folder.glob("model*")) for folder in (checkpoint, out))
 
-    monkeypatch.setattr(export_module, "build_graph", build_and_weigh)
+    monkeypatch.setattr(built, "build_graph", build_and_weigh)
     out = export(llama_run, tmp_path / "out")
     data = (out / "model.onnx.data").stat().st_size
     assert max(sizes) < data / 3

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from exporters.onnx.packing import (
     OperandLayout,
     Operands,
-    container_of,
     layout_of,
     pack_bits,
     pack_operands,
@@ -18,10 +17,12 @@ from exporters.onnx.packing import (
     unpack_bits,
 )
 from runtime_tests.runtimes.onnx_weights import dequantize_operands
-from signround_edge.formats import GRIDS, get_grid
+from signround_edge.formats import GRIDS, BlockScales, Grid, get_grid
+from signround_edge.formats.grid import Fields, to_fp16
+from signround_edge.formats.matmul_nbits import matmul_nbits_container
 from tests.adversarial import ADVERSARIAL, adversarial_matrix, random_fields
 
-PACKABLE = [name for name, grid in GRIDS.items() if container_of(grid) is not None]
+PACKABLE = [name for name, grid in GRIDS.items() if matmul_nbits_container(grid) is not None]
 
 
 @given(
@@ -45,9 +46,53 @@ def test_packing_puts_the_first_value_in_the_lowest_bits() -> None:
 def test_only_grids_with_a_real_valued_minimum_or_a_table_have_no_container() -> None:
     without = {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS"}
     assert {name for name in GRIDS if name not in PACKABLE} == without
-    assert container_of(get_grid("w4g32")) == (4, 32)
-    assert container_of(get_grid("Q5_0")) == (8, 32)
-    assert container_of(get_grid("Q6_K")) == (8, 16)
+    assert matmul_nbits_container(get_grid("w4g32")) == (4, 32)
+    assert matmul_nbits_container(get_grid("Q5_0")) == (8, 32)
+    assert matmul_nbits_container(get_grid("Q6_K")) == (8, 16)
+
+
+class OffCentre(Grid):
+    """A format that the exporter has never heard of: w = d·(q − 5), 12 codes, one fp16 d for 48 values."""
+
+    name, block_size, row_multiple, bits_per_weight = "off-centre", 48, 48, 4 + 16 / 48
+    code_min, code_max, anchor, affine = 0, 11, 5, False
+
+    def store(self, scales: BlockScales) -> Fields:
+        return {"d": to_fp16(scales.scale)}
+
+    def affine_view(self, fields: Fields) -> tuple[torch.Tensor, torch.Tensor]:
+        return fields["d"].float(), torch.full_like(fields["d"].float(), self.anchor)
+
+    def from_levels(self, levels: torch.Tensor, fields: Fields) -> torch.Tensor:
+        return levels * fields["d"].float().unsqueeze(-1)
+
+    def search(self, blocks: torch.Tensor, importance: torch.Tensor) -> BlockScales:
+        return BlockScales(blocks.abs().amax(-1) / 5)
+
+    def field_shapes(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {"d": ((rows, cols // self.block_size), torch.float16)}
+
+
+def test_a_new_grid_has_its_form_by_what_it_says_of_itself() -> None:
+    grid = OffCentre()
+    weight = adversarial_matrix("random", 5, 96)
+    tensor = grid.quantize(weight, grid.search(grid.blocked(weight), torch.ones(1)))
+    operands = pack_operands(tensor, half_scales=True)
+    assert operands is not None
+    assert_laid_out(operands, layout_of(grid, 5, 96, half_scales=True))
+    assert (operands.bits, operands.block_size, str(operands.scales.dtype)) == (4, 16, "float16")
+    stored = {"weight": operands.weight, "scales": operands.scales.astype(np.float32)}
+    stored["zero_points"] = operands.zero_points
+    found = dequantize_operands("MatMulNBits", stored, {"bits": 4, "block_size": 16})
+    assert np.array_equal(found, tensor.dequantize().numpy())
+
+    class Uneven(OffCentre):
+        even = False
+
+    class WithMinimum(OffCentre):
+        affine = True
+
+    assert matmul_nbits_container(Uneven()) is matmul_nbits_container(WithMinimum()) is None
 
 
 @pytest.mark.parametrize("name", PACKABLE)
@@ -69,7 +114,8 @@ def test_onnx_runtime_dequantizes_to_the_same_bits(name: str) -> None:
     assert np.array_equal(dequantize_operands("GatherBlockQuantized", stored, attributes), expected)
 
 
-def assert_laid_out(operands: Operands, layout: OperandLayout) -> None:
+def assert_laid_out(operands: Operands, layout: OperandLayout | None) -> None:
+    assert layout is not None
     assert operands.shape == (layout.rows, layout.cols)
     assert (operands.bits, operands.block_size) == (layout.bits, layout.block_size)
     assert operands.weight.shape == layout.weight_shape

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from exporters.onnx.artifact.reader import open_artifact, read_sidecar
+from exporters.onnx.artifact.reader import open_artifact, read_sidecar, read_tensors
 from exporters.onnx.artifact.sidecar import SIDECAR, hash_files
 from exporters.onnx.routes.builder import build_graph
 from runtime_tests.verify import verify
@@ -207,6 +207,27 @@ def test_weights_in_f16_behind_casts_are_replaced_too(
     assert mean_kl(reference_logits(run, TOKENS), logits_without_cache(out, TOKENS)) <= 1e-6
     with pytest.raises(UserError, match=r"--dtype f32: the weights of --template .* are f16"):
         export(run, tmp_path / "control", template=tmp_path / "half.onnx", dtype="f32")
+
+
+def test_weights_in_f16_stay_so_in_an_f16_control(torch_template: tuple[RunDirectory, Path], tmp_path: Path) -> None:
+    run, template = torch_template
+    out = export(run, tmp_path / "out", template=halved(template, tmp_path / "half.onnx"), dtype="f16")
+    assert {kind for _, kind, shape, _ in read_tensors(out) if len(shape) == 2} == {"F16"}
+    assert_weights_equal(run, out)
+    assert mean_kl(reference_logits(run, TOKENS), logits_without_cache(out, TOKENS)) <= 1e-4
+
+
+def test_weights_that_an_old_graph_lists_among_its_inputs_are_no_inputs(
+    torch_template: tuple[RunDirectory, Path], tmp_path: Path
+) -> None:
+    run, template = torch_template
+    model = ir.load(template)
+    model.graph.inputs.extend(model.graph.initializers.values())
+    ir.save(model, tmp_path / "old.onnx", external_data="old.data")
+    out = export(run, tmp_path / "out", template=tmp_path / "old.onnx")
+    assert [value.name for value in open_artifact(out).graph.inputs] == ["input_ids", "attention_mask"]
+    assert_weights_equal(run, out)
+    assert mean_kl(reference_logits(run, TOKENS), logits_without_cache(out, TOKENS)) <= 1e-9
 
 
 @full

@@ -16,8 +16,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
-from exporters.onnx import export as export_module
 from exporters.onnx.artifact.reader import changed_files, open_artifact, read_sidecar, read_tensors
+from exporters.onnx.routes import tracing
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.inspection import inspect
 from signround_edge.run_directory import RunDirectory
@@ -82,7 +82,7 @@ def test_every_stored_weight_equals_the_run_bit_for_bit(traced: Exported) -> Non
 
 
 def test_no_path_of_this_machine_is_in_the_graph(traced: Exported) -> None:
-    checkout = Path(export_module.__file__).parents[2]
+    checkout = Path(tracing.__file__).parents[3]
     assert str(checkout).encode() not in (traced.folder / "model.onnx").read_bytes()
 
 
@@ -143,7 +143,7 @@ def opt_run(make_random_run: MakeRun) -> RunDirectory:
 @pytest.fixture(scope="module")
 def opt_graph(opt_run: RunDirectory) -> bytes:
     """The traced graph of OPT, as ONNX bytes: what tests give the exporter instead of tracing again."""
-    return ir.to_proto(export_module.trace_graph(opt_run)).SerializeToString()
+    return ir.to_proto(tracing.trace_graph(opt_run)).SerializeToString()
 
 
 def graph_from(content: bytes) -> ir.Model:
@@ -162,7 +162,7 @@ def test_float_controls_agree_with_torch(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(export_module, "trace_graph", lambda run: graph_from(opt_graph))
+    monkeypatch.setattr(tracing, "trace_graph", lambda run: graph_from(opt_graph))
     out = export(opt_run, tmp_path / "out", dtype=dtype)
     assert not open_artifact(out).quantized_nodes()
     assert_weights_equal(opt_run, out)
@@ -182,7 +182,7 @@ def test_a_graph_without_one_of_the_weights_is_caught_and_the_tensor_named(
         value.const_value = ir.Tensor(array, name=value.name)
         return model
 
-    monkeypatch.setattr(export_module, "trace_graph", trace_wrongly)
+    monkeypatch.setattr(tracing, "trace_graph", trace_wrongly)
     with pytest.raises(CheckFailed, match=r"model\.decoder\.layers\.1\.fc2\.weight"):
         export(opt_run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -198,7 +198,7 @@ def test_a_matrix_that_another_operator_reads_is_one_sentence(
         model.graph.append(node)
         return model
 
-    monkeypatch.setattr(export_module, "trace_graph", trace_oddly)
+    monkeypatch.setattr(tracing, "trace_graph", trace_oddly)
     with pytest.raises(UserError, match=r"layers\.0\.fc1\.weight is read by node odd \(ReduceSum\)"):
         export(opt_run, tmp_path / "out")
 

@@ -1,0 +1,70 @@
+"""What `export --format onnx` can be told besides the options of every format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from exporters.interface import ExportOptions
+from signround_edge.errors import UserError
+
+# Level of MatMulNBits → what it does on a CPU.
+ACCURACY_LEVELS = {
+    0: "ONNX Runtime chooses how MatMulNBits computes, which on CPUs is f32",
+    1: "MatMulNBits computes in f32",
+    4: "MatMulNBits rounds its inputs to int8, which is faster on most CPUs and less exact",
+}
+SCALE_DTYPES = ("f32", "f16")
+
+
+@dataclass(frozen=True)
+class OnnxOptions(ExportOptions):
+    """Options of the ONNX export.
+
+    Attributes:
+        accuracy_level: of every MatMulNBits, one of `ACCURACY_LEVELS`.
+        scale_dtype: how scales are stored, one of `SCALE_DTYPES`; the integers and weights are the same.
+        ort_format: also write ONNX Runtime's own file format.
+    """
+
+    accuracy_level: int = 0
+    scale_dtype: str = "f32"
+    ort_format: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.accuracy_level not in ACCURACY_LEVELS:
+            *most, last = map(str, ACCURACY_LEVELS)
+            raise UserError(
+                f"--accuracy-level {self.accuracy_level} is unknown; "
+                f"MatMulNBits on a CPU has {', '.join(most)} and {last}"
+            )
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise UserError(
+                f"--scale-dtype {self.scale_dtype} is unknown; scales are stored in {' or '.join(SCALE_DTYPES)}"
+            )
+
+    @classmethod
+    def of(cls, options: ExportOptions) -> OnnxOptions:
+        """These options; with the defaults of ONNX where they are those of every format."""
+        if isinstance(options, cls):
+            return options
+        return cls(options.dtype, options.template, options.split_max_bytes, options.log)
+
+
+@dataclass(frozen=True)
+class LevelCost:
+    """What accuracy level 4 of MatMulNBits costs on one model.
+
+    Attributes:
+        ppl_floats, ppl_level_4: perplexity at level 1 and at level 4.
+        kld_mean, top1_agreement: level 4 against level 1.
+        tokens: tokens scored.
+        text: name of the text.
+    """
+
+    ppl_floats: float
+    ppl_level_4: float
+    kld_mean: float
+    top1_agreement: float
+    tokens: int
+    text: str

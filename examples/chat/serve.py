@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from runtime_tests.setup.npm import ONNXRUNTIME_WEB, WLLAMA, NpmPackage
-from runtime_tests.transports.phone import own_address, qr_code
+from runtime_tests.transports.pages.phone import own_address, qr_code
 from runtime_tests.transports.push import files_of
 from signround_edge.errors import UserError
 

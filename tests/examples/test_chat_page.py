@@ -22,10 +22,10 @@ from examples.chat.serve import JINJA, TOKENIZERS, Server, Site
 from exporters.gguf import GgufExporter
 from exporters.interface import ExportOptions
 from exporters.onnx import OnnxExporter
-from runtime_tests.cache import VARIABLE
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
+from runtime_tests.setup.cache import VARIABLE
 from runtime_tests.setup.npm import ONNXRUNTIME_WEB, WLLAMA
-from runtime_tests.worker.onnx_engine import OnnxEngine
+from runtime_tests.worker.onnxruntime_engine import OnnxEngine
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 from tests.examples.phone import HEIGHT, WIDTH, Phone, phone

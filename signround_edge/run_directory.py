@@ -53,6 +53,10 @@ class RunDirectory:
         self.manifest = manifest
         self._entries = {t.name: t for t in manifest.tensors}
 
+    def __fspath__(self) -> str:
+        """A run is usable wherever a path is."""
+        return str(self.path)
+
     @property
     def config_dir(self) -> Path:
         """config.json, tokenizer and generation files of the source model."""

@@ -22,7 +22,7 @@ BREAKS = {
     "core": ("signround_edge/tuning/loss_of_nothing.py", "import exporters.interface"),
     "exporters": ("exporters/gguf/packing_of_nothing.py", "import signround_edge.tuning.settings"),
     "exporters-apart": ("exporters/gguf/packing_of_nothing.py", "import exporters.onnx"),
-    "runtimes": ("runtime_tests/cache.py", "import signround_edge.tuning.schedule"),
+    "runtimes": ("runtime_tests/temporary.py", "import signround_edge.tuning.schedule"),
     "worker": ("runtime_tests/worker/digest.py", "import torch"),
     "terminal": ("exporters/interface.py", "import click"),
     "circles": ("exporters/onnx/passes/circle.py", "import exporters.onnx.export"),

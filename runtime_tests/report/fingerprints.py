@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from exporters.gguf.container.splits import model_files
 from signround_edge.files import sha256_of
+from signround_edge.model.config import CONFIG_FILE
 from signround_edge.run_directory import RunDirectory
 
 Role = Literal["run", "artifact", "text", "reference", "binary"]
-_REFERENCE_PATTERNS = ("*.safetensors", "config.json")
+_REFERENCE_PATTERNS = ("*.safetensors", CONFIG_FILE)
 
 
 @dataclass(frozen=True)

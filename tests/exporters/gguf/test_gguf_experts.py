@@ -36,8 +36,8 @@ from signround_edge.tuning.settings import TuningSettings
 from tests.exporters.gguf.conftest import export
 from tests.exporters.gguf.family_table import FAMILIES
 from tests.exporters.gguf.test_gguf_families import kld, torch_logits
+from tests.model.test_experts import SIZES
 from tests.support import save_random_model
-from tests.test_experts import SIZES
 
 RunOf = Callable[..., RunDirectory]
 NAMES = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}

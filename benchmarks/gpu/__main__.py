@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     run_parts(parts, options, args.budget or (QUICK_S if args.quick or args.tiny else WHOLE_S), report)
     print((out / "table.md").read_text(encoding="utf-8"))
     print(f"wrote {out / 'results.jsonl'} and {out / 'table.md'}", file=sys.stderr)
+    if not any(row.get("state") == "done" for row in report.rows):
+        raise SystemExit("no part was done")
 
 
 def _parser() -> argparse.ArgumentParser:

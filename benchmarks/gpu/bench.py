@@ -69,7 +69,7 @@ class RandomWeights(SourceModel):
             values = drawn.repeat(-(-count // len(drawn)))[:count].view(shape)
             if len(shape) == 1:
                 values = values.mul_(0.1).add_(1)
-            elif shape[0] != VOCABULARY:
+            elif "embed" not in name:
                 values = values.mul_(shape[1] ** -0.5)
             self.made[name] = values
         return self.made[name]
@@ -182,6 +182,8 @@ class Bench:
     """Options and device of a run, and what several of its parts need."""
 
     def __init__(self, options: Options) -> None:
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("torch finds no CUDA device")
         self.options = options
         self.device = torch.device(options.device)
         self._block: tuple[str, PreparedBlock] | None = None

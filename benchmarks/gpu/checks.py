@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch._dynamo
@@ -276,7 +277,8 @@ def tuned(bench: Bench) -> Iterator[Row]:
     pair = _Pair.open(bench, _settings(bench))
     chosen = _grids(bench, quick=6)
     every = chosen if bench.options.quick or bench.options.tiny else GRIDS
-    for dtype, names in (("float32", every), ("auto", chosen)):
+    plan: tuple[tuple[Literal["float32", "auto"], Iterable[str]], ...] = (("float32", every), ("auto", chosen))
+    for dtype, names in plan:
         for name in names:
             both = [
                 replaced.with_settings(replace(replaced.settings, compute_dtype=dtype))

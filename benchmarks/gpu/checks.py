@@ -111,9 +111,10 @@ class _Pair:
         return cls(cpu, replace(device, unit=shared, target=cpu.target))
 
     def matrices(self, bench: Bench) -> list[tuple[Matrix, Matrix]]:
-        """On the CPU and on the device; one alone where it must be quick."""
+        """On the CPU and on the device: all of the block, or keys, output and down projection, or keys alone."""
         pairs = list(zip(self.cpu.unit.matrices, self.device.unit.matrices, strict=True))
-        return pairs[1:2] if bench.options.tiny else pairs
+        chosen = [1] if bench.options.tiny else [1, 3, 6] if bench.options.quick else range(len(pairs))
+        return [pairs[index] for index in chosen]
 
     def both(self) -> tuple[PreparedBlock, PreparedBlock]:
         return self.cpu, self.device

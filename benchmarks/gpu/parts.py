@@ -54,20 +54,20 @@ def planned(options: Options) -> list[Part]:
     The expected times are guesses from launch counts and bandwidths, made before anything had run on a GPU, and mean
     an H200: what remains of a budget decides by them, so they are rather long.
     """
-    small = options.quick or options.tiny
+    less = options.quick or options.tiny
     parts = [
         Part("machine", "machine", "benchmarks.gpu.machine:machine", 20),
-        Part("ceiling: products", "products", "benchmarks.gpu.ceiling:products", 15),
-        Part("ceiling: copies", "copies", "benchmarks.gpu.ceiling:copies", 10),
-        Part("check: scale search", "search", "benchmarks.gpu.checks:search", 30),
-        Part("check: GPTQ", "gptq", "benchmarks.gpu.checks:gptq", 20),
-        Part("check: sign step", "sign_step", "benchmarks.gpu.checks:sign_step", 15),
-        Part("check: compiled step", "compiled", "benchmarks.gpu.checks:compiled", 40 if small else 90),
-        Part("check: a tuned block", "tuned", "benchmarks.gpu.checks:tuned", 40 if small else 120),
-        Part("check: same bytes", "runs", "benchmarks.gpu.runs:same_bytes", 45),
-        Part("check: NaN", "runs", "benchmarks.gpu.runs:not_finite", 30),
+        Part("ceiling: products", "products", "benchmarks.gpu.ceiling:products", 12),
+        Part("ceiling: copies", "copies", "benchmarks.gpu.ceiling:copies", 8),
+        Part("check: scale search", "search", "benchmarks.gpu.checks:search", 15 if less else 30),
+        Part("check: GPTQ", "gptq", "benchmarks.gpu.checks:gptq", 12),
+        Part("check: sign step", "sign_step", "benchmarks.gpu.checks:sign_step", 8),
+        Part("check: compiled step", "compiled", "benchmarks.gpu.checks:compiled", 30 if less else 80),
+        Part("check: a tuned block", "tuned", "benchmarks.gpu.checks:tuned", 25 if less else 100),
+        Part("check: same bytes", "runs", "benchmarks.gpu.runs:same_bytes", 40),
+        *_of_block("Llama-3-8B", "Q4_0", options, profile=True),
+        Part("check: NaN", "runs", "benchmarks.gpu.runs:not_finite", 25),
     ]
-    parts += _of_block("Llama-3-8B", "Q4_0", options, profile=True)
     parts += _of_block("Llama-3-8B", "Q4_K", options)
     parts += _of_block("Llama-3-70B", "Q4_0", options)
     parts.append(Part("whole model: SmolLM2-135M", "whole", "benchmarks.gpu.whole:whole_model", 100))

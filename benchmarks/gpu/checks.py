@@ -16,6 +16,7 @@ import torch._dynamo
 from torch import Tensor
 
 from benchmarks.gpu.bench import Bench, PreparedBlock, prepare
+from benchmarks.gpu.difference import EQUAL, Difference
 from benchmarks.gpu.parts import Row
 from signround_edge.demo import calibration_text_path, tiny_llama_path
 from signround_edge.formats import GRIDS, Grid, QuantizedTensor, get_grid
@@ -36,58 +37,6 @@ from signround_edge.tuning.settings import TuningSettings
 # One of each kind of arithmetic, where there is no time for all grids.
 KINDS = ("Q4_0", "Q4_K", "IQ4_XS", "w4g128", "Q4_1", "Q8_0", "Q3_K", "Q2_K", "IQ4_NL", "w4g32-asym", "w2g64", "w8g128")
 _STEPS = 3
-_EQUAL = "equal"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What differs between two tensors on one grid.
-
-    Attributes:
-        codes_percent: codes that differ.
-        largest: difference of codes.
-        scales_percent: blocks with another scale or zero point.
-        same_scales_percent: codes that differ in blocks with equal ones.
-    """
-
-    codes_percent: float
-    largest: int
-    scales_percent: float
-    same_scales_percent: float
-
-    @classmethod
-    def between(cls, one: QuantizedTensor, other: QuantizedTensor) -> Difference:
-        """Of a tensor on the CPU and one on any device."""
-        grid, other = one.grid, other.to(CPU)
-        apart = (grid.blocked(one.codes).int() - grid.blocked(other.codes).int()).abs()
-        views = (grid.affine_view(tensor.fields) for tensor in (one, other))
-        scales = torch.stack([(a != b) for a, b in zip(*views, strict=True)]).any(0)
-        moved = apart.bool()
-        shares = (moved.float().mean(), scales.float().mean(), (moved & ~scales.unsqueeze(-1)).float().mean())
-        codes, fields, same = (100 * float(share) for share in shares)
-        return cls(codes, int(apart.max()), fields, same)
-
-    @staticmethod
-    def of_all(found: Iterable[Difference]) -> Difference:
-        """The worst of several matrices."""
-        columns = zip(*(vars(one).values() for one in found), strict=True)
-        return Difference(*(max(column) for column in columns))
-
-    def row(self) -> Row:
-        """For a table."""
-        return {"codes_percent": self.codes_percent, "largest": self.largest, "scales_percent": self.scales_percent}
-
-    def why(self, worse: float) -> str:
-        """As far as it can be told, `worse` being the error on the device over that on the CPU, less 1."""
-        if not self.codes_percent and not self.scales_percent:
-            return _EQUAL
-        said = []
-        if self.scales_percent:
-            said.append(f"other candidates win in {self.scales_percent:.2g} % of blocks")
-        if self.same_scales_percent:
-            said.append(f"{self.same_scales_percent:.2g} % of codes on equal scales")
-        judged = "no worse: sums in another order" if worse < 1e-4 else "WORSE on the device"
-        return f"{'; '.join(said)}; error {worse:+.1e}, {judged}"
 
 
 @dataclass(frozen=True)
@@ -236,7 +185,7 @@ def _steps_apart(
     kept = second.quantized().to(CPU)
     found = Difference.between(first.quantized().to(CPU), kept)
     off_grid = 100 * float((other_out != kept.dequantize().to(other_out.dtype)).float().mean())
-    why = _EQUAL if torch.equal(out, other_out) else "products and sums rounded otherwise turn signs near 0"
+    why = EQUAL if torch.equal(out, other_out) else "products and sums rounded otherwise turn signs near 0"
     return {
         **found.row(),
         "v_apart": float((first.v.to(CPU) - second.v.to(CPU)).abs().max()),
@@ -299,7 +248,7 @@ def tuned(bench: Bench) -> Iterator[Row]:
                 **end.row(),
                 **{f"{key}_cpu": value for key, value in losses[0].items()},
                 **{f"{key}_device": value for key, value in losses[1].items()},
-                "why": _EQUAL if end.why(0) == _EQUAL else "other dtypes" if kinds[0] != kinds[1] else "other sums",
+                "why": EQUAL if end.why(0) == EQUAL else "other dtypes" if kinds[0] != kinds[1] else "other sums",
             }
 
 

@@ -17,9 +17,10 @@ import torch
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.parts import Options, Part, Row, planned
-from benchmarks.gpu.report import TABLES, Report, markdown
+from benchmarks.gpu.report import Report, markdown
 from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.supervise import run_parts
+from benchmarks.gpu.tables import TABLES
 from signround_edge.formats import GRIDS
 
 ROOT = Path(__file__).parent.parent.parent

@@ -18,7 +18,8 @@ async function start() {
   $('bar').hidden = true;
   $('text').placeholder = model.chats ? 'Message' : 'Once upon a time…';
   $('hint').textContent = model.chats ? 'Ask something' : 'Begin a text';
-  $('detail').textContent = `${model.chats ? '' : 'This model has no chat template: it continues the text that you give it. '}The model runs in this browser, and what you type stays on this device.`;
+  const continues = 'This model has no chat template: it continues the text that you give it. ';
+  $('detail').textContent = `${model.chats ? '' : continues}The model runs in this browser, and what you type stays on this device.`;
   $('text').disabled = false;
   enableSend();
 }

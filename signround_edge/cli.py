@@ -205,7 +205,6 @@ def export(
     known = exporters()
     if target not in known:
         raise UserError(f"--format {target} is unknown; known are {', '.join(known)}")
-    from exporters.onnx.artifact.level_cost import add_level_cost
     from runtime_tests.accuracy_levels import check_card_text, level_4_cost
 
     limit = None if split_max_size is None else _bytes_of(split_max_size)
@@ -220,6 +219,8 @@ def export(
     check_card_text(card_text)
     path = known[target].export(opened, out, options)
     if isinstance(options, OnnxOptions) and options.dtype is None:
+        from exporters.onnx.artifact.level_cost import add_level_cost
+
         _say("onnx: measuring what accuracy level 4 costs on this model")
         add_level_cost(path, level_4_cost(path, opened.config_dir, card_text))
     _say(f"wrote {path}")

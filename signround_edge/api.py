@@ -130,7 +130,6 @@ def export(
         CheckFailed: what was written is not the run's; the message names the tensor.
     """
     from exporters.interface import foreign_option, options_for
-    from exporters.onnx.artifact.level_cost import add_level_cost
     from exporters.onnx.options import OnnxOptions
     from runtime_tests.accuracy_levels import check_card_text, level_4_cost
     from signround_edge.plugins import exporters
@@ -149,6 +148,8 @@ def export(
     opened = _run(run)
     path = known[format].export(opened, Path(out), options)
     if isinstance(options, OnnxOptions) and options.dtype is None:
+        from exporters.onnx.artifact.level_cost import add_level_cost  # late: GGUF needs no onnx
+
         shown.line("onnx: measuring what accuracy level 4 costs on this model")
         add_level_cost(path, level_4_cost(path, opened.config_dir, text))
     return Export(format, path)

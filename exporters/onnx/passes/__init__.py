@@ -1,1 +1,4 @@
-"""What happens to the builder's graph, one pass per module, each a function that edits an `onnx_ir` graph in place."""
+"""What happens to a graph, one pass per module, each a function that edits an `onnx_ir` graph in place.
+
+`graph_edit` and `weight_uses` are what passes share. Passes know nothing of the routes that use them.
+"""

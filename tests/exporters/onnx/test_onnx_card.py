@@ -208,7 +208,13 @@ TOKENIZERS = {
 }
 
 
-@pytest.fixture(scope="module", params=TOKENIZERS)
+BY_DEFAULT = ("bos", "no-bos", "llama-no-bos")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.full) for name in TOKENIZERS],
+)
 def built(
     request: pytest.FixtureRequest, make_random_run: MakeRun, tmp_path_factory: pytest.TempPathFactory
 ) -> Exported:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from signround_edge.errors import UserError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK_TROUBLE = (*_DISK_FULL, errno.EFBIG, errno.EROFS)
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # what numpy says, without an error number
 
 
 @contextlib.contextmanager
@@ -118,7 +120,7 @@ def _is_about(error: BaseException, numbers: tuple[int, ...]) -> bool:
     while found is not None:
         if isinstance(found, OSError) and found.errno in numbers:
             return True
-        if "No space left on device" in str(found):
+        if "No space left on device" in str(found) or _SHORT_WRITE.search(str(found)):
             return True
         found = found.__cause__ or found.__context__
     return False

@@ -226,6 +226,21 @@ def test_windows_longer_than_the_model_can_see(tiny_llama: Path, evaluation_text
     assert_refused(result, "--n-ctx 2048", "give --n-ctx 1024")
 
 
+@pytest.mark.parametrize(("pattern", "near"), [("ffn_dwon", "ffn_down"), ("FFN_DOWN", "ffn_down"), ("q_prj", "q_proj")])
+def test_a_tensor_type_that_fits_nothing_names_what_is_near(
+    model: Path, calibration_text: Path, pattern: str, near: str
+) -> None:
+    refused = quantize(model, calibration_text, "--tensor-type", f"{pattern}=Q6_K", scheme="gguf:q4_k_m")
+    assert_refused(refused, f"no matrix of this model has a name that fits '{pattern}'", f"near it are {near}")
+
+
+def test_samples_longer_than_the_model_can_see_are_refused(
+    tiny_llama: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    refused = quantize(tiny_llama, calibration_text, "--seqlen", "1025", out=str(tmp_path / "run"))
+    assert_refused(refused, "--seqlen 1025 is more than the 1024 positions of the model; give --seqlen 1024")
+
+
 def test_tensor_types_that_cannot_be(model: Path, calibration_text: Path) -> None:
     refused = quantize(model, calibration_text, "--tensor-type", "ffn_down")
     assert_refused(refused, "--tensor-type 'ffn_down'", "PATTERN=TYPE")

@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -97,9 +98,17 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
         (OSError(errno.ENOENT, os.strerror(errno.ENOENT)), False, False),
         (SafetensorError("I/O error: No space left on device (os error 28)"), True, True),
         (SafetensorError("header too large"), False, False),
+        (OSError("100000 requested and 0 written"), True, True),  # numpy's, of a write that the disk cut short
         (raised_from(UserError("not written"), OSError(errno.ENOSPC, "full")), True, True),
         (raised_from(UserError("not written"), OSError(errno.EACCES, "no")), False, False),
     ],
 )
 def test_what_an_error_says_of_the_disk(error: Exception, full: bool, trouble: bool) -> None:
     assert (is_disk_full(error), is_disk_trouble(error)) == (full, trouble)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_numpy_on_a_full_disk_is_known_for_what_it_is() -> None:
+    with pytest.raises(OSError, match="requested") as found:
+        np.zeros(100_000).tofile("/dev/full")
+    assert is_disk_full(found.value)

@@ -98,6 +98,7 @@ def make_plan(decoder: Decoder, source: SourceModel, scheme: Scheme, float_fallb
             places[id(module._parameters["weight"])] = (Place(role, index), is_transposed(module))
     places[id(embedding)] = (Place(Role.EMBEDDING), False)
     places[id(head)] = (Place(Role.OUTPUT), False)  # overrides EMBEDDING where both are one parameter
+    known_names: list[tuple[str, ...]] = []
     tensors: list[TensorEntry] = []
     for name, parameter in model.named_parameters():
         stored = checkpoint_name(name, source, decoder.base_prefix)
@@ -106,9 +107,11 @@ def make_plan(decoder: Decoder, source: SourceModel, scheme: Scheme, float_fallb
         if id(parameter) in places:
             place, entry.transposed = places[id(parameter)]
             known_as = (name, gguf_name(name, config.model_type) or name)
+            known_names.append(known_as)
             cols = entry.shape[0] if entry.transposed else entry.shape[1]
             _choose_format(entry, scheme.asked_for(known_as, place, traits, cols), cols, scheme, float_fallback)
         tensors.append(entry)
+    scheme.check_overrides(known_names)
     _check_experts(tensors)
     parts = [part_of_block(i) for i in range(len(decoder.blocks))] + [OUTSIDE]
     names = {id(parameter): name for name, parameter in model.named_parameters()}

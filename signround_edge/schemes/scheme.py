@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 
 from signround_edge.errors import UserError
 from signround_edge.formats import ALIASES, GRIDS, get_grid
@@ -74,6 +75,19 @@ class Scheme:
                 return override.grid
         asked = {Role.EMBEDDING: self.embedding, Role.OUTPUT: self.head}.get(place.role)
         return asked or get_grid(self.preset.format_of(place, model, cols))
+
+    def check_overrides(self, names: list[tuple[str, ...]]) -> None:
+        """UserError for a type by name that fits no matrix of the model.
+
+        Args:
+            names: of each matrix, those by which the user may know it.
+        """
+        for override in self.overrides:
+            if not any(override.pattern.search(name) for known in names for name in known):
+                raise UserError(
+                    f"--tensor-type {override.text}: no matrix of this model has a name that fits "
+                    f"{override.pattern.pattern!r}; near it are {', '.join(_nearest(override.pattern.pattern, names))}"
+                )
 
     def with_overrides(self, texts: tuple[str, ...]) -> Scheme:
         """The scheme with `--tensor-type` arguments; UserError for one that cannot be read or exported."""
@@ -174,6 +188,12 @@ def _what_onnx_has(rest: str) -> str:
             f"ONNX Runtime's MatMulNBits has no blocks of {match[2]} values; give {blocks}, such as onnx:w{match[1]}g32"
         )
     return f"write onnx:w<bits>g<block size>[-asym] with {bits} bits and blocks of {blocks}, or onnx:w<bits>"
+
+
+def _nearest(pattern: str, names: list[tuple[str, ...]]) -> list[str]:
+    """The parts of names ("ffn_down", "down_proj") that are spelt most like a pattern, at most three."""
+    parts = {part for known in names for name in known for part in name.split(".")[:-1] if not part.isdigit()}
+    return sorted(parts, key=lambda part: -SequenceMatcher(None, pattern.lower(), part).ratio())[:3]
 
 
 def _parse_override(text: str, targets: tuple[str, ...]) -> TensorType:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from signround_edge.errors import UserError
 from signround_edge.manifest import Manifest
+from signround_edge.model.config import longest_window
 from signround_edge.model.decoder import (
     Decoder,
     build_decoder,
@@ -84,6 +85,11 @@ def quantize(
     plan = make_plan(decoder, source, scheme, float_fallback)
     for line in listing(plan):
         progress.line(line)
+    positions = longest_window(model)
+    if positions is not None and settings.seqlen > positions:
+        raise UserError(
+            f"--seqlen {settings.seqlen} is more than the {positions} positions of the model; give --seqlen {positions}"
+        )
     tokens = calibration_tokens(calibration, load_tokenizer(model), settings.samples, settings.seqlen)
     if len(tokens) < settings.samples:
         progress.line(f"note: the calibration text gives {len(tokens)} of the {settings.samples} samples asked for")

@@ -269,3 +269,8 @@ def test_sizes_that_cannot_be(model: Path, calibration_text: Path, tmp_path: Pat
     for size in ("0", "lots", "-5M"):
         result = run_cli("export", run, "--format", "gguf", "-o", tmp_path / "m.gguf", f"--split-max-size={size}")
         assert_refused(result, "--split-max-size", "give for example 500M")
+
+
+def test_a_config_that_is_no_json_is_named_where_the_tokenizer_needs_it(model: Path, evaluation_text: Path) -> None:
+    (model / "config.json").write_text("[1")
+    assert_refused(run_cli("evaluate", model, "--text", evaluation_text), "config.json is not JSON")

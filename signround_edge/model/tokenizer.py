@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from signround_edge.errors import UserError
+from signround_edge.model.config import is_model_folder, read_config
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -15,4 +16,6 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if is_model_folder(folder):
+            read_config(folder)  # transformers reads it too; where that is what failed, it is said
         raise UserError(f"{folder} holds no tokenizer that transformers can load; add its tokenizer files") from error

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from signround_edge.errors import UserError
+from signround_edge.model.config import read_config
 from signround_edge.model.experts import Experts, replace_experts
 from signround_edge.model.source import SourceModel
 
@@ -116,6 +117,7 @@ def build_decoder(config_dir: Path) -> Decoder:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    read_config(config_dir)  # what is no JSON is said so
     try:
         config = AutoConfig.from_pretrained(config_dir, local_files_only=True)
         with _parameters_on_meta():

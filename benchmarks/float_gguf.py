@@ -9,8 +9,8 @@ from pathlib import Path
 from exporters.gguf import GgufExporter
 from exporters.interface import ExportOptions
 from signround_edge.manifest import Manifest
-from signround_edge.model.decoder import build_decoder, checkpoint_name
-from signround_edge.model.source import SourceModel
+from signround_edge.model.source import model_name
+from signround_edge.model.weights import ModelWeights
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.plan import make_plan
 from signround_edge.schemes.scheme import parse_scheme
@@ -18,16 +18,16 @@ from signround_edge.schemes.scheme import parse_scheme
 
 def write_float_gguf(model: Path, out: Path) -> Path:
     """Write `out` from the model folder, by way of a run directory in which every tensor is a float."""
-    source, decoder = SourceModel.open(model), build_decoder(model)
-    plan = make_plan(decoder, source, parse_scheme("gguf:q8_0"), float_fallback=True)
+    weights = ModelWeights.open(model)
+    plan = make_plan(weights, parse_scheme("gguf:q8_0"), float_fallback=True)
     entries = [replace(t, format=None, fallback_from=None, transposed=False) for t in plan.tensors]
     with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         folder = Path(temporary) / "run"
-        source.copy_config(folder / "config")
+        weights.source.copy_config(folder / "config")
         manifest = Manifest(
             scheme="floats",
             targets=["gguf"],
-            source={"model": model.resolve().name, "files": source.hashes()},
+            source={"model": model_name(model), "files": weights.source.hashes()},
             settings={},
             versions={},
             parts=plan.parts,
@@ -37,7 +37,6 @@ def write_float_gguf(model: Path, out: Path) -> Path:
         run = RunDirectory.create(folder, manifest)
         for part in plan.parts:
             names = [t.name for t in entries if t.part == part]
-            stored = {n: source.tensor(checkpoint_name(n, source, decoder.base_prefix)) for n in names}
-            run.write_part(part, stored, {})
+            run.write_part(part, {name: weights.tensor(name) for name in names}, {})
         run = RunDirectory.open(folder)
         return GgufExporter().export(run, out, ExportOptions(dtype="f32", log=lambda line: None))

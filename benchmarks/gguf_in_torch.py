@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from exporters.gguf.container.reader import GgufFile
 from runtime_tests.worker.llama_cpp_engine import ggml_to_float
-from signround_edge.evaluation.perplexity import TorchSession, evaluate, load_source_model, text_windows
+from signround_edge.evaluation.perplexity import TorchSession, evaluate, text_windows
+from signround_edge.evaluation.torch_models import load_source_model
 from signround_edge.model.decoder import build_decoder
 from signround_edge.schemes.gguf_names import name_table
 

@@ -32,14 +32,12 @@ from signround_edge.formats import Grid, QuantizedTensor
 from signround_edge.formats.grid import Fields
 from signround_edge.model.decoder import (
     Decoder,
-    build_decoder,
-    checkpoint_name,
     out_in,
     set_out_in,
-    set_parameter,
+    set_tensor,
 )
-from signround_edge.model.source import SourceModel
 from signround_edge.model.tokenizer import load_tokenizer
+from signround_edge.model.weights import ModelWeights
 from signround_edge.run_directory import RunDirectory
 from signround_edge.tuning.block.gptq import inverse_factor
 from signround_edge.tuning.block.start import initial_scales
@@ -172,13 +170,13 @@ def _forward(decoder: Decoder, shell: Shell, index: int, tokens: Tensor, hidden:
 
 def _load(model: Path, rounded: RunDirectory) -> Decoder:
     """The exact decoder blocks between the run's embedding and head."""
-    decoder, source = build_decoder(model), SourceModel.open(model)
+    weights = ModelWeights.open(model)
+    decoder = weights.decoder
     inside = {name for index in range(len(decoder.blocks)) for name in decoder.matrices(index)}
     for name, _ in list(decoder.model.named_parameters()):
         exact = name in inside or not rounded.is_quantized(name)
-        stored = checkpoint_name(name, source, decoder.base_prefix)
-        value = source.tensor(stored).float() if exact else rounded.dequantized(name)
-        set_parameter(decoder.model, name, nn.Parameter(value, requires_grad=False))
+        value = weights.tensor(name).float() if exact else rounded.dequantized(name)
+        set_tensor(decoder.model, name, value)
     decoder.model.tie_weights()  # type: ignore[operator]
     return decoder
 

@@ -42,10 +42,11 @@ from benchmarks.split_text import SPARE_TOKENS, json_lines
 from benchmarks.table import sections
 from exporters.gguf.imatrix.file import read_imatrix
 from signround_edge.demo import calibration_text_path, evaluation_text_path, tiny_llama_path
-from signround_edge.evaluation.perplexity import TorchSession, evaluate, load_run_model, load_source_model, text_windows
+from signround_edge.evaluation.perplexity import TorchSession, evaluate, text_windows
+from signround_edge.evaluation.torch_models import load_run_model, load_source_model
 from signround_edge.files import write_atomically
 from signround_edge.inspection import inspect
-from signround_edge.model.decoder import set_parameter
+from signround_edge.model.decoder import set_tensor
 from signround_edge.model.tokenizer import load_tokenizer
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.plan import entry_bytes
@@ -255,7 +256,7 @@ def _onnx_peer(args: argparse.Namespace, tool: str, scheme: str) -> dict[str, An
     run = _rounded_run(args, scheme)
     model: nn.Module = load_run_model(run)
     for name, weight in peer.weights.items():
-        set_parameter(model, name, nn.Parameter(weight, requires_grad=False))
+        set_tensor(model, name, nn.Parameter(weight, requires_grad=False))
     others = [t for t in run.manifest.tensors if t.name not in peer.weights]
     size = peer.bytes + sum(entry_bytes(t, "onnx") for t in others)
     parameters = sum(math.prod(t.shape) for t in run.manifest.tensors)
@@ -292,7 +293,7 @@ def _with_weights(run: RunDirectory, file: Path) -> nn.Module:
     model: nn.Module = load_run_model(run)
     for name, weight in load_file(file).items():
         value = weight.T.contiguous() if run.entry(name).transposed else weight
-        set_parameter(model, name, nn.Parameter(value, requires_grad=False))
+        set_tensor(model, name, nn.Parameter(value, requires_grad=False))
     return model
 
 

@@ -34,7 +34,8 @@ from runtime_tests.transports.interface import Transport
 from runtime_tests.transports.lookup import transport_to
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.evaluation.metrics import Windows
-from signround_edge.evaluation.perplexity import TorchSession, load_run_model, load_source_model, text_windows
+from signround_edge.evaluation.perplexity import TorchSession, text_windows
+from signround_edge.evaluation.torch_models import load_run_model, load_source_model
 from signround_edge.files import is_disk_trouble
 from signround_edge.model.decoder import build_decoder
 from signround_edge.plugins import runtimes as runtimes_by_name

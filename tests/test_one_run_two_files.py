@@ -18,7 +18,7 @@ from onnx.numpy_helper import to_array
 
 from exporters.interface import ExportOptions
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
-from signround_edge.evaluation.perplexity import load_run_model
+from signround_edge.evaluation.torch_models import load_run_model
 from signround_edge.model.tokenizer import load_tokenizer
 from signround_edge.plugins import exporters
 from signround_edge.run_directory import RunDirectory

@@ -20,8 +20,9 @@ from benchmarks.gpu.shapes import SHAPES, TINY_SHAPES, VOCABULARY, Shape
 from benchmarks.gpu.timing import free_memory, timed
 from signround_edge.formats import get_grid
 from signround_edge.manifest import OUTSIDE, Manifest
-from signround_edge.model.decoder import Decoder, build_decoder, load_parameters
+from signround_edge.model.decoder import Decoder, build_decoder
 from signround_edge.model.source import SourceModel
+from signround_edge.model.weights import ModelWeights
 from signround_edge.progress import SILENT
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.plan import make_plan
@@ -59,7 +60,7 @@ class RandomWeights(SourceModel):
         shapes = {name: tuple(parameter.shape) for name, parameter in decoder.model.named_parameters()}
         return cls(path, dict.fromkeys(shapes, "none"), dict.fromkeys(shapes, torch.bfloat16), shapes)
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, index: tuple[int | slice, ...] = ()) -> Tensor:
         """Matrices of variance 1/columns, vectors around 1, an embedding of variance 1."""
         if name not in self.made:
             shape, start = self.shapes[name], zlib.crc32(name.encode())
@@ -72,7 +73,7 @@ class RandomWeights(SourceModel):
             elif "embed" not in name:
                 values = values.mul_(shape[1] ** -0.5)
             self.made[name] = values
-        return self.made[name]
+        return self.made[name][index] if index else self.made[name]
 
 
 @dataclass(frozen=True)
@@ -155,20 +156,21 @@ def prepare(
         tokens: int64 [samples, seqlen].
         importance: parameter name → E[x²] instead of that of the calibration pass.
     """
-    decoder = build_decoder(source.path)
+    weights = ModelWeights.of(source, build_decoder(source.path))
+    decoder = weights.decoder
     use_blocked_attention(decoder.model, device)
     use_cached_rms_norm(decoder.model, device)
-    plan = make_plan(decoder, source, parse_scheme("gguf:q4_0"), float_fallback=True)
+    plan = make_plan(weights, parse_scheme("gguf:q4_0"), float_fallback=True)
     for entry in plan.tensors:
         if entry.format is not None and entry.part != OUTSIDE:
             entry.format = "Q4_0"
     manifest = Manifest("gguf:q4_0", ["gguf"], {}, settings.to_json(), {}, plan.parts, plan.tied, plan.tensors)
     run = RunDirectory(source.path / "none", manifest)
-    job = Job(source, decoder, plan, tokens, settings, device, run, SILENT, Importance({}))
+    job = Job(weights, plan, tokens, settings, device, run, SILENT, Importance({}))
     shell = open_shell(job)
     exact = embed(job, shell)
     block, prefix = decoder.blocks[0], decoder.block_prefix(0)
-    load_parameters(block, prefix, source, device, decoder.base_prefix)
+    weights.load(block, prefix, device)
     moments, targets = SecondMoments(job.token_weights), []
     with moments.watching(block, decoder.matrices(0)):
         pass_s = timed(lambda: targets.append(run_all(job, shell, 0, exact, moments)), device)

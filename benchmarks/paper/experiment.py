@@ -16,9 +16,10 @@ from torch import nn
 
 from benchmarks import gptq
 from benchmarks.scoring import RememberingSession
-from signround_edge.evaluation.perplexity import TorchSession, evaluate, load_run_model, load_source_model, text_windows
+from signround_edge.evaluation.perplexity import TorchSession, evaluate, text_windows
+from signround_edge.evaluation.torch_models import load_run_model, load_source_model
 from signround_edge.files import write_atomically
-from signround_edge.model.decoder import set_parameter
+from signround_edge.model.decoder import set_tensor
 from signround_edge.model.tokenizer import load_tokenizer
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
@@ -145,7 +146,7 @@ def _gptq_model(cell: Cell, setup: Setup) -> nn.Module:
     tokens = calibration_tokens(str(setup.calibration), load_tokenizer(setup.model), settings.samples, settings.seqlen)
     model = load_run_model(run)
     for name, tensor in gptq.quantize(setup.model, run, tokens, gptq.Options(**cell.changes)).items():
-        set_parameter(model, name, nn.Parameter(tensor.dequantize(), requires_grad=False))
+        set_tensor(model, name, nn.Parameter(tensor.dequantize(), requires_grad=False))
     return model
 
 

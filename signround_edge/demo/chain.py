@@ -14,7 +14,8 @@ from runtime_tests.report.report import VerifyReport
 from runtime_tests.verify import verify
 from signround_edge.demo import calibration_text_path, evaluation_text_path, tiny_llama_path
 from signround_edge.evaluation.metrics import Scores
-from signround_edge.evaluation.perplexity import TorchSession, evaluate, load_run_model, load_source_model, text_windows
+from signround_edge.evaluation.perplexity import TorchSession, evaluate, text_windows
+from signround_edge.evaluation.torch_models import load_run_model, load_source_model
 from signround_edge.inspection import Inspection, inspect
 from signround_edge.plugins import exporters
 from signround_edge.progress import Progress

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import FloatArray, ScoreKeeper, Scores, TokenArray, Windows, cut_windows
 from signround_edge.model.config import longest_window
-from signround_edge.model.decoder import build_decoder, checkpoint_name, set_parameter
-from signround_edge.model.source import SourceModel
 from signround_edge.model.tokenizer import load_tokenizer
-from signround_edge.run_directory import RunDirectory
 
 
 class TorchSession:
@@ -37,35 +33,6 @@ class TorchSession:
             ids = torch.from_numpy(tokens.astype("int64")).unsqueeze(0).to(device)
             array: FloatArray = self.model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
         return array
-
-
-def load_run_model(run: RunDirectory, device: str = "cpu") -> nn.Module:
-    """The model of a run directory with its dequantized weights, f32, in evaluation mode."""
-    return _load(run.config_dir, run.state_dict(), device)
-
-
-def load_source_model(path: Path, device: str = "cpu") -> nn.Module:
-    """The full-precision model of a Hugging Face folder, f32, in evaluation mode."""
-    source = SourceModel.open(path)
-    decoder = build_decoder(path)
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, _ in decoder.model.named_parameters():
-            yield name, source.tensor(checkpoint_name(name, source, decoder.base_prefix)).float()
-
-    return _load(path, tensors(), device)
-
-
-def _load(config_dir: Path, tensors: Iterator[tuple[str, Tensor]], device: str) -> nn.Module:
-    model: Any = build_decoder(config_dir).model
-    for name, tensor in tensors:
-        set_parameter(model, name, nn.Parameter(tensor.to(device), requires_grad=False))
-    model.tie_weights()
-    unloaded = [name for name, p in model.named_parameters() if p.device.type == "meta"]
-    if unloaded:
-        raise UserError(f"{config_dir}: no data for tensor {unloaded[0]}; weights and config are not of the same model")
-    loaded: nn.Module = model.to(device)
-    return loaded
 
 
 def text_windows(tokenizer_dir: Path, text: Path, n_ctx: int = 512, max_windows: int | None = None) -> Windows:

@@ -9,7 +9,8 @@ from typing import Any
 
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import Scores
-from signround_edge.evaluation.perplexity import TorchSession, evaluate, load_run_model, load_source_model, text_windows
+from signround_edge.evaluation.perplexity import TorchSession, evaluate, text_windows
+from signround_edge.evaluation.torch_models import load_run_model, load_source_model
 from signround_edge.model.config import is_model_folder
 from signround_edge.model.source import resolve_model
 from signround_edge.plugins import exporter_of, runtimes

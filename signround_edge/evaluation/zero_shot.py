@@ -17,8 +17,9 @@ import numpy as np
 
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import FloatArray, log_softmax
-from signround_edge.evaluation.perplexity import TorchSession, load_source_model
+from signround_edge.evaluation.perplexity import TorchSession
 from signround_edge.evaluation.scoring import opened
+from signround_edge.evaluation.torch_models import load_source_model
 from signround_edge.model.config import longest_window
 from signround_edge.model.source import resolve_model
 from signround_edge.model.tokenizer import load_tokenizer

@@ -6,7 +6,6 @@ Parameters stay on the meta device until a block is needed, so that only one blo
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 
 from signround_edge.errors import UserError
 from signround_edge.model.config import read_config
-from signround_edge.model.experts import Experts, replace_experts
-from signround_edge.model.source import SourceModel
+from signround_edge.model.experts import ExpertPart, Experts, replace_experts
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,9 @@ class Decoder:
         prefix: name of that list in the model ("model.layers").
         embedding: the token embedding.
         head: the output head.
-        base_prefix: name of the base model in the model ("model"); checkpoints of bare base models leave it out.
+        stored: name → shape of what transformers saves and loads of this model, parameters and buffers, under its own
+            names: those of the model, but for experts.
+        experts: parameter name of an expert's matrix → where it is in `stored`.
     """
 
     model: nn.Module
@@ -39,7 +39,8 @@ class Decoder:
     prefix: str
     embedding: nn.Module
     head: nn.Module
-    base_prefix: str
+    stored: dict[str, tuple[int, ...]]
+    experts: dict[str, ExpertPart]
 
     def block_prefix(self, index: int) -> str:
         """ "model.layers.7." for block 7."""
@@ -57,6 +58,10 @@ class Decoder:
             for name, module in self.blocks[index].named_modules()
             if isinstance(module, nn.Linear | Conv1D)
         }
+
+    def stored_buffers(self) -> dict[str, Tensor]:
+        """Name → initial value of every buffer that belongs to a checkpoint (RoPE tables and the like do not)."""
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in self.stored}
 
     def has_experts(self) -> bool:
         """Whether it is a mixture of experts."""
@@ -115,26 +120,35 @@ def build_decoder(config_dir: Path) -> Decoder:
     Raises:
         UserError: no decoder-only model, or experts of an unknown form.
     """
+    model: Any = transformers_model(config_dir)
+    stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    experts = replace_experts(model)
+    prefix, blocks = _find_blocks(model, config_dir)
+    return Decoder(model, blocks, prefix, model.get_input_embeddings(), model.get_output_embeddings(), stored, experts)
+
+
+def transformers_model(config_dir: Path) -> nn.Module:
+    """transformers' own model of config_dir/config.json, parameters on the meta device, in evaluation mode.
+
+    Raises:
+        UserError: transformers knows no causal language model of this kind.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     read_config(config_dir)  # what is no JSON is said so
     try:
         config = AutoConfig.from_pretrained(config_dir, local_files_only=True)
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{config_dir / 'config.json'}: transformers cannot build this architecture as a causal "
             f"language model ({first}); update transformers, or use another model"
         ) from error
-    model.eval()
     model.tie_weights()
-    replace_experts(model)
-    prefix, blocks = _find_blocks(model, config_dir)
-    return Decoder(
-        model, blocks, prefix, model.get_input_embeddings(), model.get_output_embeddings(), model.base_model_prefix
-    )
+    built: nn.Module = model.eval()
+    return built
 
 
 def _find_blocks(model: nn.Module, config_dir: Path) -> tuple[str, nn.ModuleList]:
@@ -148,64 +162,12 @@ def _find_blocks(model: nn.Module, config_dir: Path) -> tuple[str, nn.ModuleList
     return lists[0]
 
 
-def load_parameters(
-    module: nn.Module, prefix: str, source: SourceModel, device: torch.device, base_prefix: str
-) -> None:
-    """Load every parameter (and stored buffer) of `module` from the source as f32 on `device`.
-
-    Args:
-        prefix: name of the module in the model, with a final dot, or "".
-        base_prefix: as in `Decoder`.
-    """
-    for owner_name, owner in module.named_modules():
-        for leaf, parameter in list(owner._parameters.items()):
-            if parameter is None:
-                continue
-            name = prefix + (f"{owner_name}.{leaf}" if owner_name else leaf)
-            value = source.tensor(checkpoint_name(name, source, base_prefix)).to(device, torch.float32)
-            if value.shape != parameter.shape:
-                raise UserError(
-                    f"{source.path}: tensor {name} is {list(value.shape)} but config.json asks for "
-                    f"{list(parameter.shape)}; weights and config are not of the same model"
-                )
-            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-    module.to(device)  # buffers
-
-
 def unload_parameters(module: nn.Module) -> None:
     """Give the memory of a module's parameters back: they return to the meta device."""
     for owner in module.modules():
         for leaf, parameter in owner._parameters.items():
             if parameter is not None:
                 owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-
-# Checkpoints keep names that transformers has given up since.
-_OLDER_NAMES = tuple(
-    (re.compile(pattern), older)
-    for pattern, older in (
-        (r"^lm_head\.weight$", "embed_out.weight"),  # GPT-NeoX (Pythia)
-        (r"\.mlp\.gate\.", ".block_sparse_moe.gate."),  # Mixtral, from here on
-        (r"\.mlp\.experts\.(\d+)\.gate_proj\.", r".block_sparse_moe.experts.\1.w1."),
-        (r"\.mlp\.experts\.(\d+)\.down_proj\.", r".block_sparse_moe.experts.\1.w2."),
-        (r"\.mlp\.experts\.(\d+)\.up_proj\.", r".block_sparse_moe.experts.\1.w3."),
-    )
-)
-
-
-def checkpoint_name(name: str, source: SourceModel, base_prefix: str) -> str:
-    """The source's name of a model parameter; UserError when the source lacks it."""
-    bare = name.removeprefix(f"{base_prefix}.") if base_prefix else name
-    for candidate in (name, bare, f"{base_prefix}.{name}", _older_name(name), _older_name(bare)):
-        if candidate in source.files:
-            return candidate
-    raise UserError(f"{source.path}: tensor {name} is missing from the safetensors files; download the model again")
-
-
-def _older_name(name: str) -> str:
-    for pattern, older in _OLDER_NAMES:
-        name = pattern.sub(older, name)
-    return name
 
 
 def set_weight(module: nn.Module, weight: Tensor, requires_grad: bool = False) -> nn.Parameter:
@@ -220,10 +182,23 @@ def set_out_in(module: nn.Module, weight: Tensor) -> None:
     set_weight(module, weight.T.contiguous() if is_transposed(module) else weight)
 
 
-def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Replace a parameter of the model by another one, without copying."""
-    owner, _, leaf = name.rpartition(".")
-    model.get_submodule(owner)._parameters[leaf] = parameter
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace a parameter or a buffer of the model by another tensor of its kind, without copying.
+
+    A parameter that is no `nn.Parameter` yet becomes one that takes no gradient.
+    """
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    buffer = owner._buffers.get(leaf)
+    if buffer is not None:
+        owner._buffers[leaf] = tensor.to(buffer.dtype)
+    else:
+        owner._parameters[leaf] = as_parameter(tensor)
+
+
+def as_parameter(tensor: Tensor) -> nn.Parameter:
+    """The parameter itself, or a tensor as one that takes no gradient."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
 
 
 def first_hidden(output: Any) -> Tensor:

@@ -7,6 +7,7 @@ tensor a matrix and expert. GGUF files stack them again.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,21 @@ _PLAIN = {
     "is_transposed": False,
     "is_concatenated": True,
 }
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """Where one expert's matrix is in transformers' parameter of all experts of a layer.
+
+    Attributes:
+        fused: that parameter's name; it is [experts, rows, cols].
+        expert: the expert's number.
+        rows: its rows.
+    """
+
+    fused: str
+    expert: int
+    rows: slice
 
 
 class Expert(nn.Module):
@@ -70,12 +86,15 @@ class Experts(nn.ModuleList):
         return result
 
 
-def replace_experts(model: nn.Module) -> None:
+def replace_experts(model: nn.Module) -> dict[str, ExpertPart]:
     """Put `Experts` with parameters on the meta device in place of every module of fused experts.
 
+    Returns:
+        Name of each new parameter → where transformers has it.
     Raises:
         UserError: experts that compute something else (biases, other gates).
     """
+    parts: dict[str, ExpertPart] = {}
     for name, module in list(model.named_modules()):
         fused = {leaf: p for leaf, p in module._parameters.items() if p is not None and p.ndim == 3}
         if not fused or not name.endswith("experts"):
@@ -89,6 +108,30 @@ def replace_experts(model: nn.Module) -> None:
         experts = Experts(Expert(hidden, intermediate, module.act_fn) for _ in range(count))
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, experts.requires_grad_(False))
+        slices = {
+            "gate_proj": ("gate_up_proj", slice(0, intermediate)),
+            "up_proj": ("gate_up_proj", slice(intermediate, 2 * intermediate)),
+            "down_proj": ("down_proj", slice(0, hidden)),
+        }
+        parts |= {
+            f"{name}.{expert}.{matrix}.weight": ExpertPart(f"{name}.{whole}", expert, rows)
+            for expert in range(count)
+            for matrix, (whole, rows) in slices.items()
+        }
+    return parts
+
+
+def fused_experts(tensors: dict[str, Tensor], parts: dict[str, ExpertPart]) -> dict[str, Tensor]:
+    """The tensors with all that `parts` names put together as transformers has it; others as they are."""
+    whole = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    pieces: dict[str, dict[int, list[tuple[int, Tensor]]]] = {}
+    for name, part in parts.items():
+        if name in tensors:
+            pieces.setdefault(part.fused, {}).setdefault(part.expert, []).append((part.rows.start, tensors[name]))
+    for fused, experts in pieces.items():
+        rows = (torch.cat([t for _, t in sorted(found, key=lambda p: p[0])]) for _, found in sorted(experts.items()))
+        whole[fused] = torch.stack(list(rows))
+    return whole
 
 
 def _is_plain(module: nn.Module) -> bool:

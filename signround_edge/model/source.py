@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from signround_edge.errors import UserError
 from signround_edge.files import sha256_of
-from signround_edge.model.config import CONFIG_FILE, is_model_folder
+from signround_edge.model.config import CONFIG_FILE, is_model_folder, read_config
 
 # What an exporter or an evaluation needs besides weights; copied into run/config.
 CONFIG_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -40,19 +41,13 @@ def resolve_model(model: str) -> Path:
         ) from error
 
 
-@dataclass(frozen=True)
-class ExpertPart:
-    """One expert's matrix within a tensor that holds all experts of a layer.
-
-    Attributes:
-        tensor: the stored tensor, [experts, rows, cols].
-        expert: its number.
-        rows: its rows.
-    """
-
-    tensor: str
-    expert: int
-    rows: slice
+def model_name(path: Path) -> str:
+    """What a model folder is called: "org/model" in the Hugging Face cache, else the folder's own name."""
+    folder = path.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
 
 
 @dataclass(frozen=True)
@@ -61,50 +56,59 @@ class SourceModel:
 
     Attributes:
         path: the folder.
-        files: tensor name → file name. Matrices of fused experts have names too, as if stored one by one.
-        dtypes, shapes: tensor name → dtype and shape in the file.
-        parts: name of such a matrix → where it is.
+        files: stored tensor name → file name.
+        dtypes, shapes: stored tensor name → dtype and shape in the file.
     """
 
     path: Path
     files: dict[str, str]
     dtypes: dict[str, torch.dtype]
     shapes: dict[str, tuple[int, ...]]
-    parts: dict[str, ExpertPart] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> SourceModel:
-        """Read config presence and all safetensors headers; UserError on anything missing or broken."""
+        """Read config presence and the headers of the files that transformers would load.
+
+        Raises:
+            UserError: something is missing or broken, a tensor is in two files, or the checkpoint is quantized already.
+        """
         if not is_model_folder(path):
             raise UserError(f"{path} has no config.json; give a Hugging Face model folder")
-        files: dict[str, str] = {}
-        dtypes: dict[str, torch.dtype] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        parts: dict[str, ExpertPart] = {}
+        _refuse_quantized(path)
+        found = cls(path, {}, {}, {})
         for file in _weight_files(path):
             with _open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
-                    piece = tensors.get_slice(name)
-                    files[name] = file.name
-                    dtypes[name] = _DTYPES.get(piece.get_dtype(), torch.float32)
-                    shapes[name] = tuple(piece.get_shape())
-                    for matrix, part in _expert_parts(name, shapes[name]).items():
-                        parts[matrix] = part
-                        files[matrix], dtypes[matrix] = files[name], dtypes[name]
-                        shapes[matrix] = (part.rows.stop - part.rows.start, shapes[name][2])
-        return cls(path, files, dtypes, shapes, parts)
+                    found._add(name, file, tensors.get_slice(name))
+        return found
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor as stored; UserError when it cannot be read or holds NaN or infinity."""
+    def _add(self, name: str, file: Path, piece: Any) -> None:
+        if name in self.files:
+            raise UserError(
+                f"{self.path}: tensor {name} is in {self.files[name]} and in {file.name}; keep the files of one "
+                "checkpoint only"
+            )
+        dtype = _DTYPES.get(piece.get_dtype())
+        if dtype is None and len(piece.get_shape()) > 1:
+            raise UserError(
+                f"{file}: tensor {name} is stored as {piece.get_dtype()}, so this checkpoint is quantized already; "
+                "quantize the original model, in 16- or 32-bit floats"
+            )
+        self.files[name] = file.name
+        self.dtypes[name] = dtype or torch.float32
+        self.shapes[name] = tuple(piece.get_shape())
+
+    @property
+    def ignored_files(self) -> list[str]:
+        """Names of the safetensors files beside those that transformers loads."""
+        return sorted({file.name for file in self.path.glob("*.safetensors")} - set(self.files.values()))
+
+    def tensor(self, name: str, index: tuple[int | slice, ...] = ()) -> Tensor:
+        """One tensor as stored, or its part [index]; UserError when it cannot be read or holds NaN or infinity."""
         file = self.path / self.files[name]
-        part = self.parts.get(name)
         with _open(file) as tensors:
             try:
-                tensor: Tensor = (
-                    tensors.get_tensor(name)
-                    if part is None
-                    else tensors.get_slice(part.tensor)[part.expert, part.rows].contiguous()
-                )
+                tensor: Tensor = tensors.get_slice(name)[index].contiguous() if index else tensors.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: tensor {name} cannot be read ({error}); download the file again") from error
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -125,27 +129,11 @@ class SourceModel:
                     shutil.copyfile(file, target / file.name)
 
 
-def _expert_parts(name: str, shape: tuple[int, ...]) -> dict[str, ExpertPart]:
-    """The matrices in a tensor of fused experts, under the names that they have where each is stored apart.
-
-    Layout: transformers' `gate_up_proj` [experts, 2·intermediate, hidden], `down_proj` [experts, hidden, intermediate].
-    """
-    stem, _, leaf = name.rpartition(".")
-    if len(shape) != 3 or not stem.endswith(".experts") or leaf not in ("gate_up_proj", "down_proj"):
-        return {}
-    rows = shape[1]
-    slices = {"down_proj": slice(0, rows)}
-    if leaf == "gate_up_proj":
-        slices = {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, rows)}
-    return {
-        f"{stem}.{expert}.{matrix}.weight": ExpertPart(name, expert, part)
-        for expert in range(shape[0])
-        for matrix, part in slices.items()
-    }
-
-
 def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
+    """The files that transformers' `from_pretrained` loads: model.safetensors, else those that the index names."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -156,8 +144,13 @@ def _weight_files(path: Path) -> list[Path]:
                 raise UserError(f"{path / name} is missing, but {index.name} names it; download the missing file")
         return [path / name for name in names]
     found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        raise UserError(f"{found[0]} has a name that transformers does not look for; rename it to {whole.name}")
     if found:
-        return found
+        raise UserError(
+            f"{path} has {len(found)} safetensors files, but neither {whole.name} nor {index.name}, which says which "
+            "of them are the model; download the index"
+        )
     pickles = [file.name for pattern in _PICKLES for file in path.glob(pattern)]
     if pickles:
         raise UserError(
@@ -165,6 +158,20 @@ def _weight_files(path: Path) -> list[Path]:
             "safetensors first (transformers: `model.save_pretrained(folder)`)"
         )
     raise UserError(f"{path} has no *.safetensors file; download the model's weights into it")
+
+
+def _refuse_quantized(path: Path) -> None:
+    """UserError where config.json says that the checkpoint is quantized already."""
+    config = read_config(path)
+    text = config.get("text_config")
+    for settings in (config, text if isinstance(text, dict) else {}):
+        found = settings.get("quantization_config")
+        if isinstance(found, dict):
+            method = found.get("quant_method", "an unnamed method")
+            raise UserError(
+                f"{path / CONFIG_FILE}: its quantization_config says that this checkpoint is quantized already "
+                f"({method}); quantize the original model, in 16- or 32-bit floats"
+            )
 
 
 def _open(file: Path) -> safe_open:

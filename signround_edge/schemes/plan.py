@@ -13,9 +13,9 @@ from signround_edge.errors import UserError
 from signround_edge.formats import Grid, get_grid
 from signround_edge.formats.matmul_nbits import matmul_nbits_bytes
 from signround_edge.manifest import OUTSIDE, TensorEntry
-from signround_edge.model.decoder import Decoder, checkpoint_name, is_transposed
+from signround_edge.model.decoder import Decoder, is_transposed
 from signround_edge.model.experts import stacks
-from signround_edge.model.source import SourceModel
+from signround_edge.model.weights import ModelWeights
 from signround_edge.run_directory import dtype_name
 from signround_edge.schemes.gguf_names import gguf_name
 from signround_edge.schemes.gguf_presets import Place, Role
@@ -76,14 +76,15 @@ def part_of_block(index: int) -> str:
     return f"{index:04d}"
 
 
-def make_plan(decoder: Decoder, source: SourceModel, scheme: Scheme, float_fallback: bool) -> Plan:
-    """Decide the format of every parameter.
+def make_plan(weights: ModelWeights, scheme: Scheme, float_fallback: bool) -> Plan:
+    """Decide the format of every parameter; stored buffers stay in floats.
 
     Args:
         float_fallback: keep matrices whose rows no block size divides in floats instead of refusing.
     Raises:
-        UserError: a row that no block size of the scheme divides; a tensor missing from the source.
+        UserError: a row that no block size of the scheme divides.
     """
+    decoder = weights.decoder
     model = decoder.model
     tied = decoder.tied_parameters()
     embedding, head = decoder.embedding._parameters["weight"], decoder.head._parameters["weight"]
@@ -100,10 +101,9 @@ def make_plan(decoder: Decoder, source: SourceModel, scheme: Scheme, float_fallb
     places[id(head)] = (Place(Role.OUTPUT), False)  # overrides EMBEDDING where both are one parameter
     known_names: list[tuple[str, ...]] = []
     tensors: list[TensorEntry] = []
-    for name, parameter in model.named_parameters():
-        stored = checkpoint_name(name, source, decoder.base_prefix)
+    for name, parameter in [*model.named_parameters(), *decoder.stored_buffers().items()]:
         shape = list(parameter.shape)
-        entry = TensorEntry(name, _part_of(name, decoder), shape, dtype_name(source.dtypes[stored]))
+        entry = TensorEntry(name, _part_of(name, decoder), shape, dtype_name(weights.dtype(name)))
         if id(parameter) in places:
             place, entry.transposed = places[id(parameter)]
             known_as = (name, gguf_name(name, config.model_type) or name)

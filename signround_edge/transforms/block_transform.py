@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from signround_edge.formats.channel_scales import ChannelScales
-from signround_edge.model.decoder import out_in, set_out_in, set_parameter
+from signround_edge.model.decoder import out_in, set_out_in, set_tensor
 from signround_edge.transforms.folds import Fold, scaled_vectors
 
 _UNCHANGED = ChannelScales()
@@ -53,7 +53,7 @@ class BlockTransform:
     def install_vectors(self, block: nn.Module) -> None:
         """Put the transformed norm weights and biases alone into the block."""
         for name, vector in self.vectors.items():
-            set_parameter(block, name, nn.Parameter(vector, requires_grad=False))
+            set_tensor(block, name, nn.Parameter(vector, requires_grad=False))
 
     def to(self, device: torch.device) -> BlockTransform:
         """The same transform on a device."""

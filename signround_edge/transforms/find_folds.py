@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from signround_edge.model.decoder import out_in, set_parameter
+from signround_edge.model.decoder import out_in, set_tensor
 from signround_edge.transforms.block_transform import BlockTransform
 from signround_edge.transforms.folds import Fold, is_norm, linear_layers, output_count
 
@@ -47,7 +47,7 @@ def _is_fold(block: nn.Module, fold: Fold, run: Callable[[], Tensor], expected: 
         change = (run() - expected).norm(dim=-1) / size.clamp_min(1e-30)
     finally:
         for name, parameter in before.items():
-            set_parameter(block, name, parameter)
+            set_tensor(block, name, parameter)
     # The median: a token of huge hidden states hides what the block adds to it behind rounding.
     return bool(change.isfinite().all()) and float(change.median()) <= _TOLERANCE
 

@@ -19,10 +19,10 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from signround_edge.errors import UserError
-from signround_edge.evaluation.perplexity import load_source_model
+from signround_edge.evaluation.torch_models import load_source_model
 from signround_edge.files import whole_folder
 from signround_edge.model.config import read_config, write_config
-from signround_edge.model.decoder import out_in, set_out_in, set_parameter, set_weight, weight_of
+from signround_edge.model.decoder import out_in, set_out_in, set_tensor, set_weight, weight_of
 from signround_edge.model.source import SourceModel
 from signround_edge.schemes.roles import writes_to_stream
 from signround_edge.transforms.check import LOGITS_LIMIT, logits_divergence
@@ -87,7 +87,7 @@ def _rotate_in_memory(model: Any, model_type: str, tokens: Tensor, seed: int) ->
             set_out_in(module, rotation.T @ out_in(module))
             bias = module._parameters.get("bias")
             if bias is not None:
-                set_parameter(model, f"{name}.bias", nn.Parameter(bias.detach() @ rotation, requires_grad=False))
+                set_tensor(model, f"{name}.bias", nn.Parameter(bias.detach() @ rotation, requires_grad=False))
 
 
 def random_rotation(size: int, seed: int) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from signround_edge.formats import Grid, get_grid
-from signround_edge.model.decoder import Decoder, checkpoint_name
-from signround_edge.model.source import SourceModel
+from signround_edge.model.decoder import Decoder
+from signround_edge.model.weights import ModelWeights
 from signround_edge.progress import Progress
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.plan import Plan
@@ -26,7 +26,7 @@ class Job:
     """A run in progress.
 
     Attributes:
-        source, decoder: the model, as stored and as modules.
+        weights: the model, as stored and as modules.
         plan: every tensor and its format.
         tokens: calibration samples, int64 [samples, seqlen].
         device: where blocks are tuned.
@@ -34,8 +34,7 @@ class Job:
         importance: E[x²] given from elsewhere, and who else wants it.
     """
 
-    source: SourceModel
-    decoder: Decoder
+    weights: ModelWeights
     plan: Plan
     tokens: Tensor
     settings: TuningSettings
@@ -44,13 +43,14 @@ class Job:
     progress: Progress
     importance: Importance
 
-    def source_tensor(self, name: str) -> Tensor:
-        """A parameter as the source stores it."""
-        return self.source.tensor(checkpoint_name(name, self.source, self.decoder.base_prefix))
+    @property
+    def decoder(self) -> Decoder:
+        """The model as modules."""
+        return self.weights.decoder
 
     def floats(self, part: str) -> dict[str, Tensor]:
         """The source's float parameters of a part, bit for bit; a transform may put others in their place."""
-        return {t.name: self.source_tensor(t.name) for t in self.plan.of_part(part) if t.format is None}
+        return {t.name: self.weights.tensor(t.name) for t in self.plan.of_part(part) if t.format is None}
 
     def grid(self, name: str) -> Grid:
         """The grid of a quantized parameter."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from signround_edge.formats import QuantizedTensor
 from signround_edge.manifest import OUTSIDE
-from signround_edge.model.decoder import load_parameters, set_parameter, set_weight, unload_parameters, weight_of
+from signround_edge.model.decoder import set_tensor, set_weight, unload_parameters, weight_of
 from signround_edge.tuning.block.channel_scaling import ChannelScaling
 from signround_edge.tuning.block.start import initial_scales
 from signround_edge.tuning.calibration.activations import Shell, block_returns_tuple, equal_weights
@@ -23,8 +23,8 @@ def open_shell(job: Job) -> Shell:
     inside = set(decoder.blocks.modules())
     for name, module in decoder.model.named_modules():
         if module not in inside and module is not decoder.head:
-            _load_own(job, module, name)
-    load_parameters(decoder.blocks[0], decoder.block_prefix(0), job.source, CPU, decoder.base_prefix)
+            job.weights.load(module, f"{name}." if name else "", CPU, deep=False)
+    job.weights.load(decoder.blocks[0], decoder.block_prefix(0), CPU)
     shell = Shell(decoder, block_returns_tuple(decoder, job.tokens[:1, :2]))
     unload_parameters(decoder.blocks[0])
     return shell
@@ -72,12 +72,12 @@ def write_outside(
     if job.run.is_complete(OUTSIDE):
         return
     if to_quantize:
-        load_parameters(head, name.removesuffix("weight"), job.source, CPU, job.decoder.base_prefix)
+        job.weights.load(head, name.removesuffix("weight"), CPU)
         weight, grid = weight_of(head), job.grid(name)
         tensors[name] = grid.quantize(weight, initial_scales(grid, weight, importance[name], "search"))
     found = {}
     if scaling is not None:
-        load_outside(job, lambda name: job.source_tensor(name).float(), CPU)
+        load_outside(job, lambda name: job.weights.tensor(name).float(), CPU)
         found["logits_divergence"] = scaling.check()
     job.run.write_part(OUTSIDE, tensors, {}, transforms=found)
 
@@ -87,16 +87,9 @@ def load_outside(job: Job, value: Callable[[str], Tensor], device: torch.device)
     loaded = {t.name: frozen(value(t.name).to(device)) for t in job.plan.of_part(OUTSIDE)}
     loaded |= {alias: loaded[owner] for alias, owner in job.plan.tied.items() if owner in loaded}
     for name, parameter in loaded.items():
-        set_parameter(job.decoder.model, name, parameter)
+        set_tensor(job.decoder.model, name, parameter)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
     """A parameter that takes no gradient."""
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def _load_own(job: Job, module: nn.Module, name: str) -> None:
-    """Load the parameters that a module holds itself, not those of its children."""
-    for leaf, parameter in module._parameters.items():
-        if parameter is not None:
-            module._parameters[leaf] = frozen(job.source_tensor(f"{name}.{leaf}" if name else leaf).float())

@@ -13,14 +13,10 @@ from torch import Tensor
 from signround_edge.errors import UserError
 from signround_edge.manifest import Manifest
 from signround_edge.model.config import longest_window
-from signround_edge.model.decoder import (
-    Decoder,
-    build_decoder,
-    load_parameters,
-    unload_parameters,
-)
-from signround_edge.model.source import SourceModel
+from signround_edge.model.decoder import Decoder, unload_parameters
+from signround_edge.model.source import model_name
 from signround_edge.model.tokenizer import load_tokenizer
+from signround_edge.model.weights import ModelWeights
 from signround_edge.progress import SILENT, Progress
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.plan import Plan, listing, make_plan, part_of_block
@@ -73,8 +69,8 @@ def quantize(
         UserError: bad input, in one sentence; whatever is complete in `out` stays.
     """
     torch_device = _device(device)
-    source = SourceModel.open(model)
-    decoder = build_decoder(model)
+    weights = ModelWeights.open(model)
+    decoder = weights.decoder
     use_blocked_attention(decoder.model, torch_device)
     if settings.granularity == "layer" and decoder.has_experts():
         raise UserError(
@@ -82,8 +78,8 @@ def quantize(
             "--granularity block"
         )
     use_cached_rms_norm(decoder.model, torch_device)
-    plan = make_plan(decoder, source, scheme, float_fallback)
-    for line in listing(plan):
+    plan = make_plan(weights, scheme, float_fallback)
+    for line in [*weights.notes(), *listing(plan)]:
         progress.line(line)
     positions = longest_window(model)
     if positions is not None and settings.seqlen > positions:
@@ -99,7 +95,7 @@ def quantize(
     manifest = Manifest(
         scheme=scheme.text,
         targets=list(scheme.targets),
-        source={"model": model.resolve().name, "files": source.hashes()},
+        source={"model": model_name(model), "files": weights.source.hashes()},
         settings={
             **settings.to_json(),
             "tensor_types": scheme.override_texts,
@@ -112,9 +108,9 @@ def quantize(
         tied=plan.tied,
         tensors=plan.tensors,
     )
-    run = open_or_create(out, manifest, source, resume)
+    run = open_or_create(out, manifest, weights, resume)
     importance = Importance(given, save_imatrix)
-    _execute(Job(source, decoder, plan, tokens, settings, torch_device, run, progress, importance))
+    _execute(Job(weights, plan, tokens, settings, torch_device, run, progress, importance))
     return RunDirectory.open(out)
 
 
@@ -165,7 +161,7 @@ def _block(
 ) -> tuple[Tensor, Tensor]:
     """Tune (or, when it is complete, read) one block; returns the inputs of the next one."""
     block, part, prefix = job.decoder.blocks[index], part_of_block(index), job.decoder.block_prefix(index)
-    load_parameters(block, prefix, job.source, job.device, job.decoder.base_prefix)
+    job.weights.load(block, prefix, job.device)
     every = job.decoder.matrices(index)
     moments = SecondMoments(job.token_weights)
     chosen = {name: module for name, module in every.items() if job.run.is_quantized(name)}

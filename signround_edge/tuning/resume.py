@@ -14,16 +14,17 @@ import torch
 from signround_edge import __version__
 from signround_edge.errors import UserError
 from signround_edge.manifest import Manifest
-from signround_edge.model.source import SourceModel
+from signround_edge.model.config import read_config, write_config
+from signround_edge.model.weights import ModelWeights
 from signround_edge.run_directory import RunDirectory
 
 
-def open_or_create(out: Path, manifest: Manifest, source: SourceModel, resume: bool) -> RunDirectory:
+def open_or_create(out: Path, manifest: Manifest, weights: ModelWeights, resume: bool) -> RunDirectory:
     """The run directory `out` to write into: that of `manifest` continued, or a new one.
 
     Args:
         manifest: of the run asked for.
-        source: its model; a new run gets a copy of its config.
+        weights: of its model; a new run gets a copy of its config.
         resume: continue what `out` holds.
     Raises:
         UserError: `out` holds another run or something else, or this run and `resume` is not given.
@@ -39,7 +40,9 @@ def open_or_create(out: Path, manifest: Manifest, source: SourceModel, resume: b
         return run
     if out.exists() and (not out.is_dir() or _has_foreign_files(out)):
         raise UserError(f"{out} exists and is not a run directory; give another -o")
-    source.copy_config(out / "config")
+    weights.source.copy_config(out / "config")
+    if weights.untied:  # whoever builds the model from the run's config must get what the files hold
+        write_config(out / "config", {**read_config(out / "config"), "tie_word_embeddings": False})
     return RunDirectory.create(out, manifest)
 
 

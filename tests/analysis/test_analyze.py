@@ -15,7 +15,7 @@ from support import make_run
 from signround_edge.analysis.roundings import analyze
 from signround_edge.cli import main
 from signround_edge.errors import UserError
-from signround_edge.evaluation.perplexity import load_source_model
+from signround_edge.evaluation.torch_models import load_source_model
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.quantize import quantize

@@ -21,7 +21,8 @@ from runtime_tests.worker import llama_cpp_bindings as bindings
 from runtime_tests.worker.llama_cpp_engine import MICRO_BATCH
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import ScoreKeeper
-from signround_edge.evaluation.perplexity import TorchSession, load_run_model
+from signround_edge.evaluation.perplexity import TorchSession
+from signround_edge.evaluation.torch_models import load_run_model
 from signround_edge.run_directory import RunDirectory
 
 

@@ -13,7 +13,8 @@ from runtime_tests.runtimes.onnx_genai import OnnxRuntimeGenai
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from runtime_tests.verify import verify
 from signround_edge.errors import UserError
-from signround_edge.evaluation.perplexity import TorchSession, load_run_model
+from signround_edge.evaluation.perplexity import TorchSession
+from signround_edge.evaluation.torch_models import load_run_model
 from signround_edge.run_directory import RunDirectory
 
 TOKENS = np.random.default_rng(0).integers(0, 300, 150).astype(np.int32)

@@ -10,7 +10,7 @@ import transformers
 from support import SIZES, TOKENS, save_random_model
 from torch import Tensor, nn
 
-from signround_edge.evaluation.perplexity import load_source_model
+from signround_edge.evaluation.torch_models import load_source_model
 from signround_edge.model.decoder import build_decoder
 from signround_edge.schemes.roles import head_size
 from signround_edge.transforms.block_transform import BlockTransform

@@ -10,7 +10,8 @@ import transformers
 from support import SIZES, TOKENS, make_run, save_random_model
 
 from signround_edge.errors import UserError
-from signround_edge.evaluation.perplexity import TorchSession, evaluate, load_run_model, load_source_model, text_windows
+from signround_edge.evaluation.perplexity import TorchSession, evaluate, text_windows
+from signround_edge.evaluation.torch_models import load_run_model, load_source_model
 from signround_edge.model.source import SourceModel
 from signround_edge.transforms.rotation import random_rotation, rotate
 

@@ -22,7 +22,7 @@ from runtime_tests.verify import verify
 from signround_edge.cli import main
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import FloatArray
-from signround_edge.evaluation.perplexity import load_run_model, load_source_model
+from signround_edge.evaluation.torch_models import load_run_model, load_source_model
 from signround_edge.formats import QuantizedTensor
 from signround_edge.plugins import exporters
 from signround_edge.run_directory import RunDirectory

@@ -69,7 +69,7 @@ def test_what_was_saved_and_given_back_gives_the_same_run(
 
 
 def test_saved_figures_are_the_mean_squares_of_the_inputs(model: Path, tmp_path: Path, calibration_text: Path) -> None:
-    from signround_edge.evaluation.perplexity import load_source_model
+    from signround_edge.evaluation.torch_models import load_source_model
     from signround_edge.model.tokenizer import load_tokenizer
     from signround_edge.tuning.calibration.text import calibration_tokens
 

@@ -8,8 +8,7 @@ import pytest
 import transformers
 
 from signround_edge.errors import UserError
-from signround_edge.model.decoder import build_decoder
-from signround_edge.model.source import SourceModel
+from signround_edge.model.weights import ModelWeights
 from signround_edge.schemes.plan import Plan, make_plan
 from signround_edge.schemes.scheme import parse_scheme
 from tests.support import save_random_model
@@ -28,7 +27,7 @@ def plan_of(
     model: Path, scheme: str, embedding: str | None = None, head: str | None = None, types: tuple[str, ...] = ()
 ) -> Plan:
     parsed = parse_scheme(scheme).with_overrides(types).with_outside_types(embedding, head)
-    return make_plan(build_decoder(model), SourceModel.open(model), parsed, float_fallback=False)
+    return make_plan(ModelWeights.open(model), parsed, float_fallback=False)
 
 
 def formats(plan: Plan) -> dict[str, str | None]:

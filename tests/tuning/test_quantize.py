@@ -18,7 +18,7 @@ import transformers
 from support import assert_same_files, save_random_model
 
 from signround_edge.errors import UserError
-from signround_edge.evaluation.perplexity import load_run_model, load_source_model
+from signround_edge.evaluation.torch_models import load_run_model, load_source_model
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.quantize import quantize

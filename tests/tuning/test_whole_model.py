@@ -13,9 +13,10 @@ from support import assert_same_files, files_of, save_random_model
 from test_quantize import CONFIGS, SMALL
 
 from signround_edge.errors import UserError
-from signround_edge.evaluation.perplexity import TorchSession, evaluate, load_run_model, load_source_model, text_windows
+from signround_edge.evaluation.perplexity import TorchSession, evaluate, text_windows
+from signround_edge.evaluation.torch_models import load_run_model, load_source_model
 from signround_edge.formats import get_grid
-from signround_edge.model.decoder import Decoder, build_decoder, set_parameter
+from signround_edge.model.decoder import Decoder, build_decoder, set_tensor
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.block.sign_step import RoundingState
@@ -175,7 +176,7 @@ def test_parts_left_by_a_kill_after_the_manifest_are_removed_on_resume(
 def loaded_decoder(path: Path) -> Decoder:
     decoder = build_decoder(path)
     for name, parameter in load_source_model(path).named_parameters():
-        set_parameter(decoder.model, name, torch.nn.Parameter(parameter.detach(), requires_grad=False))
+        set_tensor(decoder.model, name, torch.nn.Parameter(parameter.detach(), requires_grad=False))
     decoder.model.tie_weights()
     return decoder
 

@@ -24,7 +24,7 @@ from exporters.onnx.routes.graph import FinishedGraph, copy_config_files, replac
 from exporters.onnx.routes.matching import match_weights
 from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import UserError
-from signround_edge.evaluation.perplexity import load_run_model
+from signround_edge.evaluation.torch_models import load_run_model
 from signround_edge.run_directory import RunDirectory
 
 OPSET = 20

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from signround_edge.formats import QuantizedTensor
 from signround_edge.formats.channel_scales import ChannelScales
-from signround_edge.model.decoder import set_parameter
+from signround_edge.model.decoder import set_tensor
 from signround_edge.model.experts import stacks
 from signround_edge.progress import Progress
 from signround_edge.run_directory import RunDirectory
@@ -150,7 +150,7 @@ class ChannelScaling:
 
     def _restored(self, block: nn.Module, source: dict[str, nn.Parameter]) -> nn.Module:
         for name, parameter in source.items():
-            set_parameter(block, name, parameter)
+            set_tensor(block, name, parameter)
         return block
 
 

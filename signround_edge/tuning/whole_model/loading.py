@@ -9,7 +9,7 @@ from torch import Tensor
 
 from signround_edge.formats import QuantizedTensor
 from signround_edge.manifest import OUTSIDE, TensorEntry
-from signround_edge.model.decoder import set_parameter
+from signround_edge.model.decoder import set_tensor
 from signround_edge.tuning.block.tune import compute_context, compute_dtype
 from signround_edge.tuning.calibration.activations import Shell
 from signround_edge.tuning.job import CPU, Job
@@ -39,15 +39,16 @@ def _load(job: Job, shell: Shell, exact: Tensor) -> WholeModel:
     tunables: dict[str, Tunable] = {}
     grids = [job.grid(t.name) for t in job.plan.tensors if t.format is not None and t.part != OUTSIDE]
     dtype = compute_dtype(job.settings, grids, device)
+    parameters = dict(decoder.model.named_parameters())  # stored buffers choose, and have no gradient
     for entry in job.plan.tensors:
         if entry.format is not None and entry.part != OUTSIDE:
             tensor = job.run.quantized(entry.name).to(device)
             tunables[entry.name] = TunedMatrix(tensor, entry.transposed, _original(job, entry), dtype)
-        elif len(entry.shape) == 1:
+        elif len(entry.shape) == 1 and entry.name in parameters:
             tunables[entry.name] = FloatShift(job.run.float_tensor(entry.name).to(device))
     for module in decoder.model.modules():
         module._buffers.update({k: None if b is None else b.to(device) for k, b in module._buffers.items()})
-    load_outside(job, lambda name: job.source_tensor(name).float(), device)
+    load_outside(job, lambda name: job.weights.tensor(name).float(), device)
     with torch.no_grad():
         positions = exact.flatten(0, 1).split(TOKENS_AT_ONCE)
         exact_probabilities = TopProbabilities.of((shell.logits(part.to(device)) for part in positions), CPU)
@@ -55,7 +56,7 @@ def _load(job: Job, shell: Shell, exact: Tensor) -> WholeModel:
     inputs = embed(job, shell).cpu()
     for entry in job.plan.tensors:  # what stays as it is within the blocks; `install` puts the rest there
         if entry.part != OUTSIDE and entry.name not in tunables:
-            set_parameter(decoder.model, entry.name, frozen(job.run.dequantized(entry.name).to(device)))
+            set_tensor(decoder.model, entry.name, frozen(job.run.dequantized(entry.name).to(device)))
     autocast = compute_context(job.settings, grids, device)
     return WholeModel(decoder, shell, job.tokens, inputs, exact_probabilities, tunables, autocast, device)
 
@@ -64,7 +65,7 @@ def _original(job: Job, entry: TensorEntry) -> Tensor | None:
     """The full-precision weight f32 [out, in], transformed, of a matrix whose codes the whole-model stage moves."""
     if job.settings.whole_model_code_lr == 0:
         return None
-    weight = job.source_tensor(entry.name).float()
+    weight = job.weights.tensor(entry.name).float()
     weight = job.run.channel_scales(entry.name).apply(weight.T.contiguous() if entry.transposed else weight)
     return weight.to(job.device)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from signround_edge.formats import QuantizedTensor
-from signround_edge.model.decoder import Decoder, set_parameter
+from signround_edge.model.decoder import Decoder, set_tensor
 from signround_edge.progress import Progress
 from signround_edge.tuning.calibration.activations import Shell
 from signround_edge.tuning.schedule import check_steps
@@ -77,7 +77,7 @@ class WholeModel:
     def install(self) -> None:
         """Put the tuned parameters, as they are now, into the model."""
         for name, tunable in self.tunables.items():
-            set_parameter(self.decoder.model, name, nn.Parameter(tunable.value()))
+            set_tensor(self.decoder.model, name, nn.Parameter(tunable.value()))
 
     def stored(self) -> dict[str, Tensor | QuantizedTensor]:
         """What is tuned, by parameter name, as the run directory stores it."""

@@ -22,8 +22,7 @@ from benchmarks import llama_quantize
 from benchmarks.float_gguf import write_float_gguf
 from exporters.gguf.container.reader import GgufFile
 from signround_edge.manifest import TensorEntry
-from signround_edge.model.decoder import build_decoder
-from signround_edge.model.source import SourceModel
+from signround_edge.model.weights import ModelWeights
 from signround_edge.schemes.gguf_names import gguf_name
 from signround_edge.schemes.gguf_presets import GGUF_PRESETS
 from signround_edge.schemes.plan import Plan, make_plan
@@ -106,7 +105,7 @@ def test_types_and_bytes_are_those_of_llama_quantize(
 
 
 def plan_of(folder: Path, scheme: str) -> Plan:
-    return make_plan(build_decoder(folder), SourceModel.open(folder), parse_scheme(scheme), True)
+    return make_plan(ModelWeights.open(folder), parse_scheme(scheme), True)
 
 
 def named(plan: Plan, config: PretrainedConfig) -> list[tuple[TensorEntry, str]]:
@@ -129,7 +128,7 @@ def types_by_gguf_name(plan: Plan, config: PretrainedConfig) -> dict[str, str | 
 def test_overrides_by_either_name(tmp_path: Path) -> None:
     folder = save_random_model(MODELS["rows_of_192"], tmp_path / "model")
     scheme = parse_scheme("gguf:q4_0").with_overrides(("ffn_down=q6_k", r"layers\.3\.self_attn\.v_proj=Q5_1"))
-    plan = make_plan(build_decoder(folder), SourceModel.open(folder), scheme, False)
+    plan = make_plan(ModelWeights.open(folder), scheme, False)
     types = types_by_gguf_name(plan, MODELS["rows_of_192"])
     assert {types[f"blk.{i}.ffn_down.weight"] for i in range(8)} == {"Q6_K"}
     assert types["blk.3.attn_v.weight"] == "Q5_1"

@@ -24,7 +24,8 @@ from runtime_tests.transports.ssh_client import OPTIONS_VARIABLE, SshClient
 from runtime_tests.verify import verify
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import Scores, Windows, log_softmax
-from signround_edge.evaluation.perplexity import TorchSession, load_run_model, text_windows
+from signround_edge.evaluation.perplexity import TorchSession, text_windows
+from signround_edge.evaluation.torch_models import load_run_model
 from signround_edge.run_directory import RunDirectory
 from tests.runtime_tests import sabotage
 from tests.runtime_tests.adb_server import AdbServer, Phone

@@ -1,0 +1,86 @@
+"""Models in torch to compare with: the original and a run's, both transformers' own, and neither built by our loader.
+
+What tuning reads wrong would otherwise be read wrong here too, and be proved right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from signround_edge.errors import UserError
+from signround_edge.model.decoder import build_decoder, transformers_model
+from signround_edge.model.experts import fused_experts
+from signround_edge.model.source import SourceModel
+from signround_edge.run_directory import RunDirectory
+
+
+def load_source_model(path: Path, device: str = "cpu") -> nn.Module:
+    """The full-precision model of a Hugging Face folder by `from_pretrained`, f32, in evaluation mode.
+
+    Raises:
+        UserError: a file is missing or broken, or transformers finds no data for a tensor of the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    SourceModel.open(path)  # what is missing or broken is said in our words
+    try:
+        with _quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: transformers cannot load this model ({first}); check the folder's files") from error
+    _refuse_missing(path, info["missing_keys"])
+    loaded: nn.Module = model.requires_grad_(False).to(device).eval()
+    return loaded
+
+
+def load_run_model(run: RunDirectory, device: str = "cpu") -> nn.Module:
+    """transformers' model with the tensors of a run directory, dequantized, f32, in evaluation mode.
+
+    Raises:
+        UserError: the run lacks a tensor of the model, or has one that the model does not know.
+    """
+    decoder = build_decoder(run.config_dir)
+    model: Any = transformers_model(run.config_dir)
+    tensors = fused_experts(dict(run.state_dict()), decoder.experts)
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    if unexpected:
+        raise UserError(f"{run.path}: {type(model).__name__} has no tensor {unexpected[0]}; run `quantize` again")
+    model.tie_weights()
+    _refuse_missing(run.path, {name for name in missing if name not in run.manifest.tied})
+    loaded: nn.Module = model.requires_grad_(False).to(device).eval()
+    return loaded
+
+
+def _refuse_missing(path: Path, names: set[str]) -> None:
+    if names:
+        raise UserError(
+            f"{path}: no data for tensor {min(names)} ({len(names)} in all); weights and config are not of the same "
+            "model"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within, transformers shows no progress bar and no report of what it loads: both are looked at here."""
+    from transformers.utils import logging as their_logging
+
+    shown = their_logging.is_progress_bar_enabled()
+    level = their_logging.get_verbosity()
+    their_logging.disable_progress_bar()
+    their_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        their_logging.set_verbosity(level)
+        if shown:
+            their_logging.enable_progress_bar()

@@ -1,0 +1,247 @@
+"""A checkpoint's tensors under the names and in the shapes that transformers' model has, found as transformers does.
+
+Published checkpoints store other names than the modules have ("block_sparse_moe", "w1", fused or split projections).
+transformers' own conversion mapping says what becomes what; here it is run on names and shapes first, and on data one
+tensor at a time, when it is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, OrderedDict
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from signround_edge.errors import UserError
+from signround_edge.model.decoder import Decoder, build_decoder, set_tensor
+from signround_edge.model.source import SourceModel
+
+# What tools that wrap a model while training leave in front of its tensors' names.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "torch's DistributedDataParallel",
+    "base_model.model.": "PEFT",
+    "_fsdp_wrapped_module.": "FSDP",
+}
+_KEPT = 2  # converted tensors kept in memory: experts are asked for one by one, of a layer's two fused parameters
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """Stored tensors that become the tensors of the model together.
+
+    Attributes:
+        transform: transformers' `WeightTransform`, without data.
+        first: the name that transformers knows it by: that of the first tensor of the model.
+        keys: stored name and the pattern of the transform that it matched, in transformers' order.
+    """
+
+    transform: Any
+    first: str
+    keys: list[tuple[str, str]]
+
+    def run(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Name → tensor of the model, of the stored ones by name."""
+        transform = deepcopy(self.transform)
+        for key, pattern in self.keys:
+            transform.add_tensor(self.first, key, pattern, tensors[key])
+        config: Any = model.config
+        converted = transform.convert(self.first, model=model, config=config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+
+@dataclass
+class ModelWeights:
+    """The tensors of a model folder, for its decoder.
+
+    Attributes:
+        source: the folder as stored.
+        decoder: the model; its head is tied to the embedding where the files say so, as transformers does it.
+        unused: stored names that the model has no use for.
+        untied: whether config.json ties head and embedding, and the files hold a different head.
+    """
+
+    source: SourceModel
+    decoder: Decoder
+    unused: list[str] = field(default_factory=list)
+    untied: bool = False
+    _direct: dict[str, str] = field(default_factory=dict)
+    _converted: dict[str, _Conversion] = field(default_factory=dict)
+    _dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    _stored_as: dict[str, str] = field(default_factory=dict)
+    _kept: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
+
+    @classmethod
+    def open(cls, path: Path) -> ModelWeights:
+        """Read the headers and find every tensor of the model; UserError where one is missing or of another shape."""
+        return cls.of(SourceModel.open(path), build_decoder(path))
+
+    @classmethod
+    def of(cls, source: SourceModel, decoder: Decoder) -> ModelWeights:
+        """The same of a source that is open and a decoder that is built."""
+        weights = cls(source, decoder)
+        weights._match()
+        weights._tie()
+        missing = [n for n, _ in weights.decoder.model.named_parameters() if weights._whole(n) not in weights._dtypes]
+        if missing:
+            raise UserError(weights._about_missing(missing))
+        return weights
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or stored buffer of the model in the dtype of the file; a buffer that is not there as built."""
+        part = self.decoder.experts.get(name)
+        index = () if part is None else (part.expert, part.rows)
+        whole = self._whole(name)
+        if whole in self._direct:
+            return self.source.tensor(self._direct[whole], index)
+        if whole not in self._converted:
+            return self.decoder.model.get_buffer(name)
+        if whole not in self._kept:
+            self._convert(self._converted[whole])
+        self._kept.move_to_end(whole)
+        tensor = self._kept[whole]
+        return tensor[index].contiguous() if index else tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a parameter or buffer in the file."""
+        return self._dtypes.get(self._whole(name), torch.float32)
+
+    def load(self, module: nn.Module, prefix: str, device: torch.device, deep: bool = True) -> None:
+        """Load parameters and stored buffers of a module as f32 on `device`, and move its other buffers there.
+
+        Args:
+            prefix: name of the module in the model, with a final dot, or "".
+            deep: those of its children, too.
+        """
+        for owner_name, owner in module.named_modules() if deep else [("", module)]:
+            for leaf in [*owner._parameters, *owner._buffers]:
+                name = prefix + (f"{owner_name}.{leaf}" if owner_name else leaf)
+                held = owner._parameters.get(leaf, owner._buffers.get(leaf))
+                if held is not None and (leaf in owner._parameters or self._whole(name) in self._dtypes):
+                    set_tensor(owner, leaf, self.tensor(name).to(device, torch.float32))
+            owner._buffers.update({leaf: b if b is None else b.to(device) for leaf, b in owner._buffers.items()})
+
+    def notes(self) -> list[str]:
+        """What is left out or read otherwise than one might think, a line each."""
+        lines = []
+        if self.source.ignored_files:
+            files = ", ".join(self.source.ignored_files)
+            lines.append(f"note: {files}: not read, as transformers loads {sorted(set(self.source.files.values()))[0]}")
+        if self.unused:
+            kinds = Counter(re.sub(r"\d+", "*", name) for name in self.unused)
+            shown = ", ".join(list(kinds)[:4]) + (", …" if len(kinds) > 4 else "")
+            config: Any = self.decoder.model.config
+            lines.append(
+                f"note: {len(self.unused)} tensors of the checkpoint are left out, as {config.model_type} has no use "
+                f"for them: {shown}"
+            )
+        if self.untied:
+            lines.append(
+                "note: config.json ties the output head to the embedding, but the checkpoint holds another head, which "
+                "is kept, as transformers does"
+            )
+        return lines
+
+    def _whole(self, name: str) -> str:
+        """The name of the tensor of transformers' model that holds it, of two that are tied the one that is stored."""
+        part = self.decoder.experts.get(name)
+        whole = name if part is None else part.fused
+        return self._stored_as.get(whole, whole)
+
+    def _match(self) -> None:
+        """Find what each stored tensor becomes, as `transformers.core_model_loading` does while it loads."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+
+        model: Any = self.decoder.model
+        mapping = get_model_conversion_mapping(model)
+        renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
+        converters = [t for t in mapping if isinstance(t, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        found: dict[str, _Conversion] = {}
+        for key in sorted(self.source.files, key=dot_natural_key):
+            stored = self.decoder.stored
+            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, stored)
+            if name not in stored and key in stored:
+                name, pattern = rename_source_key(key, [], [], model.base_model_prefix, stored)
+            if name not in stored:
+                self.unused.append(key)
+            elif pattern is None:
+                self._direct[name] = key
+                self._dtypes[name] = self.source.dtypes[key]
+                self._check_shape(name, self.source.shapes[key])
+            else:
+                conversion = found.setdefault(name, _Conversion(by_pattern[pattern], name, []))
+                conversion.keys.append((key, pattern))
+        for conversion in found.values():
+            self._try(conversion)
+
+    def _try(self, conversion: _Conversion) -> None:
+        """Run a conversion without data: what comes out, and in which shapes."""
+        keys = [key for key, _ in conversion.keys]
+        empty = {k: torch.empty(self.source.shapes[k], dtype=self.source.dtypes[k], device="meta") for k in keys}
+        try:
+            made = conversion.run(self.decoder.model, empty)
+        except Exception as error:  # whatever transformers' operations raise on shapes that do not fit together
+            raise UserError(
+                f"{self.source.path}: {keys[0]} and {len(keys) - 1} others cannot be made into {conversion.first} "
+                f"({error}); weights and config are not of the same model"
+            ) from error
+        for name, tensor in made.items():
+            if name not in self.decoder.stored:
+                self.unused.append(name)
+                continue
+            self._check_shape(name, tuple(tensor.shape))
+            self._converted[name] = conversion
+            self._dtypes[name] = tensor.dtype
+
+    def _convert(self, conversion: _Conversion) -> None:
+        tensors = {key: self.source.tensor(key) for key, _ in conversion.keys}
+        made = conversion.run(self.decoder.model, tensors)
+        while self._kept and len(self._kept) + len(made) > max(_KEPT, len(made)):
+            self._kept.popitem(last=False)
+        self._kept.update(made)
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        expected = self.decoder.stored[name]
+        if shape != expected:
+            raise UserError(
+                f"{self.source.path}: tensor {name} is {list(shape)} but config.json asks for {list(expected)}; "
+                "weights and config are not of the same model"
+            )
+
+    def _tie(self) -> None:
+        """Settle which parameters share data, as transformers does: two that are stored and differ do not."""
+        model = self.decoder.model
+        for alias, owner in self.decoder.tied_parameters().items():
+            if alias in self._dtypes and owner in self._dtypes:
+                if not torch.equal(self.tensor(alias), self.tensor(owner)):
+                    own = nn.Parameter(torch.empty_like(model.get_parameter(alias)), requires_grad=False)
+                    set_tensor(model, alias, own)
+                    self.untied = True
+            elif alias in self._dtypes:
+                self._stored_as[owner] = alias
+
+    def _about_missing(self, missing: list[str]) -> str:
+        for prefix, tool in _WRAPPERS.items():
+            wrapped = [name for name in self.unused if name.startswith(prefix)]
+            if wrapped:
+                return (
+                    f"{self.source.path}: the names of {len(wrapped)} tensors begin with {prefix!r}, which {tool} puts "
+                    f"there ({wrapped[0]}); save the model that is inside it with `save_pretrained`"
+                )
+        first = missing[0]
+        seen = f"; it holds {len(self.unused)} that fit nothing, such as {self.unused[0]}" if self.unused else ""
+        return (
+            f"{self.source.path}: tensor {first} is missing from the safetensors files{seen}; download the model again"
+        )

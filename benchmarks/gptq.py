@@ -41,7 +41,8 @@ from signround_edge.model.weights import ModelWeights
 from signround_edge.run_directory import RunDirectory
 from signround_edge.tuning.block.gptq import inverse_factor
 from signround_edge.tuning.block.start import initial_scales
-from signround_edge.tuning.calibration.activations import Shell, block_returns_tuple, run_block
+from signround_edge.tuning.calibration.activations import Stream, run_block
+from signround_edge.tuning.calibration.shell import Shell, block_returns_tuple
 from signround_edge.tuning.calibration.text import calibration_tokens
 from signround_edge.tuning.cpu.attention import use_blocked_attention
 
@@ -146,26 +147,26 @@ def quantize(model: Path, rounded: RunDirectory, tokens: Tensor, options: Option
     decoder = _load(model, rounded)
     use_blocked_attention(decoder.model, _CPU)
     shell = Shell(decoder, block_returns_tuple(decoder, tokens[:1, :2]))
-    hidden = torch.cat([shell.embed(part) for part in tokens.split(_SAMPLES)])
+    stream = Stream(torch.cat([shell.embed(part) for part in tokens.split(_SAMPLES)]))
     found: dict[str, QuantizedTensor] = {}
     for index in range(len(decoder.blocks)):
         matrices = {n: m for n, m in decoder.matrices(index).items() if rounded.is_quantized(n)}
         for stage in _stages(matrices):
             with _hessians(stage) as hessians:
-                _forward(decoder, shell, index, tokens, hidden)
+                _forward(decoder, shell, index, tokens, stream)
             for name, module in stage.items():
                 grid = rounded.quantized(name).grid
                 found[name] = gptq(out_in(module).contiguous(), hessians[name], grid, options)
                 set_out_in(module, found[name].dequantize())
-        hidden = _forward(decoder, shell, index, tokens, hidden)
+        stream = _forward(decoder, shell, index, tokens, stream)
     return found
 
 
 _SAMPLES = 8
 
 
-def _forward(decoder: Decoder, shell: Shell, index: int, tokens: Tensor, hidden: Tensor) -> Tensor:
-    return run_block(decoder, shell, index, tokens, hidden, _SAMPLES, _CPU, torch.autocast("cpu", enabled=False))
+def _forward(decoder: Decoder, shell: Shell, index: int, tokens: Tensor, stream: Stream) -> Stream:
+    return run_block(decoder, shell, index, tokens, stream, _SAMPLES, _CPU, torch.autocast("cpu", enabled=False))
 
 
 def _load(model: Path, rounded: RunDirectory) -> Decoder:

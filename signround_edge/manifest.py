@@ -64,6 +64,7 @@ class Manifest:
         tied: parameter name → name of the parameter whose data it shares.
         tensors: every parameter, in model order.
         complete: part name → record, for parts that are written.
+        source_check: how tuning's reading of the model was compared with transformers'; see `tuning.source_check`.
         whole_model: what the whole-model stage reports, once it is done; the parts are its own from then on.
     """
 
@@ -77,6 +78,7 @@ class Manifest:
     tensors: list[TensorEntry]
     complete: dict[str, PartRecord] = field(default_factory=dict)
     whole_model: dict[str, Any] | None = None
+    source_check: dict[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property

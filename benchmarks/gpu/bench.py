@@ -30,9 +30,10 @@ from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.block.tune import compute_context, compute_dtype
 from signround_edge.tuning.block.unit import Matrix, Unit
 from signround_edge.tuning.block.units import block_matrices, block_unit, run_all
-from signround_edge.tuning.calibration.activations import Shell
+from signround_edge.tuning.calibration.activations import Stream
 from signround_edge.tuning.calibration.importance import Importance
 from signround_edge.tuning.calibration.input_moments import SecondMoments
+from signround_edge.tuning.calibration.shell import Shell
 from signround_edge.tuning.cpu.attention import use_blocked_attention
 from signround_edge.tuning.cpu.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.job import Job
@@ -167,7 +168,7 @@ def prepare(
     manifest = Manifest("gguf:q4_0", ["gguf"], {}, settings.to_json(), {}, plan.parts, plan.tied, plan.tensors)
     run = RunDirectory(source.path / "none", manifest)
     job = Job(weights, plan, tokens, settings, device, run, SILENT, Importance({}))
-    shell = open_shell(job)
+    shell = open_shell(weights, tokens)
     exact = embed(job, shell)
     block, prefix = decoder.blocks[0], decoder.block_prefix(0)
     weights.load(block, prefix, device)
@@ -175,9 +176,9 @@ def prepare(
     with moments.watching(block, decoder.matrices(0)):
         pass_s = timed(lambda: targets.append(run_all(job, shell, 0, exact, moments)), device)
     given = moments.result() if importance is None else {k: v.to(device) for k, v in importance.items()}
-    inputs = exact.roll(1, dims=0).mul_(0.02).add_(exact)
-    unit = block_unit(job, shell, 0, block_matrices(job, 0, given), inputs, targets[0])
-    return PreparedBlock(job, shell, unit, inputs, targets[0], pass_s)
+    inputs = exact.hidden.roll(1, dims=0).mul_(0.02).add_(exact.hidden)
+    unit = block_unit(job, shell, 0, block_matrices(job, 0, given), Stream(inputs), targets[0].hidden)
+    return PreparedBlock(job, shell, unit, inputs, targets[0].hidden, pass_s)
 
 
 class Bench:

@@ -21,26 +21,38 @@ from signround_edge.model.source import SourceModel
 from signround_edge.run_directory import RunDirectory
 
 
-def load_source_model(path: Path, device: str = "cpu") -> nn.Module:
+def load_source_model(
+    path: Path, device: str = "cpu", offload: Path | None = None, memory: int | None = None
+) -> nn.Module:
     """The full-precision model of a Hugging Face folder by `from_pretrained`, f32, in evaluation mode.
 
+    Args:
+        offload: a folder for what does not fit in `memory` bytes: those weights are read from disk when needed.
     Raises:
         UserError: a file is missing or broken, or transformers finds no data for a tensor of the model.
     """
     from transformers import AutoModelForCausalLM
 
     SourceModel.open(path)  # what is missing or broken is said in our words
+    placed: dict[str, Any] = {}
+    if offload is not None:
+        placed = {"device_map": "auto", "max_memory": {"cpu": memory}, "offload_folder": offload}
     try:
         with _quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+                path,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **placed,
             )
     except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: transformers cannot load this model ({first}); check the folder's files") from error
     _refuse_missing(path, info["missing_keys"])
-    loaded: nn.Module = model.requires_grad_(False).to(device).eval()
-    return loaded
+    loaded: nn.Module = model.requires_grad_(False).eval()
+    return loaded if offload is not None else loaded.to(device)
 
 
 def load_run_model(run: RunDirectory, device: str = "cpu") -> nn.Module:

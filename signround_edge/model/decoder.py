@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from signround_edge.errors import UserError
 from signround_edge.model.config import read_config
 from signround_edge.model.experts import ExpertPart, Experts, replace_experts
+from signround_edge.model.linear_layers import matrices_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Decoder:
         stored: name → shape of what transformers saves and loads of this model, parameters and buffers, under its own
             names: those of the model, but for experts.
         experts: parameter name of an expert's matrix → where it is in `stored`.
+        matrix_names: parameter names of the blocks' weight matrices; see `linear_layers`.
     """
 
     model: nn.Module
@@ -41,23 +43,16 @@ class Decoder:
     head: nn.Module
     stored: dict[str, tuple[int, ...]]
     experts: dict[str, ExpertPart]
+    matrix_names: frozenset[str]
 
     def block_prefix(self, index: int) -> str:
         """ "model.layers.7." for block 7."""
         return f"{self.prefix}.{index}."
 
     def matrices(self, index: int) -> dict[str, nn.Module]:
-        """Parameter name → module of every weight matrix (nn.Linear or GPT-2's Conv1D) of a block.
-
-        The routers of mixtures of experts are none: they are small and decide too much to be rounded.
-        """
-        from transformers.pytorch_utils import Conv1D
-
-        return {
-            f"{self.block_prefix(index)}{name}.weight": module
-            for name, module in self.blocks[index].named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-        }
+        """Parameter name → module of every weight matrix (nn.Linear or GPT-2's Conv1D) of a block; no routers."""
+        every = {f"{self.block_prefix(index)}{name}.weight": m for name, m in self.blocks[index].named_modules()}
+        return {name: module for name, module in every.items() if name in self.matrix_names}
 
     def stored_buffers(self) -> dict[str, Tensor]:
         """Name → initial value of every buffer that belongs to a checkpoint (RoPE tables and the like do not)."""
@@ -124,7 +119,10 @@ def build_decoder(config_dir: Path) -> Decoder:
     stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     experts = replace_experts(model)
     prefix, blocks = _find_blocks(model, config_dir)
-    return Decoder(model, blocks, prefix, model.get_input_embeddings(), model.get_output_embeddings(), stored, experts)
+    matrices = matrices_of(model, blocks, prefix)
+    return Decoder(
+        model, blocks, prefix, model.get_input_embeddings(), model.get_output_embeddings(), stored, experts, matrices
+    )
 
 
 def transformers_model(config_dir: Path) -> nn.Module:

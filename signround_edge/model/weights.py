@@ -231,6 +231,8 @@ class ModelWeights:
                     self.untied = True
             elif alias in self._dtypes:
                 self._stored_as[owner] = alias
+            else:
+                self._stored_as[alias] = owner
 
     def _about_missing(self, missing: list[str]) -> str:
         for prefix, tool in _WRAPPERS.items():

@@ -10,32 +10,38 @@ from torch import Tensor, nn
 from signround_edge.formats import QuantizedTensor
 from signround_edge.manifest import OUTSIDE
 from signround_edge.model.decoder import set_tensor, set_weight, unload_parameters, weight_of
+from signround_edge.model.weights import ModelWeights
 from signround_edge.tuning.block.channel_scaling import ChannelScaling
 from signround_edge.tuning.block.start import initial_scales
-from signround_edge.tuning.calibration.activations import Shell, block_returns_tuple, equal_weights
+from signround_edge.tuning.calibration.activations import Stream, equal_weights
 from signround_edge.tuning.calibration.input_moments import SecondMoments
+from signround_edge.tuning.calibration.shell import Shell, block_returns_tuple
 from signround_edge.tuning.job import CPU, Job
 
 
-def open_shell(job: Job) -> Shell:
-    """The model without its blocks: all that is outside them but the head is loaded, as the source stores it."""
-    decoder = job.decoder
+def open_shell(weights: ModelWeights, tokens: Tensor) -> Shell:
+    """The model without its blocks: all that is outside them but the head is loaded, as the source stores it.
+
+    Args:
+        tokens: any samples, int64 [samples, seqlen].
+    """
+    decoder = weights.decoder
     inside = set(decoder.blocks.modules())
     for name, module in decoder.model.named_modules():
         if module not in inside and module is not decoder.head:
-            job.weights.load(module, f"{name}." if name else "", CPU, deep=False)
-    job.weights.load(decoder.blocks[0], decoder.block_prefix(0), CPU)
-    shell = Shell(decoder, block_returns_tuple(decoder, job.tokens[:1, :2]))
+            weights.load(module, f"{name}." if name else "", CPU, deep=False)
+    weights.load(decoder.blocks[0], decoder.block_prefix(0), CPU)
+    shell = Shell(decoder, block_returns_tuple(decoder, tokens[:1, :2]))
     unload_parameters(decoder.blocks[0])
     return shell
 
 
-def embed(job: Job, shell: Shell) -> Tensor:
-    """What enters block 0 for all samples, f32 [samples, seqlen, hidden], by the embedding that is loaded."""
-    return torch.cat([shell.embed(part) for part in job.tokens.split(job.settings.batch_size)])
+def embed(job: Job, shell: Shell) -> Stream:
+    """What enters block 0 for all samples, by the embedding that is loaded."""
+    return Stream(torch.cat([shell.embed(part) for part in job.tokens.split(job.settings.batch_size)]))
 
 
-def quantize_embedding(job: Job) -> QuantizedTensor | None:
+def quantize_embedding(job: Job, shell: Shell) -> QuantizedTensor | None:
     """Round the token embedding and install it; None where it stays in floats."""
     name = job.plan.embedding
     if not job.run.is_quantized(name):
@@ -43,6 +49,8 @@ def quantize_embedding(job: Job) -> QuantizedTensor | None:
     grid, weight = job.grid(name), weight_of(job.decoder.embedding)
     importance = job.importance.given.get(name, torch.ones(weight.shape[1]))
     tensor = grid.quantize(weight, initial_scales(grid, weight, importance, "search"))
+    if shell.depends_on_tokens(job.tokens[:1]):
+        shell.exact_embedding = job.decoder.embedding._parameters["weight"]
     set_weight(job.decoder.embedding, tensor.dequantize())
     return tensor
 

@@ -27,18 +27,18 @@ from signround_edge.tuning.block.loss import held_out_loss
 from signround_edge.tuning.block.tune import TunedUnit, compute_context, tune_unit
 from signround_edge.tuning.block.unit import Matrix, Unit
 from signround_edge.tuning.block.units import block_matrices, block_unit, layer_unit, run_all
-from signround_edge.tuning.calibration.activations import (
-    Shell,
-)
+from signround_edge.tuning.calibration.activations import Stream
 from signround_edge.tuning.calibration.importance import Importance, ImportanceSink, ImportanceSource, given_importance
 from signround_edge.tuning.calibration.input_moments import SecondMoments
+from signround_edge.tuning.calibration.shell import Shell
 from signround_edge.tuning.calibration.text import calibration_tokens, tokens_hash
 from signround_edge.tuning.cpu.attention import use_blocked_attention
 from signround_edge.tuning.cpu.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.job import Job
 from signround_edge.tuning.outside import embed, open_shell, quantize_embedding, write_outside
-from signround_edge.tuning.resume import open_or_create, versions
+from signround_edge.tuning.resume import create, to_continue, versions
 from signround_edge.tuning.settings import DEVICES, TuningSettings
+from signround_edge.tuning.source_check import check_source
 from signround_edge.tuning.whole_model.loading import revise_whole_model
 
 
@@ -54,6 +54,7 @@ def quantize(
     progress: Progress = SILENT,
     imatrix: ImportanceSource | None = None,
     save_imatrix: ImportanceSink | None = None,
+    source_check: str = "auto",
 ) -> RunDirectory:
     """Tune `model` on the grids of `scheme` and write the run directory `out`.
 
@@ -65,6 +66,7 @@ def quantize(
         float_fallback: keep matrices whose rows no block divides in floats.
         imatrix: where the E[x²] of the scale search comes from instead of the calibration pass.
         save_imatrix: takes the calibration's own E[x²] of every matrix at the end, also of a run complete already.
+        source_check: how the blocks are compared with transformers' model first; one of `source_check.MODES`.
     Raises:
         UserError: bad input, in one sentence; whatever is complete in `out` stays.
     """
@@ -108,7 +110,10 @@ def quantize(
         tied=plan.tied,
         tensors=plan.tensors,
     )
-    run = open_or_create(out, manifest, weights, resume)
+    run = to_continue(out, manifest, resume)
+    if run is None:
+        manifest.source_check = check_source(weights, tokens, torch_device, source_check, progress).to_json()
+        run = create(out, manifest, weights)
     importance = Importance(given, save_imatrix)
     _execute(Job(weights, plan, tokens, settings, torch_device, run, progress, importance))
     return RunDirectory.open(out)
@@ -136,48 +141,50 @@ def _execute(job: Job) -> None:
     job.progress.parts(sum(run.is_complete(part) for part in parts), len(parts))
     if run.manifest.state == "complete" and job.importance.sink is None:
         return
-    shell = open_shell(job)
+    shell = open_shell(job.weights, job.tokens)
     exact = quantized = embed(job, shell)
     scaling = None
     if "channel-scales" in job.settings.transforms:
         compares = run.manifest.whole_model is None
         scaling = ChannelScaling.start(shell, job.tokens, job.device, job.progress, compares)
-    embedding = quantize_embedding(job)
+    embedding = quantize_embedding(job, shell)
     if embedding is not None:
         quantized = embed(job, shell)
     for index in range(blocks):
         exact, quantized = _block(job, shell, scaling, index, exact, quantized)
         job.progress.parts(index + 1, len(parts))
-    write_outside(job, shell, embedding, quantized, scaling)
+    write_outside(job, shell, embedding, quantized.hidden, scaling)
     job.progress.parts(len(parts), len(parts))
     if run.manifest.state != "complete":
-        revise_whole_model(job, shell, exact)
+        revise_whole_model(job, shell, exact.hidden)
     if job.importance.sink is not None:
         job.progress.line(f"wrote {job.importance.save(*job.tokens.shape)}")
 
 
 def _block(
-    job: Job, shell: Shell, scaling: ChannelScaling | None, index: int, exact: Tensor, quantized: Tensor
-) -> tuple[Tensor, Tensor]:
+    job: Job, shell: Shell, scaling: ChannelScaling | None, index: int, exact: Stream, quantized: Stream
+) -> tuple[Stream, Stream]:
     """Tune (or, when it is complete, read) one block; returns the inputs of the next one."""
     block, part, prefix = job.decoder.blocks[index], part_of_block(index), job.decoder.block_prefix(index)
     job.weights.load(block, prefix, job.device)
     every = job.decoder.matrices(index)
     moments = SecondMoments(job.token_weights)
     chosen = {name: module for name, module in every.items() if job.run.is_quantized(name)}
-    with moments.watching(block, job.importance.to_collect(every, chosen)):
+    with shell.exact(), moments.watching(block, job.importance.to_collect(every, chosen)):
         target = run_all(job, shell, index, exact, moments)
     matrices = block_matrices(job, index, job.importance.settle(moments.result(), job.device))
     transform, found = BlockTransform(), None
     if scaling is not None:
-        transform, found = _transform(job, scaling, index, block_unit(job, shell, index, matrices, quantized, target))
+        transform, found = _transform(
+            job, scaling, index, block_unit(job, shell, index, matrices, quantized, target.hidden)
+        )
         scaling.install(index, transform)
         matrices = [transformed_matrix(m, transform.of(m.name.removeprefix(prefix))) for m in matrices]
     if job.run.is_complete(part):
         for matrix in matrices:
             matrix.install(job.run.quantized(matrix.name).dequantize().to(job.device))
     else:
-        tuned = _tune(job, shell, index, matrices, quantized, target)
+        tuned = _tune(job, shell, index, matrices, quantized, target.hidden)
         tensors = {name: tensor for unit in tuned.values() for name, tensor in unit.tensors.items()}
         floats = {**job.floats(part), **{prefix + name: vector for name, vector in transform.vectors.items()}}
         job.run.write_part(
@@ -210,7 +217,7 @@ def _transform(
 
 
 def _tune(
-    job: Job, shell: Shell, index: int, matrices: list[Matrix], inputs: Tensor, target: Tensor
+    job: Job, shell: Shell, index: int, matrices: list[Matrix], inputs: Stream, target: Tensor
 ) -> dict[str, TunedUnit]:
     """The block's tuned units by name: "block", or each matrix's own, one after another."""
     if not matrices:

@@ -19,12 +19,11 @@ from signround_edge.model.weights import ModelWeights
 from signround_edge.run_directory import RunDirectory
 
 
-def open_or_create(out: Path, manifest: Manifest, weights: ModelWeights, resume: bool) -> RunDirectory:
-    """The run directory `out` to write into: that of `manifest` continued, or a new one.
+def to_continue(out: Path, manifest: Manifest, resume: bool) -> RunDirectory | None:
+    """The run of `manifest` that `out` holds; None where there is none and a new one can be made.
 
     Args:
         manifest: of the run asked for.
-        weights: of its model; a new run gets a copy of its config.
         resume: continue what `out` holds.
     Raises:
         UserError: `out` holds another run or something else, or this run and `resume` is not given.
@@ -40,6 +39,11 @@ def open_or_create(out: Path, manifest: Manifest, weights: ModelWeights, resume:
         return run
     if out.exists() and (not out.is_dir() or _has_foreign_files(out)):
         raise UserError(f"{out} exists and is not a run directory; give another -o")
+    return None
+
+
+def create(out: Path, manifest: Manifest, weights: ModelWeights) -> RunDirectory:
+    """A new run directory with a copy of the model's config."""
     weights.source.copy_config(out / "config")
     if weights.untied:  # whoever builds the model from the run's config must get what the files hold
         write_config(out / "config", {**read_config(out / "config"), "tie_word_embeddings": False})

@@ -20,7 +20,8 @@ from signround_edge.model.decoder import Decoder, build_decoder, set_tensor
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.block.sign_step import RoundingState
-from signround_edge.tuning.calibration.activations import Shell, block_returns_tuple
+from signround_edge.tuning.calibration.block_call import Shared
+from signround_edge.tuning.calibration.shell import Shell, block_returns_tuple
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.whole_model import divergence, loading
 from signround_edge.tuning.whole_model.divergence import TopProbabilities
@@ -210,8 +211,9 @@ def test_logits_of_the_shell_are_the_models(name: str, tmp_path: Path, tiny_llam
     shell = Shell(decoder, block_returns_tuple(decoder, tokens))
     with torch.no_grad():
         hidden = shell.embed(tokens)
+        shared: Shared = {}
         for index, block in enumerate(decoder.blocks):
-            hidden = shell.block_call(index, tokens, CPU).run(block, hidden)
+            hidden = shell.block_call(index, tokens, CPU).run(block, hidden, shared)
         found = torch.cat([shell.logits(part) for part in hidden.flatten(0, 1).split(10)])
         torch.testing.assert_close(found, model(input_ids=tokens).logits.flatten(0, 1))
 

@@ -23,7 +23,8 @@ from signround_edge.transforms.find_folds import find_folds
 from signround_edge.transforms.folds import Fold, is_norm
 from signround_edge.tuning.block.start import initial_scales
 from signround_edge.tuning.block.unit import Matrix
-from signround_edge.tuning.calibration.activations import Shell
+from signround_edge.tuning.calibration.block_call import Shared
+from signround_edge.tuning.calibration.shell import Shell
 
 # Tokens of the short text on which folds are tried and the transformed model is compared with the original.
 CHECK_TOKENS = 32
@@ -38,6 +39,7 @@ class ChannelScaling:
         tokens: int64 [1, at most CHECK_TOKENS].
         compares: whether the transformed model is compared with the original; the whole-model stage makes another one.
         original, transformed: what enters the next block of the original model and of the transformed one, f32.
+        shared, shared_transformed: what their blocks left for later ones.
     """
 
     shell: Shell
@@ -47,6 +49,8 @@ class ChannelScaling:
     compares: bool
     original: Tensor = field(init=False)
     transformed: Tensor = field(init=False)
+    shared: Shared = field(default_factory=dict)
+    shared_transformed: Shared = field(default_factory=dict)
 
     @classmethod
     def start(
@@ -54,8 +58,9 @@ class ChannelScaling:
     ) -> ChannelScaling:
         """For a model whose embedding is loaded in full precision; `tokens` [samples, seqlen] are the calibration's."""
         few = tokens[:1, :CHECK_TOKENS]
-        scaling = cls(replace(shell, calls={}), few, device, progress, compares)  # calls are for texts of one length
+        scaling = cls(replace(shell, calls={}, latest=None), few, device, progress, compares)
         scaling.original = scaling.transformed = scaling.shell.embed(few).to(device)
+        scaling.shell.exact_embedding = shell.decoder.embedding._parameters["weight"]
         return scaling
 
     def choose(
@@ -102,12 +107,11 @@ class ChannelScaling:
     def install(self, index: int, transform: BlockTransform) -> None:
         """Put a transform into a block that holds the source's weights; UserError where it changes the function."""
         block = self.shell.decoder.blocks[index]
-        if not self.compares:
-            transform.install(block)
-            return
-        self.original = self._run(index, self.original)
+        self.original = self._run(index, self.original, self.shared)
         transform.install(block)
-        self.transformed = self._run(index, self.transformed)
+        if not self.compares:
+            return
+        self.transformed = self._run(index, self.transformed, self.shared_transformed)
         check_hidden_states(self.original, self.transformed, index)
 
     def check(self) -> float:
@@ -125,16 +129,18 @@ class ChannelScaling:
         )
         return divergence
 
-    def _run(self, index: int, hidden: Tensor) -> Tensor:
-        call = self.shell.block_call(index, self.tokens, self.device)
-        with torch.no_grad():
-            return call.run(self.shell.decoder.blocks[index], hidden.clone()).float()
+    def _run(self, index: int, hidden: Tensor, shared: Shared) -> Tensor:
+        with torch.no_grad(), self.shell.exact():
+            call = self.shell.block_call(index, self.tokens, self.device)
+            return call.run(self.shell.decoder.blocks[index], hidden.clone(), shared).float()
 
     def _folds(self, index: int, own: dict[str, Matrix]) -> list[Fold]:
         """The block's folds whose matrices are all quantized; on the first block the user is told of the others."""
         block = self.shell.decoder.blocks[index]
         with torch.no_grad():
-            found = find_folds(block, lambda: self._run(index, self.original), self.original, self._head_size)
+            found = find_folds(
+                block, lambda: self._run(index, self.original, dict(self.shared)), self.original, self._head_size
+            )
         folds = [fold for fold in found if all(name in own for name in _matrices(block, fold))]
         if index == 0:
             reached = {f"{name}.weight" for fold in folds for name in fold.consumers}

@@ -11,8 +11,9 @@ from signround_edge.model.decoder import out_in
 from signround_edge.schemes.roles import writes_to_stream
 from signround_edge.tuning.block.tune import compute_context
 from signround_edge.tuning.block.unit import Matrix, Unit
-from signround_edge.tuning.calibration.activations import Shell, run_block
+from signround_edge.tuning.calibration.activations import Stream, run_block
 from signround_edge.tuning.calibration.input_moments import InputMoments
+from signround_edge.tuning.calibration.shell import Shell
 from signround_edge.tuning.job import Job
 
 
@@ -37,24 +38,24 @@ def block_matrices(job: Job, index: int, importance: dict[str, Tensor]) -> list[
     ]
 
 
-def block_unit(job: Job, shell: Shell, index: int, matrices: list[Matrix], inputs: Tensor, target: Tensor) -> Unit:
+def block_unit(job: Job, shell: Shell, index: int, matrices: list[Matrix], inputs: Stream, target: Tensor) -> Unit:
     """All matrices of a block against the block's exact output.
 
     Args:
-        inputs: what enters the block in the quantized model, f32 [samples, seqlen, hidden].
-        target: what leaves it in the exact model, same shape.
+        inputs: what enters the block in the quantized model.
+        target: what leaves it in the exact model, f32 [samples, seqlen, hidden].
     """
     block = job.decoder.blocks[index]
 
     def forward(samples: Tensor) -> Tensor:
         call = shell.block_call(index, job.tokens[samples], job.device)
-        return call.run(block, inputs[samples].to(job.device))
+        return call.run(block, *inputs.at(samples, job.device))
 
     targets = (lambda samples: target[samples].to(job.device), job.token_weights)
     return Unit(matrices, forward, *targets, *job.split(), block)
 
 
-def layer_unit(job: Job, shell: Shell, index: int, matrix: Matrix, inputs: Tensor) -> Unit:
+def layer_unit(job: Job, shell: Shell, index: int, matrix: Matrix, inputs: Stream) -> Unit:
     """One matrix against its own exact output for the input that the quantized model gives it."""
     seen: list[Tensor] = []
     hook = matrix.module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().cpu()))
@@ -73,9 +74,9 @@ def layer_unit(job: Job, shell: Shell, index: int, matrix: Matrix, inputs: Tenso
     )
 
 
-def run_all(job: Job, shell: Shell, index: int, hidden: Tensor, moments: InputMoments | None = None) -> Tensor:
-    """`hidden` of all samples through block `index`, products in the dtype of its tuning."""
+def run_all(job: Job, shell: Shell, index: int, stream: Stream, moments: InputMoments | None = None) -> Stream:
+    """`stream`, all samples of it, through block `index`, products in the dtype of its tuning."""
     grids = [job.grid(name) for name in job.decoder.matrices(index) if job.run.is_quantized(name)]
     autocast = compute_context(job.settings, grids, job.device)
     size = job.settings.batch_size
-    return run_block(job.decoder, shell, index, job.tokens, hidden, size, job.device, autocast, moments)
+    return run_block(job.decoder, shell, index, job.tokens, stream, size, job.device, autocast, moments)

@@ -1,176 +1,38 @@
-"""Activations between decoder blocks: what the model outside the blocks computes, and blocks run over all samples."""
+"""Activations between decoder blocks: what flows through them, run over all samples."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import Tensor
 
-from signround_edge.errors import UserError
-from signround_edge.model.decoder import Decoder, first_hidden
+from signround_edge.model.decoder import Decoder
+from signround_edge.tuning.calibration.block_call import Shared
 from signround_edge.tuning.calibration.input_moments import InputMoments
-
-
-class _StopForward(Exception):
-    """Ends a forward pass as soon as what we wanted from it is known."""
+from signround_edge.tuning.calibration.shell import Shell
 
 
 @dataclass(frozen=True)
-class BlockCall:
-    """The arguments besides the hidden states with which the model calls one block.
+class Stream:
+    """What enters a block for all samples, on the CPU.
 
     Attributes:
-        args: positional arguments after the hidden states.
-        kwargs: keyword arguments (masks, position embeddings, …).
+        hidden: f32 [samples, seqlen, hidden].
+        shared: what earlier blocks left for later ones, each [samples, …], in the dtype in which they computed it.
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    hidden: Tensor
+    shared: Shared = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> BlockCall:
-        """The same call with its tensors on a device."""
-        moved = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
-        return BlockCall(*moved)
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Hidden states [n, seqlen, hidden] after the block.
-
-        Under autocast RoPE's cosines and sines have its dtype, or queries and keys would be rotated in f32.
-        """
-        kwargs = self.kwargs
-        if "position_embeddings" in kwargs and torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            rounded = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) else x, kwargs["position_embeddings"])
-            kwargs = {**kwargs, "position_embeddings": rounded}
-        return first_hidden(block(hidden, *self.args, **kwargs))
-
-
-@dataclass
-class Shell:
-    """The model with its blocks taken out: embeds tokens, knows how each block is called, applies the final norm.
-
-    Everything outside the blocks that runs must be loaded; the blocks need not be. Masks and position embeddings
-    depend only on the number of samples in a batch, so they are captured once per batch size.
-    """
-
-    decoder: Decoder
-    returns_tuple: bool
-    calls: dict[int, list[BlockCall]] = field(default_factory=dict)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Hidden states f32 [n, seqlen, hidden] that enter block 0."""
-        return self._pass(tokens, None)[0]
-
-    def block_call(self, index: int, tokens: Tensor, device: torch.device) -> BlockCall:
-        """How block `index` is called, with tensors on `device`, for as many samples as `tokens` [n, seqlen] has."""
-        count = tokens.shape[0]
-        if count not in self.calls:
-            self._pass(tokens, None)
-        return self.calls[count][index].to(device)
-
-    def head_input(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """What the output head receives for the last block's output `hidden` [n, seqlen, hidden]."""
-        return self._pass(tokens, hidden)[1]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits f32 [tokens, vocabulary] for the last block's output [tokens, hidden]; differentiable.
-
-        What follows the blocks sees each token by itself, so tokens of any samples may be given together.
-        """
-        model = self.decoder.model
-        # Whatever the model does before its blocks, it does to tokens that do not matter.
-        placeholders = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
-        with self._recording([], hidden.unsqueeze(0), []):
-            output: Tensor = model(input_ids=placeholders, use_cache=False).logits[0]
-        return output.float()
-
-    def _pass(self, tokens: Tensor, inject: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run the model with recorders for blocks: (input of block 0, input of the head).
-
-        `inject` replaces the hidden states from block 0 on; without it the pass ends at the last block.
-        """
-        model = self.decoder.model
-        tokens = tokens.to(next(self.decoder.embedding.parameters()).device)
-        recorded: list[BlockCall] = []
-        seen: list[Tensor] = []
-        head_inputs: list[Tensor] = []
-
-        def stop_at_head(module: nn.Module, args: tuple[Any, ...]) -> None:
-            head_inputs.append(args[0])
-            raise _StopForward
-
-        hook = self.decoder.head.register_forward_pre_hook(stop_at_head)
-        try:
-            with torch.no_grad(), self._recording(recorded, inject, seen):
-                model(input_ids=tokens, use_cache=False)
-        except _StopForward:
-            pass
-        finally:
-            hook.remove()
-        self.calls.setdefault(tokens.shape[0], recorded)
-        return seen[0], head_inputs[0] if head_inputs else seen[0]
-
-    @contextlib.contextmanager
-    def _recording(self, recorded: list[BlockCall], inject: Tensor | None, seen: list[Tensor]) -> Iterator[None]:
-        """Within, blocks pass hidden states through, and note how they are called and what enters block 0.
-
-        `inject` replaces the hidden states from block 0 on; without it the pass ends at the last block.
-        """
-        blocks, model = self.decoder.blocks, self.decoder.model
-        last = len(blocks) - 1
-        passed: list[Tensor] = []
-
-        def replace(index: int) -> Any:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = kwargs.pop("hidden_states", None) if not args else args[0]
-                assert isinstance(hidden, Tensor)
-                if index == 0:
-                    seen.append(hidden)
-                    hidden = hidden if inject is None else inject
-                elif hidden is not passed[-1]:
-                    raise UserError(
-                        f"{type(model).__name__} does not pass one block's output straight to the next, "
-                        "which tuning needs; use another model"
-                    )
-                passed.append(hidden)
-                recorded.append(BlockCall(args[1:], kwargs))
-                if index == last and inject is None:
-                    raise _StopForward
-                return (hidden, None) if self.returns_tuple else hidden
-
-            return forward
-
-        for index, block in enumerate(blocks):
-            block.forward = replace(index)
-        try:
-            yield
-        finally:
-            for block in blocks:
-                del block.forward
-
-
-def block_returns_tuple(decoder: Decoder, tokens: Tensor) -> bool:
-    """Whether blocks return a tuple; found by running the loaded block 0 on a few tokens [1, n]."""
-    found: list[bool] = []
-
-    def look(module: nn.Module, args: Any, output: Any) -> None:
-        found.append(not isinstance(output, Tensor))
-        raise _StopForward
-
-    hook = decoder.blocks[0].register_forward_hook(look)
-    try:
-        with torch.no_grad():
-            decoder.model(input_ids=tokens, use_cache=False)
-    except _StopForward:
-        pass
-    finally:
-        hook.remove()
-    return found[0]
+    def at(self, samples: Tensor | slice, device: torch.device) -> tuple[Tensor, Shared]:
+        """Hidden states and what is shared, of some samples, on a device."""
+        shared = {
+            name: {key: tuple(part[samples].to(device) for part in parts) for key, parts in mapping.items()}
+            for name, mapping in self.shared.items()
+        }
+        return self.hidden[samples].to(device), shared
 
 
 def run_block(
@@ -178,13 +40,13 @@ def run_block(
     shell: Shell,
     index: int,
     tokens: Tensor,
-    hidden: Tensor,
+    stream: Stream,
     batch_size: int,
     device: torch.device,
     autocast: torch.autocast,
     moments: InputMoments | None = None,
-) -> Tensor:
-    """Output of a loaded block for all samples, f32 [samples, seqlen, hidden] on the CPU.
+) -> Stream:
+    """What a loaded block makes of all samples.
 
     Batches always have the same boundaries, so that a resumed run computes the very same bits.
 
@@ -192,17 +54,30 @@ def run_block(
         autocast: context of the products, the same as while tuning.
         moments: settled after each batch, with the weights that the loss gives to its tokens.
     """
-    out = torch.empty_like(hidden)
+    out = torch.empty_like(stream.hidden)
+    left: list[Shared] = []
     with torch.no_grad():
-        for start in range(0, hidden.shape[0], batch_size):
+        for start in range(0, len(out), batch_size):
             part = slice(start, start + batch_size)
             call = shell.block_call(index, tokens[part], device)
+            hidden, shared = stream.at(part, device)
             with autocast:
-                result = call.run(decoder.blocks[index], hidden[part].to(device)).float()
+                result = call.run(decoder.blocks[index], hidden, shared).float()
             out[part] = result.cpu()
+            left.append(shared)
             if moments is not None:
-                moments.settle(moments.token_weights(result))
-    return out
+                moments.settle(by_token(moments.token_weights(result)))
+    return Stream(out, _joined(left))
+
+
+def _joined(batches: list[Shared]) -> Shared:
+    """What batches of samples left, as one."""
+
+    def of(name: str, key: object) -> Iterable[Tensor]:
+        every = zip(*(batch[name][key] for batch in batches), strict=True)
+        return (torch.cat([part.cpu() for part in parts]) for parts in every)
+
+    return {name: {key: tuple(of(name, key)) for key in mapping} for name, mapping in batches[0].items()}
 
 
 def relative_weights(target: Tensor) -> Tensor:
@@ -212,6 +87,11 @@ def relative_weights(target: Tensor) -> Tensor:
     text) have hidden states hundreds of times larger than all others, and would own a plain mean.
     """
     return target.square().mean(dim=-1, keepdim=True).add_(1e-12).reciprocal_()
+
+
+def by_token(weights: Tensor) -> Tensor:
+    """Weights of tokens [n, seqlen, 1], also of those of several parallel streams [n, seqlen, streams, 1]."""
+    return weights.mean(dim=2) if weights.ndim == 4 else weights
 
 
 def equal_weights(target: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from signround_edge.formats import QuantizedTensor
 from signround_edge.manifest import OUTSIDE, TensorEntry
 from signround_edge.model.decoder import set_tensor
 from signround_edge.tuning.block.tune import compute_context, compute_dtype
-from signround_edge.tuning.calibration.activations import Shell
+from signround_edge.tuning.calibration.shell import Shell
 from signround_edge.tuning.job import CPU, Job
 from signround_edge.tuning.outside import embed, frozen, load_outside
 from signround_edge.tuning.whole_model.divergence import TopProbabilities
@@ -53,7 +53,7 @@ def _load(job: Job, shell: Shell, exact: Tensor) -> WholeModel:
         positions = exact.flatten(0, 1).split(TOKENS_AT_ONCE)
         exact_probabilities = TopProbabilities.of((shell.logits(part.to(device)) for part in positions), CPU)
     load_outside(job, job.run.dequantized, device)
-    inputs = embed(job, shell).cpu()
+    inputs = embed(job, shell).hidden.cpu()
     for entry in job.plan.tensors:  # what stays as it is within the blocks; `install` puts the rest there
         if entry.part != OUTSIDE and entry.name not in tunables:
             set_tensor(decoder.model, entry.name, frozen(job.run.dequantized(entry.name).to(device)))

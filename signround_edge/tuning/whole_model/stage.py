@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from signround_edge.formats import QuantizedTensor
 from signround_edge.model.decoder import Decoder, set_tensor
 from signround_edge.progress import Progress
-from signround_edge.tuning.calibration.activations import Shell
+from signround_edge.tuning.calibration.block_call import Shared
+from signround_edge.tuning.calibration.shell import Shell
 from signround_edge.tuning.schedule import check_steps
 from signround_edge.tuning.settings import TuningSettings
 from signround_edge.tuning.whole_model.divergence import TopProbabilities, kl_divergence
+from signround_edge.tuning.whole_model.shared_slopes import SharedSlopes
 from signround_edge.tuning.whole_model.tunables import Tunable
 
 # Tokens whose logits are in memory at once: f32 [256, vocabulary].
@@ -86,23 +88,29 @@ class WholeModel:
     def train_step(self, samples: Tensor, code_rate: float) -> float:
         """Set the gradients of all tunables on samples [n], and move the codes; returns the mean KL divergence."""
         count = samples.numel() * self.tokens.shape[1]
-        block_inputs: list[Tensor] = []
+        block_inputs: list[tuple[Tensor, Shared]] = []
         hidden = self.inputs[samples].to(self.device)
+        shared: Shared = {}
         for index in range(len(self.decoder.blocks)):
-            block_inputs.append(hidden)
+            block_inputs.append((hidden, {name: dict(mapping) for name, mapping in shared.items()}))
             with torch.no_grad():
-                hidden = self._block(index, samples, hidden)
+                hidden = self._block(index, samples, hidden, shared)
         last = hidden.requires_grad_()
         total = 0.0
         for divergences in self._divergences(samples, last):
             (divergences.sum() / count).backward()
             total += float(divergences.detach().double().sum())
         self._receive(self._tunables_outside, code_rate)
-        slope = last.grad
+        slope, slopes = last.grad, SharedSlopes()
         # Each block runs again: its activations are in memory alone, for a fifth more time in all.
         for index in reversed(range(len(self.decoder.blocks))):
-            block_input = block_inputs.pop().detach().requires_grad_()
-            self._block(index, samples, block_input).backward(slope)
+            block_input, shared = block_inputs.pop()
+            block_input, given = block_input.detach().requires_grad_(), slopes.leaves(shared)
+            left = {name: dict(mapping) for name, mapping in given.items()}
+            output = self._block(index, samples, block_input, left)
+            written, their_slopes = slopes.of_written(given, left)
+            torch.autograd.backward([output, *written], [slope, *their_slopes])
+            slopes.collect(given)
             slope = block_input.grad
             self._receive(self._tunables_of_block[index], code_rate)
         return total / count
@@ -113,8 +121,9 @@ class WholeModel:
         with torch.no_grad():
             for part in samples.split(batch_size):
                 hidden = self.inputs[part].to(self.device)
+                shared: Shared = {}
                 for index in range(len(self.decoder.blocks)):
-                    hidden = self._block(index, part, hidden)
+                    hidden = self._block(index, part, hidden, shared)
                 total += sum(float(found.double().sum()) for found in self._divergences(part, hidden))
         return total / (samples.numel() * self.tokens.shape[1])
 
@@ -128,10 +137,10 @@ class WholeModel:
         inside = {name for names in self._tunables_of_block for name in names}
         return [name for name in self.tunables if name not in inside]
 
-    def _block(self, index: int, samples: Tensor, hidden: Tensor) -> Tensor:
+    def _block(self, index: int, samples: Tensor, hidden: Tensor, shared: Shared) -> Tensor:
         call = self.shell.block_call(index, self.tokens[samples], self.device)
         with self.autocast:
-            return call.run(self.decoder.blocks[index], hidden).float()
+            return call.run(self.decoder.blocks[index], hidden, shared).float()
 
     def _divergences(self, samples: Tensor, hidden: Tensor) -> Iterator[Tensor]:
         """KL divergence f32 [tokens] of some tokens after the others, for the last block's output of `samples`."""

@@ -1,0 +1,209 @@
+"""Before anything is tuned: do the blocks, as tuning runs them, compute what transformers' own model computes?
+
+The run and all that is later compared with it come from one reading of the checkpoint. A tensor taken for another, an
+argument of a block from another batch, a scale that is forgotten would be tuned, exported and proved exact. So a few
+calibration windows go through transformers' `from_pretrained`, which shares no loader with us, and through the blocks
+one by one; each block is given transformers' own hidden states, so that the first one that differs is the culprit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from signround_edge.errors import UserError
+from signround_edge.evaluation.torch_models import load_source_model
+from signround_edge.model.decoder import first_hidden, unload_parameters
+from signround_edge.model.weights import ModelWeights
+from signround_edge.progress import Progress
+from signround_edge.tuning.calibration.block_call import Shared, tokens_first
+from signround_edge.tuning.calibration.shell import Shell
+from signround_edge.tuning.outside import open_shell
+
+# "auto" is "full" where the model fits in memory beside us, else "blocks".
+Mode = Literal["auto", "full", "blocks", "off"]
+MODES: tuple[str, ...] = get_args(Mode)
+LIMIT = 1e-5  # 60 small models differ by 1.1e-6 at most: what f32 leaves of another order of additions
+_BATCHES, _SAMPLES, _SEQLEN = 2, 2, 1024
+_LOGITS = 32  # positions a sample
+_FITS = 0.6  # of the memory that is free
+
+
+@dataclass(frozen=True)
+class SourceCheck:
+    """What the check found, as the manifest keeps it.
+
+    Attributes:
+        mode: how transformers' model was run: "full" (in memory), "blocks" (weights read from disk block by block) or
+            "off" (not at all).
+        transformers: its version.
+        tokens: how many went through both.
+        error: largest relative error of hidden states after a block, or of logits; see `relative_error`.
+        at: where that was.
+    """
+
+    mode: str
+    transformers: str = field(default_factory=lambda: transformers.__version__)
+    tokens: int = 0
+    error: float | None = None
+    at: str | None = None
+
+    def __str__(self) -> str:
+        return describe(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self)
+
+
+def describe(found: dict[str, Any] | None) -> str:
+    """One line about a manifest's `source_check`."""
+    if found is None or found["error"] is None:
+        return "source: not checked against transformers" + ("" if found is None else " (--source-check off)")
+    return (
+        f"source: checked against transformers {found['transformers']} on {found['tokens']} tokens, worst "
+        f"{found['error']:.0e} ({found['at']})"
+    )
+
+
+def check_source(
+    weights: ModelWeights, tokens: Tensor, device: torch.device, mode: str, progress: Progress
+) -> SourceCheck:
+    """Run calibration samples [samples, seqlen] through both models, in f32.
+
+    Raises:
+        UserError: a block, or what is outside the blocks, computes something else than transformers' model.
+    """
+    if mode not in MODES:
+        raise UserError(f"--source-check {mode} is unknown; known are {', '.join(MODES)}")
+    if mode == "off":
+        return SourceCheck("off")
+    if mode == "auto":
+        mode = "full" if _model_bytes(weights) <= _FITS * _free_bytes() else "blocks"
+    batches = _batches(tokens)
+    theirs = [_Recorded() for _ in batches]
+    with _their_model(weights.source.path, mode) as model:
+        for batch, recorded in zip(batches, theirs, strict=True):
+            recorded.run(model, weights.decoder.prefix, batch)
+    worst, at = 0.0, "embedding"
+    for place, error in _errors(weights, batches, theirs, device):
+        if not error <= LIMIT:
+            raise UserError(
+                f"{weights.source.path}: {place} does not compute what transformers {transformers.__version__} "
+                f"computes (relative error {error:.1e}, at most {LIMIT:.0e}), so tuning would not fit this model; "
+                "please report it with the model's config.json, or go on at your own risk with --source-check off"
+            )
+        if error >= worst:
+            worst, at = error, place
+    found = SourceCheck(mode, tokens=sum(batch.numel() for batch in batches), error=worst, at=at)
+    progress.line(str(found))
+    return found
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Root of the mean over tokens of ‖found − expected‖² / ‖expected‖², for [..., features].
+
+    By token, since a few of them (mostly the first) can be a thousand times larger than all others and hide these.
+    """
+    difference = (found.double() - expected.double()).square().sum(dim=-1)
+    return float((difference / expected.double().square().sum(dim=-1).clamp_min(1e-30)).mean().sqrt())
+
+
+@dataclass
+class _Recorded:
+    """What transformers' model computes for one batch: before the blocks, after each of them, and logits."""
+
+    hidden: list[Tensor] = field(default_factory=list)
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def run(self, model: Any, prefix: str, tokens: Tensor) -> None:
+        blocks = model.get_submodule(prefix)
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.hidden.append(tokens_first(args[0] if args else kwargs["hidden_states"]).clone())
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.hidden.append(tokens_first(first_hidden(output)).clone())
+
+        def few_positions(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0][:, -_LOGITS:], *args[1:])
+
+        hooks = [
+            blocks[0].register_forward_pre_hook(before, with_kwargs=True),
+            *(block.register_forward_hook(after) for block in blocks),
+            model.get_output_embeddings().register_forward_pre_hook(few_positions),
+        ]
+        try:
+            with torch.no_grad():
+                self.logits = model(input_ids=tokens, use_cache=False).logits.float()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _errors(
+    weights: ModelWeights, batches: list[Tensor], theirs: list[_Recorded], device: torch.device
+) -> Iterator[tuple[str, float]]:
+    """(place, largest relative error of the batches), in the order in which the model computes."""
+    decoder = weights.decoder
+    shell = open_shell(weights, batches[0])
+    pairs = list(zip(batches, theirs, strict=True))
+    with torch.no_grad():
+        yield "the embedding", max(relative_error(shell.embed(batch), their.hidden[0]) for batch, their in pairs)
+        shared: list[Shared] = [{} for _ in batches]
+        for index, block in enumerate(decoder.blocks):
+            weights.load(block, decoder.block_prefix(index), device)
+            errors = []
+            for (batch, their), left in zip(pairs, shared, strict=True):
+                call = shell.block_call(index, batch, device)
+                output = call.run(block, their.hidden[index].to(device), left)
+                errors.append(relative_error(output.cpu(), their.hidden[index + 1]))
+            unload_parameters(block)
+            yield f"block {index}", max(errors)
+        yield "the output head", max(_logits_error(weights, shell, their) for their in theirs)
+
+
+def _logits_error(weights: ModelWeights, shell: Shell, theirs: _Recorded) -> float:
+    decoder = weights.decoder
+    name = next(n for n, module in decoder.model.named_modules() if module is decoder.head)
+    if decoder.head._parameters["weight"].device.type == "meta":  # type: ignore[union-attr]
+        weights.load(decoder.head, f"{name}.", torch.device("cpu"))
+    logits = shell.logits(theirs.hidden[-1][:, -_LOGITS:].flatten(0, 1))
+    return relative_error(logits, theirs.logits.flatten(0, 1))
+
+
+def _batches(tokens: Tensor) -> list[Tensor]:
+    """Two batches of different tokens, of the same shape as far as the samples go."""
+    count = min(_SAMPLES, max(1, len(tokens) // _BATCHES))
+    found = [tokens[start : start + count, :_SEQLEN] for start in range(0, _BATCHES * count, count)]
+    found = [batch for batch in found if len(batch) == count]
+    return found if len(found) == _BATCHES else [found[0], found[0].flip(-1)]
+
+
+@contextlib.contextmanager
+def _their_model(path: Path, mode: str) -> Iterator[nn.Module]:
+    if mode == "full":
+        yield load_source_model(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="signround-edge-") as folder:
+        yield load_source_model(path, offload=Path(folder), memory=int(_FITS * _free_bytes() / 2))
+
+
+def _model_bytes(weights: ModelWeights) -> int:
+    """Bytes of all parameters in f32."""
+    return sum(4 * parameter.numel() for parameter in weights.decoder.model.parameters())
+
+
+def _free_bytes() -> int:
+    """Memory that can be had without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)

@@ -42,6 +42,7 @@ def quantize(
     float_fallback: bool = False,
     device: str = "auto",
     resume: bool = False,
+    source_check: str = "auto",
     progress: OnProgress = None,
 ) -> RunDirectory:
     """Tune a model on the grids of a scheme, one decoder block in memory at a time, and write a run directory.
@@ -59,6 +60,8 @@ def quantize(
         float_fallback: keep matrices that no block size divides in floats instead of refusing the model.
         device: "auto", "cpu" or "cuda".
         resume: continue `out` after its last complete block.
+        source_check: whether the blocks are first compared with transformers' own model: "full" (all of it in memory),
+            "blocks" (its weights read from disk), "auto" (either, by the memory that is free) or "off".
     """
     from exporters.gguf.imatrix.importance import importance_files
     from signround_edge.model.source import resolve_model
@@ -78,7 +81,9 @@ def quantize(
     folder = resolve_model(os.fspath(model))
     given, saved = importance_files(_path(imatrix), _path(save_imatrix), folder, text)
     chosen = settings or TuningSettings()
-    return tune(folder, parsed, Path(out), text, chosen, device, resume, float_fallback, shown, given, saved)
+    return tune(
+        folder, parsed, Path(out), text, chosen, device, resume, float_fallback, shown, given, saved, source_check
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from exporters.interface import DTYPES
 from exporters.onnx.options import ACCURACY_LEVELS, SCALE_DTYPES
 from signround_edge import __version__
 from signround_edge.errors import CheckFailed, UserError
-from signround_edge.tuning.settings import DEVICES, RECIPES, choices
+from signround_edge.tuning.settings import DEVICES, RECIPES, SOURCE_CHECKS, choices
 
 EXIT_CHECK_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -130,11 +130,19 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--imatrix", type=click.Path(path_type=Path), help="llama.cpp's imatrix file: E[x²] for scales.")
 @click.option("--save-imatrix", type=click.Path(path_type=Path), help="Write E[x²] for llama-quantize here.")
 @click.option("--resume", is_flag=True, help="Continue after the last complete block.")
+@click.option(
+    "--source-check",
+    type=click.Choice(SOURCE_CHECKS),
+    default="auto",
+    show_default=True,
+    help="Compare blocks with transformers' model first: all in memory, or read from disk block by block.",
+)
 @click.option("--float-fallback", is_flag=True, help="Keep matrices that no block size divides in 16-bit floats.")
 def quantize(
     model: str, scheme: str, tensor_type: tuple[str, ...], token_embedding_type: str | None,
     output_tensor_type: str | None, out: Path, calibration: str | None, recipe: str, device: str,
-    imatrix: Path | None, save_imatrix: Path | None, resume: bool, float_fallback: bool, **settings: Any,
+    imatrix: Path | None, save_imatrix: Path | None, resume: bool, source_check: str, float_fallback: bool,
+    **settings: Any,
 ) -> None:  # fmt: skip
     """Tune MODEL (a folder or a Hugging Face name) on the grids of a scheme."""
     from signround_edge import api
@@ -148,7 +156,7 @@ def quantize(
                 model, scheme, out, calibration=calibration, settings=chosen, tensor_type=tensor_type,
                 token_embedding_type=token_embedding_type, output_tensor_type=output_tensor_type, imatrix=imatrix,
                 save_imatrix=save_imatrix, float_fallback=float_fallback, device=device, resume=resume,
-                progress=progress,
+                source_check=source_check, progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt:
         _say(f"interrupted; {out} keeps every finished block: run the same command with --resume to continue")

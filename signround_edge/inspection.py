@@ -36,11 +36,13 @@ class Inspection:
         format: "run", "gguf" or "onnx".
         tensors: each tensor's name, type, shape and stored bytes.
         scheme: the run's scheme; None for artifacts.
+        source_check: how the run's source was compared with transformers, in a line; None for artifacts.
     """
 
     format: str
     tensors: list[TensorInfo]
     scheme: str | None = None
+    source_check: str | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -57,6 +59,7 @@ class Inspection:
         return {
             "format": self.format,
             **({"scheme": self.scheme} if self.scheme else {}),
+            **({"source_check": self.source_check} if self.source_check else {}),
             "total_bytes": self.total_bytes,
             "bits_per_weight": self.bits_per_weight,
             "tensors": [{**vars(t), "shape": list(t.shape)} for t in self.tensors],
@@ -82,4 +85,4 @@ def _inspect_run(path: Path) -> Inspection:
     tensors = [
         TensorInfo(t.name, t.format or t.dtype, tuple(t.shape), entry_bytes(t, target)) for t in run.manifest.tensors
     ]
-    return Inspection("run", tensors, run.manifest.scheme)
+    return Inspection("run", tensors, run.manifest.scheme, run.manifest.source_line)

@@ -87,6 +87,17 @@ class Manifest:
         pending = self.settings.get("whole_model_steps", 0) and self.whole_model is None
         return "complete" if all(p in self.complete for p in self.parts) and not pending else "incomplete"
 
+    @property
+    def source_line(self) -> str:
+        """What the source check found, in a line: "source: checked against transformers 5.23.0 …, worst 4e-07"."""
+        found = self.source_check
+        if found is None or found["error"] is None:
+            return "source: not checked against transformers"
+        return (
+            f"source: checked against transformers {found['transformers']} on {found['tokens']} tokens, worst relative "
+            f"error {found['error']:.0e} ({found['at']})"
+        )
+
     def to_json(self) -> str:
         data = asdict(self)
         return json.dumps({"schema_version": data.pop("schema_version"), "state": self.state, **data}, indent=1) + "\n"

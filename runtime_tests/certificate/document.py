@@ -41,6 +41,7 @@ def certificate(report: VerifyReport, evidence: Evidence, folder: Path) -> dict[
         **data,
         "model": {
             "source": evidence.manifest.source,
+            "source_check": evidence.manifest.source_line,
             "scheme": evidence.manifest.scheme,
             "settings": evidence.manifest.settings,
             "tuned_with": evidence.manifest.versions,

@@ -64,7 +64,7 @@ def _head(document: Entry) -> str:
     model, scoring = document["model"], document["scoring"]
     return (
         f'<h1>Parity certificate</h1><p class="soft">{escape(_name(str(model["source"].get("model", ""))))}, '
-        f"{escape(model['scheme'])} · {escape(document['created'])}</p>"
+        f"{escape(model['scheme'])} · {escape(document['created'])} · {escape(model.get('source_check', ''))}</p>"
         f'<section class="verdict {verdict}"><strong>{verdict.upper()}</strong><p>{_WORDS[verdict]}</p>'
         f'<ul class="reasons">{listed}</ul></section>'
         f"<p>Scored: {scoring['windows']} windows of {scoring['n_ctx']} tokens of {escape(_name(document['text']))}, "

@@ -12,7 +12,7 @@ from signround_edge.inspection import Inspection
 
 def render(found: Inspection) -> Table:
     """A table: one line per tensor type with counts and bytes, and the total."""
-    table = Table(title=f"{found.format}{' ' + found.scheme if found.scheme else ''}")
+    table = Table(title=f"{found.format}{' ' + found.scheme if found.scheme else ''}", caption=found.source_check)
     for column, justify in (("type", "left"), ("tensors", "right"), ("bytes", "right"), ("bits/weight", "right")):
         table.add_column(column, justify="right" if justify == "right" else "left")
     counts: Counter[str] = Counter(t.type for t in found.tensors)

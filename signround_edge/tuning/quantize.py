@@ -66,7 +66,7 @@ def quantize(
         float_fallback: keep matrices whose rows no block divides in floats.
         imatrix: where the E[x²] of the scale search comes from instead of the calibration pass.
         save_imatrix: takes the calibration's own E[x²] of every matrix at the end, also of a run complete already.
-        source_check: how the blocks are compared with transformers' model first; one of `source_check.MODES`.
+        source_check: how the blocks are compared with transformers' model first; one of `SOURCE_CHECKS`.
     Raises:
         UserError: bad input, in one sentence; whatever is complete in `out` stays.
     """
@@ -112,7 +112,8 @@ def quantize(
     )
     run = to_continue(out, manifest, resume)
     if run is None:
-        manifest.source_check = check_source(weights, tokens, torch_device, source_check, progress).to_json()
+        manifest.source_check = check_source(weights, tokens, torch_device, source_check).to_json()
+        progress.line(manifest.source_line)
         run = create(out, manifest, weights)
     importance = Importance(given, save_imatrix)
     _execute(Job(weights, plan, tokens, settings, torch_device, run, progress, importance))

@@ -11,6 +11,9 @@ from signround_edge.transforms import TRANSFORMS
 
 # Where blocks are tuned; "auto" is a GPU where torch finds one.
 DEVICES = ("auto", "cpu", "cuda")
+# How blocks are compared with transformers' own model first: with all of it in memory, or with its weights read from
+# disk block by block; "auto" is "full" where there is room for it.
+SOURCE_CHECKS = ("auto", "full", "blocks", "off")
 
 
 @dataclass(frozen=True)

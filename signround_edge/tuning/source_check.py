@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import transformers
@@ -23,14 +23,11 @@ from signround_edge.errors import UserError
 from signround_edge.evaluation.torch_models import load_source_model
 from signround_edge.model.decoder import first_hidden, unload_parameters
 from signround_edge.model.weights import ModelWeights
-from signround_edge.progress import Progress
 from signround_edge.tuning.calibration.block_call import Shared, tokens_first
 from signround_edge.tuning.calibration.shell import Shell
 from signround_edge.tuning.outside import open_shell
+from signround_edge.tuning.settings import SOURCE_CHECKS
 
-# "auto" is "full" where the model fits in memory beside us, else "blocks".
-Mode = Literal["auto", "full", "blocks", "off"]
-MODES: tuple[str, ...] = get_args(Mode)
 LIMIT = 1e-5  # 60 small models differ by 1.1e-6 at most: what f32 leaves of another order of additions
 _BATCHES, _SAMPLES, _SEQLEN = 2, 2, 1024
 _LOGITS = 32  # positions a sample
@@ -56,34 +53,21 @@ class SourceCheck:
     error: float | None = None
     at: str | None = None
 
-    def __str__(self) -> str:
-        return describe(self.to_json())
-
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
         return asdict(self)
 
 
-def describe(found: dict[str, Any] | None) -> str:
-    """One line about a manifest's `source_check`."""
-    if found is None or found["error"] is None:
-        return "source: not checked against transformers" + ("" if found is None else " (--source-check off)")
-    return (
-        f"source: checked against transformers {found['transformers']} on {found['tokens']} tokens, worst "
-        f"{found['error']:.0e} ({found['at']})"
-    )
-
-
-def check_source(
-    weights: ModelWeights, tokens: Tensor, device: torch.device, mode: str, progress: Progress
-) -> SourceCheck:
+def check_source(weights: ModelWeights, tokens: Tensor, device: torch.device, mode: str) -> SourceCheck:
     """Run calibration samples [samples, seqlen] through both models, in f32.
 
+    Args:
+        mode: one of `SOURCE_CHECKS`.
     Raises:
         UserError: a block, or what is outside the blocks, computes something else than transformers' model.
     """
-    if mode not in MODES:
-        raise UserError(f"--source-check {mode} is unknown; known are {', '.join(MODES)}")
+    if mode not in SOURCE_CHECKS:
+        raise UserError(f"--source-check {mode} is unknown; known are {', '.join(SOURCE_CHECKS)}")
     if mode == "off":
         return SourceCheck("off")
     if mode == "auto":
@@ -104,7 +88,6 @@ def check_source(
         if error >= worst:
             worst, at = error, place
     found = SourceCheck(mode, tokens=sum(batch.numel() for batch in batches), error=worst, at=at)
-    progress.line(str(found))
     return found
 
 
@@ -167,7 +150,7 @@ def _errors(
                 output = call.run(block, their.hidden[index].to(device), left)
                 errors.append(relative_error(output.cpu(), their.hidden[index + 1]))
             unload_parameters(block)
-            yield f"block {index}", max(errors)
+            yield f"block {index} ({decoder.prefix}.{index})", max(errors)
         yield "the output head", max(_logits_error(weights, shell, their) for their in theirs)
 
 

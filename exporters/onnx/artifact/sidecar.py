@@ -20,7 +20,7 @@ class Sidecar:
     """The contents of `signround_edge.json`.
 
     Attributes:
-        provenance: version, scheme, manifest_sha256, graph_builder.
+        provenance: version, scheme, manifest_sha256, source_check, graph_builder.
         dtype: None for packed integers, "f32" or "f16" for a control graph.
         accuracy_level: of every MatMulNBits.
         bindings: every stored tensor.
@@ -65,7 +65,8 @@ class Sidecar:
             raise UserError(f"{folder} has no {SIDECAR}, so it is no export of signround-edge; export the run again")
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
-            provenance = {k: data[k] for k in ("version", "scheme", "manifest_sha256", "graph_builder")}
+            facts = ("version", "scheme", "manifest_sha256", "source_check", "graph_builder")
+            provenance = {k: data[k] for k in facts if k in data}
             bindings = [Binding.from_json(t) for t in data["tensors"]]
             return cls(
                 provenance,

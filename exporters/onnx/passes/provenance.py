@@ -10,12 +10,13 @@ from signround_edge.files import sha256_of
 
 
 def provenance(weights: RunWeights, graph_builder: str) -> dict[str, str]:
-    """What model file and `signround_edge.json` both say: version, scheme, sha256 of the run's manifest, builder."""
+    """What model file and `signround_edge.json` both say: version, scheme, manifest, source check, builder."""
     run = weights.run
     return {
         "version": signround_edge.__version__,
         "scheme": run.manifest.scheme,
         "manifest_sha256": sha256_of(run.path / "manifest.json"),
+        "source_check": run.manifest.source_line,
         "graph_builder": graph_builder,
     }
 

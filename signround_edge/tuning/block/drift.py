@@ -104,7 +104,7 @@ def _sums(
                 output = unit.forward(index).float()
             target = unit.target(index)
             weights = unit.token_weights(target)
-            if last.writes_to_stream:
+            if last.writes_to_stream and target.ndim == 3:  # of several streams it feeds them all, by weights
                 inputs = hessians.waiting(last.name).flatten(0, -2).float()
                 errors.addmm_((target - output).mul_(weights).flatten(0, -2).T, inputs)
             hessians.settle(weights)

@@ -66,7 +66,7 @@ def run_block(
             out[part] = result.cpu()
             left.append(shared)
             if moments is not None:
-                moments.settle(by_token(moments.token_weights(result)))
+                moments.settle(moments.token_weights(result))
     return Stream(out, _joined(left))
 
 
@@ -87,11 +87,6 @@ def relative_weights(target: Tensor) -> Tensor:
     text) have hidden states hundreds of times larger than all others, and would own a plain mean.
     """
     return target.square().mean(dim=-1, keepdim=True).add_(1e-12).reciprocal_()
-
-
-def by_token(weights: Tensor) -> Tensor:
-    """Weights of tokens [n, seqlen, 1], also of those of several parallel streams [n, seqlen, streams, 1]."""
-    return weights.mean(dim=2) if weights.ndim == 4 else weights
 
 
 def equal_weights(target: Tensor) -> Tensor:

@@ -64,9 +64,10 @@ class InputMoments(ABC):
 
         Args:
             inputs: [n, seqlen, in features], or [n · seqlen, in features] as some models have it.
-            weights: of all tokens, [n, seqlen, 1].
+            weights: of all tokens, [n, seqlen, 1]; [n, seqlen, streams, 1] where hidden states have several streams.
             tokens: numbers of the tokens that are the inputs, where those are not all.
         """
+        weights = weights.mean(dim=2) if weights.ndim == 4 else weights
         inputs, weights = inputs.reshape(-1, inputs.shape[-1]), weights.reshape(-1, 1)
         self._add(name, inputs, weights if tokens is None else weights[tokens])
 

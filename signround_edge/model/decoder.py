@@ -150,7 +150,13 @@ def transformers_model(config_dir: Path) -> nn.Module:
 
 
 def _find_blocks(model: nn.Module, config_dir: Path) -> tuple[str, nn.ModuleList]:
-    depth = getattr(model.config, "num_hidden_layers", None)
+    config: Any = model.config
+    if config.get_text_config() is not config:
+        raise UserError(
+            f"{config_dir / 'config.json'}: {type(model).__name__} reads more than text, which cannot be quantized "
+            "yet; save its language model as a model of its own, or use a text-only one"
+        )
+    depth = getattr(config, "num_hidden_layers", None)
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
         raise UserError(

@@ -137,8 +137,8 @@ class ModelWeights:
             shown = ", ".join(list(kinds)[:4]) + (", …" if len(kinds) > 4 else "")
             config: Any = self.decoder.model.config
             lines.append(
-                f"note: {len(self.unused)} tensors of the checkpoint are left out, as {config.model_type} has no use "
-                f"for them: {shown}"
+                f"note: {config.model_type} has no use for {len(self.unused)} of the checkpoint's tensors, which are left "
+                f"out: {shown}"
             )
         if self.untied:
             lines.append(
@@ -235,15 +235,14 @@ class ModelWeights:
                 self._stored_as[alias] = owner
 
     def _about_missing(self, missing: list[str]) -> str:
-        for prefix, tool in _WRAPPERS.items():
-            wrapped = [name for name in self.unused if name.startswith(prefix)]
-            if wrapped:
-                return (
-                    f"{self.source.path}: the names of {len(wrapped)} tensors begin with {prefix!r}, which {tool} puts "
-                    f"there ({wrapped[0]}); save the model that is inside it with `save_pretrained`"
-                )
-        first = missing[0]
-        seen = f"; it holds {len(self.unused)} that fit nothing, such as {self.unused[0]}" if self.unused else ""
-        return (
-            f"{self.source.path}: tensor {first} is missing from the safetensors files{seen}; download the model again"
-        )
+        first, path = missing[0], self.source.path
+        longer = next((name for name in self.unused if name.endswith(f".{first}")), None)
+        if longer is not None:
+            prefix = longer.removesuffix(first)
+            tool = next((tool for start, tool in _WRAPPERS.items() if prefix.startswith(start)), "some tool")
+            return (
+                f"{path}: the names of its tensors begin with {prefix!r}, which {tool} has put there ({longer}), so "
+                "transformers does not know them; save the model that is inside it with `save_pretrained`"
+            )
+        seen = f"; {len(self.unused)} others fit nothing, such as {self.unused[0]}" if self.unused else ""
+        return f"{path}: tensor {first} is missing from the safetensors files{seen}; download the model again"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from signround_edge.formats import QuantizedTensor
 from signround_edge.manifest import OUTSIDE
 from signround_edge.model.decoder import load_parameters, set_parameter, set_weight, unload_parameters, weight_of
-from signround_edge.tuning.block.channel_scaling import ChannelScaling
 from signround_edge.tuning.block.start import initial_scales
+from signround_edge.tuning.block.transforming import Transforming
 from signround_edge.tuning.calibration.activations import Shell, block_returns_tuple, equal_weights
 from signround_edge.tuning.calibration.input_moments import SecondMoments
 from signround_edge.tuning.job import CPU, Job
@@ -48,7 +48,7 @@ def quantize_embedding(job: Job) -> QuantizedTensor | None:
 
 
 def write_outside(
-    job: Job, shell: Shell, embedding: QuantizedTensor | None, quantized: Tensor, scaling: ChannelScaling | None
+    job: Job, shell: Shell, embedding: QuantizedTensor | None, quantized: Tensor, transforming: Transforming | None
 ) -> None:
     """Round the output head by weighted search, and write the part that is outside the blocks.
 
@@ -76,9 +76,9 @@ def write_outside(
         weight, grid = weight_of(head), job.grid(name)
         tensors[name] = grid.quantize(weight, initial_scales(grid, weight, importance[name], "search"))
     found = {}
-    if scaling is not None:
+    if transforming is not None:
         load_outside(job, lambda name: job.source_tensor(name).float(), CPU)
-        found["logits_divergence"] = scaling.check()
+        found["logits_divergence"] = transforming.check()
     job.run.write_part(OUTSIDE, tensors, {}, transforms=found)
 
 

@@ -175,8 +175,8 @@ def _block(
     matrices = block_matrices(job, index, job.importance.settle(moments.result(), job.device))
     transform, found = BlockTransform(), None
     if transforming is not None:
-        unit = block_unit(job, shell, index, matrices, quantized, target)
-        transform, found = _transform(job, transforming, index, unit)
+        untuned = block_unit(job, shell, index, matrices, quantized, target)
+        transform, found = _transform(job, transforming, index, untuned)
         transforming.install(index, transform)
         matrices = [transformed_matrix(m, transform.of(m.name.removeprefix(prefix))) for m in matrices]
     if job.run.is_complete(part):

@@ -123,7 +123,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     "transforms",
     multiple=True,
     callback=_transforms,
-    help="channel-scales, none: change the weights, not the function, so that rounding costs less.",
+    help=f"{', '.join(choices('transforms'))}, none: change the weights, not the function, so that rounding costs "
+    "less.",
 )
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("--seed", type=int, help="Seed of the sample order.")

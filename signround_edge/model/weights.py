@@ -137,8 +137,8 @@ class ModelWeights:
             shown = ", ".join(list(kinds)[:4]) + (", …" if len(kinds) > 4 else "")
             config: Any = self.decoder.model.config
             lines.append(
-                f"note: {config.model_type} has no use for {len(self.unused)} of the checkpoint's tensors, which are left "
-                f"out: {shown}"
+                f"note: {config.model_type} has no use for {len(self.unused)} of the checkpoint's tensors, which are "
+                f"left out: {shown}"
             )
         if self.untied:
             lines.append(

@@ -37,7 +37,7 @@ class BlockTransform:
         for name in fold.consumers:
             key = f"{name}.weight"
             changed[key] = self.of(key).times(columns=fold.to_columns(scales))
-        rows, vectors = scaled_vectors(block, fold, scales)
+        rows, vectors = scaled_vectors(block, self.vectors, fold, scales)
         if rows is not None:
             key = f"{fold.producer}.weight"
             changed[key] = self.of(key).times(rows=rows)

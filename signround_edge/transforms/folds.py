@@ -9,6 +9,7 @@ leave the block's function as it is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,10 +60,14 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D) and m not in hidden}
 
 
-def scaled_vectors(block: nn.Module, fold: Fold, scales: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+def scaled_vectors(
+    block: nn.Module, before: Mapping[str, Tensor], fold: Fold, scales: Tensor
+) -> tuple[Tensor | None, dict[str, Tensor]]:
     """What a fold makes of its producer.
 
     Args:
+        block: holds the parameters of the source.
+        before: what other folds have made of its vectors.
         scales: f32 [channels].
     Returns:
         factors of a linear layer's rows f32 [out] (None: the producer is a norm), and the new form of its vectors, by
@@ -74,8 +79,8 @@ def scaled_vectors(block: nn.Module, fold: Fold, scales: Tensor) -> tuple[Tensor
     vectors = {}
     for leaf, parameter in producer._parameters.items():
         if parameter is not None and parameter.ndim == 1:
-            one = 1.0 if fold.adds_one and leaf == "weight" else 0.0
-            vectors[f"{fold.producer}.{leaf}"] = (parameter.detach() + one) * factors - one
+            name, one = f"{fold.producer}.{leaf}", 1.0 if fold.adds_one and leaf == "weight" else 0.0
+            vectors[name] = (before.get(name, parameter.detach()) + one) * factors - one
     return (None if is_norm(producer) else factors), vectors
 
 

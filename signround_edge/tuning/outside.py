@@ -11,8 +11,8 @@ from signround_edge.formats import QuantizedTensor
 from signround_edge.manifest import OUTSIDE
 from signround_edge.model.decoder import set_tensor, set_weight, unload_parameters, weight_of
 from signround_edge.model.weights import ModelWeights
-from signround_edge.tuning.block.channel_scaling import ChannelScaling
 from signround_edge.tuning.block.start import initial_scales
+from signround_edge.tuning.block.transforming import Transforming
 from signround_edge.tuning.calibration.activations import Stream, equal_weights
 from signround_edge.tuning.calibration.input_moments import SecondMoments
 from signround_edge.tuning.calibration.shell import Shell, block_returns_tuple
@@ -56,7 +56,7 @@ def quantize_embedding(job: Job, shell: Shell) -> QuantizedTensor | None:
 
 
 def write_outside(
-    job: Job, shell: Shell, embedding: QuantizedTensor | None, quantized: Tensor, scaling: ChannelScaling | None
+    job: Job, shell: Shell, embedding: QuantizedTensor | None, quantized: Tensor, transforming: Transforming | None
 ) -> None:
     """Round the output head by weighted search, and write the part that is outside the blocks.
 
@@ -84,9 +84,9 @@ def write_outside(
         weight, grid = weight_of(head), job.grid(name)
         tensors[name] = grid.quantize(weight, initial_scales(grid, weight, importance[name], "search"))
     found = {}
-    if scaling is not None:
+    if transforming is not None:
         load_outside(job, lambda name: job.weights.tensor(name).float(), CPU)
-        found["logits_divergence"] = scaling.check()
+        found["logits_divergence"] = transforming.check()
     job.run.write_part(OUTSIDE, tensors, {}, transforms=found)
 
 

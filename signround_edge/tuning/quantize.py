@@ -22,8 +22,9 @@ from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.plan import Plan, listing, make_plan, part_of_block
 from signround_edge.schemes.scheme import Scheme
 from signround_edge.transforms.block_transform import BlockTransform
-from signround_edge.tuning.block.channel_scaling import ChannelScaling, stored_transform, transformed_matrix
+from signround_edge.tuning.block.channel_scaling import choose_channel_scales
 from signround_edge.tuning.block.loss import held_out_loss
+from signround_edge.tuning.block.transforming import Transforming, stored_transform, transformed_matrix
 from signround_edge.tuning.block.tune import TunedUnit, compute_context, tune_unit
 from signround_edge.tuning.block.unit import Matrix, Unit
 from signround_edge.tuning.block.units import block_matrices, block_unit, layer_unit, run_all
@@ -144,17 +145,17 @@ def _execute(job: Job) -> None:
         return
     shell = open_shell(job.weights, job.tokens)
     exact = quantized = embed(job, shell)
-    scaling = None
-    if "channel-scales" in job.settings.transforms:
+    transforming = None
+    if job.settings.transforms:
         compares = run.manifest.whole_model is None
-        scaling = ChannelScaling.start(shell, job.tokens, job.device, job.progress, compares)
+        transforming = Transforming.start(shell, job.tokens, job.device, job.progress, compares)
     embedding = quantize_embedding(job, shell)
     if embedding is not None:
         quantized = embed(job, shell)
     for index in range(blocks):
-        exact, quantized = _block(job, shell, scaling, index, exact, quantized)
+        exact, quantized = _block(job, shell, transforming, index, exact, quantized)
         job.progress.parts(index + 1, len(parts))
-    write_outside(job, shell, embedding, quantized.hidden, scaling)
+    write_outside(job, shell, embedding, quantized.hidden, transforming)
     job.progress.parts(len(parts), len(parts))
     if run.manifest.state != "complete":
         revise_whole_model(job, shell, exact.hidden)
@@ -163,7 +164,7 @@ def _execute(job: Job) -> None:
 
 
 def _block(
-    job: Job, shell: Shell, scaling: ChannelScaling | None, index: int, exact: Stream, quantized: Stream
+    job: Job, shell: Shell, transforming: Transforming | None, index: int, exact: Stream, quantized: Stream
 ) -> tuple[Stream, Stream]:
     """Tune (or, when it is complete, read) one block; returns the inputs of the next one."""
     block, part, prefix = job.decoder.blocks[index], part_of_block(index), job.decoder.block_prefix(index)
@@ -175,11 +176,10 @@ def _block(
         target = run_all(job, shell, index, exact, moments)
     matrices = block_matrices(job, index, job.importance.settle(moments.result(), job.device))
     transform, found = BlockTransform(), None
-    if scaling is not None:
-        transform, found = _transform(
-            job, scaling, index, block_unit(job, shell, index, matrices, quantized, target.hidden)
-        )
-        scaling.install(index, transform)
+    if transforming is not None:
+        untuned = block_unit(job, shell, index, matrices, quantized, target.hidden)
+        transform, found = _transform(job, transforming, index, untuned)
+        transforming.install(index, transform)
         matrices = [transformed_matrix(m, transform.of(m.name.removeprefix(prefix))) for m in matrices]
     if job.run.is_complete(part):
         for matrix in matrices:
@@ -204,17 +204,23 @@ def _block(
 
 
 def _transform(
-    job: Job, scaling: ChannelScaling, index: int, unit: Unit
+    job: Job, transforming: Transforming, index: int, unit: Unit
 ) -> tuple[BlockTransform, dict[str, Any] | None]:
-    """What to make of a block's weights before they are tuned, and what to report; read where it is complete."""
+    """What the run's transforms make of a block's weights before they are tuned, one after another, and each one's
+    report; read where the block is complete."""
     part = part_of_block(index)
     if job.run.is_complete(part):
         return stored_transform(job.run, part, job.decoder.block_prefix(index)).to(job.device), None
     if not unit.matrices:
         return BlockTransform(), None
-    autocast = compute_context(job.settings, (m.grid for m in unit.matrices), job.device)
-    loss = functools.partial(held_out_loss, unit, job.settings, autocast)
-    return scaling.choose(index, unit.matrices, loss, job.settings.scale_init)
+    transform, reports = BlockTransform(), {}
+    if "channel-scales" in job.settings.transforms:
+        autocast = compute_context(job.settings, (m.grid for m in unit.matrices), job.device)
+        loss = functools.partial(held_out_loss, unit, job.settings, autocast)
+        transform, reports["channel-scales"] = choose_channel_scales(
+            transforming, index, unit.matrices, loss, job.settings.scale_init
+        )
+    return transform, reports
 
 
 def _tune(

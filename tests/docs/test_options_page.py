@@ -10,6 +10,7 @@ import click
 import pytest
 
 from signround_edge.cli import main
+from signround_edge.transforms import TRANSFORMS
 from signround_edge.tuning.settings import RECIPES, TuningSettings
 from tests.docs.documents import code_spans, section, table_rows, text_of
 
@@ -51,6 +52,10 @@ def test_choices_and_defaults_are_those_of_the_command(command: str) -> None:
         if given and option.default is not None and option.show_default:
             default = option.default[0] if isinstance(option.default, tuple) else option.default
             assert given[1] == str(default), name
+
+
+def test_every_transform_is_described() -> None:
+    assert {*TRANSFORMS, "none"} <= set(code_spans(rows_of("quantize")["--transform"]))
 
 
 def test_the_common_options() -> None:

@@ -136,6 +136,21 @@ def test_folding_leaves_the_logits_and_changes_every_parameter_that_it_names(fam
     assert {f"{name}.weight" for fold in block.folds() for name in fold.consumers} <= changed
 
 
+def test_folds_of_the_same_channels_follow_one_another(family: str, tmp_path: Path) -> None:
+    """As those of two transforms do: row scales, norm weights and biases are multiplied, not replaced."""
+    block = LastBlock(FAMILIES[family][0], tmp_path)
+    with torch.no_grad():
+        for name, parameter in block.block.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+    expected = block.logits()
+    transform = BlockTransform()
+    for fold in block.folds() * 2:
+        transform = transform.with_fold(block.block, fold, torch.linspace(0.5, 2, fold.channels))
+    transform.install(block.block)
+    assert abs(logits_divergence(expected, block.logits())) < LOGITS_LIMIT
+
+
 def test_what_is_no_fold_would_change_the_logits(tmp_path: Path) -> None:
     """The figure by which candidates are judged does tell: a reader of the norm that is left out shows."""
     block = LastBlock(FAMILIES["llama"][0], tmp_path)

@@ -27,9 +27,13 @@ from signround_edge.formats import QuantizedTensor
 from signround_edge.plugins import exporters
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
+from signround_edge.transforms import TRANSFORMS
+from signround_edge.transforms.block_transform import BlockTransform
 from signround_edge.transforms.check import LOGITS_LIMIT, logits_divergence
 from signround_edge.transforms.folds import Fold
+from signround_edge.tuning import quantize as tuning_quantize
 from signround_edge.tuning.block import channel_scaling
+from signround_edge.tuning.block.transforming import Transforming
 from signround_edge.tuning.block.unit import Matrix
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
@@ -223,18 +227,18 @@ def test_a_fold_that_changes_the_function_stops_the_run(
         return [replace(fold, consumers=fold.consumers[:1]) for fold in find(*args)]
 
     monkeypatch.setattr(channel_scaling, "find_folds", sabotaged)
-    monkeypatch.setattr(channel_scaling.ChannelScaling, "choose", _keeps_all)
+    monkeypatch.setattr(tuning_quantize, "choose_channel_scales", _keeps_all)
     with pytest.raises(UserError, match="changes what decoder block 0 computes"):
         quantize(uneven, parse_scheme("gguf:q4_0"), tmp_path / "run", str(calibration_text), SCALED)
 
 
 def _keeps_all(
-    self: channel_scaling.ChannelScaling, index: int, matrices: list[Matrix], loss: Callable[[], float], scale_init: str
-) -> tuple[channel_scaling.BlockTransform, dict[str, Any]]:
-    block = self.shell.decoder.blocks[index]
-    own = {m.name.removeprefix(self.shell.decoder.block_prefix(index)): m for m in matrices}
-    transform = channel_scaling.BlockTransform()
-    for fold in self._folds(index, own):
+    model: Transforming, index: int, matrices: list[Matrix], loss: Callable[[], float], scale_init: str
+) -> tuple[BlockTransform, dict[str, Any]]:
+    block = model.shell.decoder.blocks[index]
+    own = {m.name.removeprefix(model.shell.decoder.block_prefix(index)): m for m in matrices}
+    transform = BlockTransform()
+    for fold in channel_scaling._folds(model, index, own):
         transform = transform.with_fold(block, fold, torch.linspace(0.5, 2, fold.channels))
     return transform, {}
 
@@ -249,7 +253,7 @@ def test_the_command_line_takes_transforms_and_refuses_unknown_ones(
 
     refused = CliRunner().invoke(main, command("rotate"))
     assert refused.exit_code == 2
-    assert "known are channel-scales and none" in refused.output
+    assert f"known are {', '.join(TRANSFORMS)} and none" in refused.output
     done = CliRunner().invoke(main, command("channel-scales"))
     assert done.exit_code == 0, done.output
     assert "mlp.up_proj → mlp.down_proj" in done.output

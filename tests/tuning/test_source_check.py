@@ -1,4 +1,4 @@
-"""A reading of the model that is not transformers' own stops `quantize`, and its place is named; a right one is noted."""
+"""A reading of the model that is not transformers' own stops `quantize`, and names its place; a right one is noted."""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ from signround_edge.tuning.outside import open_shell
 from signround_edge.tuning.settings import SOURCE_CHECKS
 
 LIMIT = 1e-5  # 60 small models differ by 1.1e-6 at most: what f32 leaves of another order of additions
-_BATCHES, _SAMPLES, _SEQLEN = 2, 2, 1024
+_BATCHES, _SAMPLES = 2, 2
+_TOKENS, _MOST_TOKENS = 128, 1024  # of a sample; more of them only where a sliding window would else go unseen
 _LOGITS = 32  # positions a sample
 _FITS = 0.6  # of the memory that is free
 
@@ -72,7 +73,7 @@ def check_source(weights: ModelWeights, tokens: Tensor, device: torch.device, mo
         return SourceCheck("off")
     if mode == "auto":
         mode = "full" if _model_bytes(weights) <= _FITS * _free_bytes() else "blocks"
-    batches = _batches(tokens)
+    batches = _batches(tokens, weights.decoder.model.config)
     theirs = [_Recorded() for _ in batches]
     with _their_model(weights.source.path, mode) as model:
         for batch, recorded in zip(batches, theirs, strict=True):
@@ -163,11 +164,12 @@ def _logits_error(weights: ModelWeights, shell: Shell, theirs: _Recorded) -> flo
     return relative_error(logits, theirs.logits.flatten(0, 1))
 
 
-def _batches(tokens: Tensor) -> list[Tensor]:
-    """Two batches of different tokens, of the same shape as far as the samples go."""
+def _batches(tokens: Tensor, config: Any) -> list[Tensor]:
+    """Two batches of different tokens and one shape; of a single sample the second is the first backwards."""
+    window = getattr(config, "sliding_window", None) or tokens.shape[1]
+    length = _TOKENS if window >= tokens.shape[1] else _MOST_TOKENS
     count = min(_SAMPLES, max(1, len(tokens) // _BATCHES))
-    found = [tokens[start : start + count, :_SEQLEN] for start in range(0, _BATCHES * count, count)]
-    found = [batch for batch in found if len(batch) == count]
+    found = [batch[:, :length] for batch in tokens[: _BATCHES * count].split(count)]
     return found if len(found) == _BATCHES else [found[0], found[0].flip(-1)]
 
 

@@ -63,7 +63,7 @@ def load_run_model(run: RunDirectory, device: str = "cpu") -> nn.Module:
     """
     decoder = build_decoder(run.config_dir)
     model: Any = transformers_model(run.config_dir)
-    tensors = fused_experts(dict(run.state_dict()), decoder.experts)
+    tensors = fused_experts(dict(run.state_dict()), decoder.experts, decoder.stored)
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     if unexpected:
         raise UserError(f"{run.path}: {type(model).__name__} has no tensor {unexpected[0]}; run `quantize` again")

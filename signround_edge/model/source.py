@@ -15,6 +15,7 @@ from torch import Tensor
 from signround_edge.errors import UserError
 from signround_edge.files import sha256_of
 from signround_edge.model.config import CONFIG_FILE, is_model_folder, read_config
+from signround_edge.model.experts import Index
 
 # What an exporter or an evaluation needs besides weights; copied into run/config.
 CONFIG_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -103,12 +104,12 @@ class SourceModel:
         """Names of the safetensors files beside those that transformers loads."""
         return sorted({file.name for file in self.path.glob("*.safetensors")} - set(self.files.values()))
 
-    def tensor(self, name: str, index: tuple[int | slice, ...] = ()) -> Tensor:
+    def tensor(self, name: str, index: Index = ()) -> Tensor:
         """One tensor as stored, or its part [index]; UserError when it cannot be read or holds NaN or infinity."""
         file = self.path / self.files[name]
         with _open(file) as tensors:
             try:
-                tensor: Tensor = tensors.get_slice(name)[index].contiguous() if index else tensors.get_tensor(name)
+                tensor: Tensor = _part(tensors.get_slice(name), index) if index else tensors.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: tensor {name} cannot be read ({error}); download the file again") from error
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -172,6 +173,13 @@ def _refuse_quantized(path: Path) -> None:
                 f"{path / CONFIG_FILE}: its quantization_config says that this checkpoint is quantized already "
                 f"({method}); quantize the original model, in 16- or 32-bit floats"
             )
+
+
+def _part(stored: Any, index: Index) -> Tensor:
+    """A part of a tensor in a file; of rows that do not follow one another all are read."""
+    strided = any(isinstance(axis, slice) and axis.step not in (None, 1) for axis in index)
+    part: Tensor = stored[index[:1]][index[1:]] if strided else stored[index]
+    return part
 
 
 def _open(file: Path) -> safe_open:

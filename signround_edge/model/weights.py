@@ -94,18 +94,16 @@ class ModelWeights:
 
     def tensor(self, name: str) -> Tensor:
         """A parameter or stored buffer of the model in the dtype of the file; a buffer that is not there as built."""
-        part = self.decoder.experts.get(name)
-        index = () if part is None else (part.expert, part.rows)
-        whole = self._whole(name)
+        part, whole = self.decoder.experts.get(name), self._whole(name)
         if whole in self._direct:
-            return self.source.tensor(self._direct[whole], index)
+            stored = self._direct[whole]
+            return self.source.tensor(stored) if part is None else part.oriented(self.source.tensor(stored, part.index))
         if whole not in self._converted:
             return self.decoder.model.get_buffer(name)
         if whole not in self._kept:
             self._convert(self._converted[whole])
         self._kept.move_to_end(whole)
-        tensor = self._kept[whole]
-        return tensor[index].contiguous() if index else tensor
+        return self._kept[whole] if part is None else part.of(self._kept[whole])
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a parameter or buffer in the file."""

@@ -154,10 +154,14 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_left_so(
         assert float(error) < 0.12
 
 
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return nn.functional.silu(gate) * up
+
+
 def routed_layer() -> tuple[Experts, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Four experts, 2 × 3 tokens; expert 3 sees none, expert 2 only the last: (experts, hidden, chosen, weights)."""
     generator = torch.Generator().manual_seed(0)
-    experts = Experts(Expert(8, 4, nn.SiLU()) for _ in range(4)).to_empty(device="cpu")
+    experts = Experts(Expert(8, 4, swiglu, True, False) for _ in range(4)).to_empty(device="cpu")
     for parameter in experts.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
     hidden = torch.randn(6, 8, generator=generator)

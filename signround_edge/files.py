@@ -73,8 +73,9 @@ def whole_folder(out: Path, what: str, marker: str | None = None) -> Iterator[Pa
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        for file in partial.iterdir():
-            _flush(file)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _flush(file)
         _swap(partial, out)
     except Exception as error:
         if is_disk_full(error):

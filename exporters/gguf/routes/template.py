@@ -24,8 +24,10 @@ from exporters.gguf.placement import Placement, candidate_names
 from exporters.gguf.provenance import PROVENANCE, add_provenance, file_type
 from exporters.gguf.routes.matching import find_row_order, find_vector
 from exporters.gguf.tensors import dequantized, iter_dequantized, plan_tensor
+from exporters.gguf.tokenizer.special_tokens import check_end_tokens
 from exporters.interface import ExportOptions
 from signround_edge.errors import UserError
+from signround_edge.model.tokenizer import end_tokens
 from signround_edge.run_directory import RunDirectory
 
 _COPY_BYTES = 64 << 20
@@ -59,6 +61,7 @@ def export_with_template(run: RunDirectory, path: Path, options: ExportOptions, 
     ]
     writer = gguf.GGUFWriter(None, source.architecture)
     _copy_metadata(writer, source, options)
+    check_end_tokens(source.get, end_tokens(run.config_dir), options.log)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(file_type(run, options.dtype))
     add_provenance(writer, run)

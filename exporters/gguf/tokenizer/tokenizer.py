@@ -1,4 +1,4 @@
-"""Tokenizer metadata: vocabulary, merges or scores, token types, special tokens, chat template.
+"""Tokenizer metadata: vocabulary, merges or scores, token types, special tokens, chat templates.
 
 What counts is the tokenizer as transformers loads it (that is what calibration and evaluation used), so facts are read
 from its serialised form and, for the added BOS, EOS and leading space, from what it does to a letter. Source of the
@@ -8,22 +8,23 @@ conventions: `get_vocab_base`, `_create_vocab_sentencepiece` in conversion/base.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 
 from exporters.gguf.tokenizer import pretokenizer
+from exporters.gguf.tokenizer.chat_templates import add_chat_templates
 from exporters.gguf.tokenizer.sentencepiece_vocab import Vocabulary, extra_splits, from_merges, from_model
+from exporters.gguf.tokenizer.special_tokens import add_end_tokens, add_special_ids, special_ids
 from signround_edge.errors import UserError
+from signround_edge.model.config import is_model_folder, read_config
+from signround_edge.model.tokenizer import chat_templates, end_tokens
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TEMPLATE_HINT = "make an f16 GGUF of the model with llama.cpp's convert_hf_to_gguf.py and give it as --template"
-_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, n_vocab: int, log: Call
         vocabulary = _add_byte_level(writer, loaded, n_vocab, log)
     else:
         raise UserError(f"tokenizers of kind {model['type']} have no built-in GGUF metadata; {_TEMPLATE_HINT}")
-    _add_special(writer, loaded, n_vocab, log)
+    _add_special(writer, loaded, vocabulary, log)
     return vocabulary.tokens
 
 
@@ -164,15 +165,15 @@ def _looks_special(text: str) -> bool:
     )
 
 
-def _add_special(writer: gguf.GGUFWriter, loaded: LoadedTokenizer, n_vocab: int, log: Callable[[str], None]) -> None:
-    """Special token ids, add_bos and add_eos flags, chat template."""
-    with _quiet("gguf.vocab"):  # it warns of templates for pairs of texts, which nothing here uses
-        special = gguf.SpecialVocab(loaded.folder, load_merges=False, n_vocab=n_vocab)
-    ids = special.special_token_ids
-    for kind in _SPECIAL:
-        index = getattr(loaded.hf, f"{kind}_token_id", None)  # an attribute of every transformers tokenizer
-        if kind not in ids and isinstance(index, int) and 0 <= index < n_vocab:
-            ids[kind] = index
+def _add_special(
+    writer: gguf.GGUFWriter, loaded: LoadedTokenizer, vocabulary: Vocabulary, log: Callable[[str], None]
+) -> None:
+    """Special token ids, add_bos and add_eos flags, chat templates."""
+    config = read_config(loaded.folder) if is_model_folder(loaded.folder) else {}
+    ends = end_tokens(loaded.folder)
+    ids = special_ids(loaded.hf, config, len(vocabulary.tokens))
+    if "eos" in ids:
+        ends = replace(ends, ids=(ids["eos"], *ends.ids))
     front, behind = loaded.added_affixes()
     if front:
         ids["bos"] = front[0]
@@ -180,21 +181,8 @@ def _add_special(writer: gguf.GGUFWriter, loaded: LoadedTokenizer, n_vocab: int,
         ids["eos"] = behind[-1]
     if len(front) > 1 or len(behind) > 1:
         log("llama.cpp adds one token in front of a text and one behind it, this tokenizer adds more")
-    special.add_special_token = {"bos": bool(front), "eos": bool(behind)}
-    if special.chat_template is None:
-        template = loaded.hf.chat_template
-        named = isinstance(template, dict)
-        special.chat_template = [{"name": k, "template": v} for k, v in template.items()] if named else template
-    special.add_to_gguf(writer, quiet=True)
-
-
-@contextmanager
-def _quiet(logger_name: str) -> Iterator[None]:
-    """Warnings of another package's logger do not reach the user meanwhile."""
-    logger = logging.getLogger(logger_name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    add_special_ids(writer, ids)
+    add_end_tokens(writer, vocabulary.tokens, ids, ends, log)
+    writer.add_add_bos_token(bool(front))
+    writer.add_add_eos_token(bool(behind))
+    add_chat_templates(writer, chat_templates(loaded.hf, loaded.folder), log)

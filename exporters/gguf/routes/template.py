@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from exporters.gguf.blocks.ggml_types import F32
 from exporters.gguf.container.reader import GgufFile, StoredTensorInfo, shown
 from exporters.gguf.container.writer import PlannedTensor, write_file
+from exporters.gguf.families.rope import rope_parameters, say_truncation
 from exporters.gguf.families.row_orders import RowOrder
 from exporters.gguf.placement import Placement, candidate_names
 from exporters.gguf.provenance import PROVENANCE, add_provenance, file_type
@@ -61,6 +62,7 @@ def export_with_template(run: RunDirectory, path: Path, options: ExportOptions, 
     ]
     writer = gguf.GGUFWriter(None, source.architecture)
     _copy_metadata(writer, source, options)
+    say_truncation(rope_parameters(run.config.get("text_config") or run.config), options.log)
     check_end_tokens(source.get, end_tokens(run.config_dir), options.log)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(file_type(run, options.dtype))

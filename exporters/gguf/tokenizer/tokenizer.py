@@ -17,6 +17,7 @@ import gguf
 
 from exporters.gguf.tokenizer import pretokenizer
 from exporters.gguf.tokenizer.chat_templates import add_chat_templates
+from exporters.gguf.tokenizer.differences import byte_level_differences, is_phi3, sentencepiece_differences
 from exporters.gguf.tokenizer.sentencepiece_vocab import Vocabulary, extra_splits, from_merges, from_model
 from exporters.gguf.tokenizer.special_tokens import add_end_tokens, add_special_ids, special_ids
 from signround_edge.errors import UserError
@@ -70,9 +71,14 @@ class LoadedTokenizer:
         return bool(ids) and self.hf.convert_ids_to_tokens(ids[0]).startswith(("▁", "Ġ"))
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, n_vocab: int, log: Callable[[str], None]) -> list[str]:
+def add_tokenizer(
+    writer: gguf.GGUFWriter, folder: Path, n_vocab: int, log: Callable[[str], None], name: str = ""
+) -> list[str]:
     """Write all `tokenizer.*` keys for an embedding of `n_vocab` rows. UserError for kinds that are not built in.
 
+    Args:
+        log: is told where llama.cpp will do otherwise than the tokenizer.
+        name: of the model, by which llama.cpp knows a Phi-3.
     Returns:
         the tokens in order of their ids; none when the folder has no tokenizer.
     """
@@ -84,10 +90,14 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, n_vocab: int, log: Call
     model = loaded.content["model"]
     if model["type"] == "BPE" and model.get("byte_fallback"):
         vocabulary = _add_sentencepiece(writer, loaded, n_vocab, log)
+        differences = sentencepiece_differences
     elif model["type"] == "BPE":
         vocabulary = _add_byte_level(writer, loaded, n_vocab, log)
+        differences = byte_level_differences
     else:
         raise UserError(f"tokenizers of kind {model['type']} have no built-in GGUF metadata; {_TEMPLATE_HINT}")
+    for line in differences(loaded.content, is_phi3(name, vocabulary.tokens)):
+        log(line)
     _add_special(writer, loaded, vocabulary, log)
     return vocabulary.tokens
 
@@ -102,9 +112,6 @@ def _add_byte_level(
         log(f"llama.cpp's pre-tokenizer {name!r} is approximate: tokens of accented and non-Latin words may differ")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
-    normalizer = (loaded.content.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"):
-        log(f"llama.cpp does not apply this tokenizer's normalizer ({normalizer}); token ids may differ")
     if loaded.adds_leading_space():
         log("llama.cpp does not put a space in front of a text as this tokenizer does; the first token may differ")
     vocabulary = Vocabulary.of_size(n_vocab)

@@ -102,6 +102,22 @@ def add_tokenizer(
     return vocabulary.tokens
 
 
+def say_differences(metadata: Callable[[str], Any], folder: Path, log: Callable[[str], None]) -> None:
+    """Say where llama.cpp will do otherwise than the tokenizer of `folder`, given a file's metadata (a template's)."""
+    keys = gguf.Keys.Tokenizer
+    kinds = {"gpt2": byte_level_differences, "llama": sentencepiece_differences}
+    differences, tokens = kinds.get(str(metadata(keys.MODEL))), metadata(keys.LIST)
+    if differences is None or not isinstance(tokens, list):
+        return
+    try:
+        loaded = LoadedTokenizer.load(folder)
+    except UserError:  # the template's tokenizer is used, and nobody needs this one
+        return
+    if loaded is not None:
+        for line in differences(loaded.content, is_phi3(str(metadata(gguf.Keys.General.NAME) or ""), map(str, tokens))):
+            log(line)
+
+
 def _add_byte_level(
     writer: gguf.GGUFWriter, loaded: LoadedTokenizer, n_vocab: int, log: Callable[[str], None]
 ) -> Vocabulary:

@@ -89,10 +89,13 @@ def test_byte_level_tokenizers(
 ) -> None:
     folder = edited(byte_level_folder, tmp_path / "tokenizer", change)
     lines: list[str] = []
-    artifact = export(run_of(CONFIG, tokenizer=folder), tmp_path / "a.gguf", log=lines.append)
+    artifact = export(run_of(CONFIG, tokenizer=folder), tmp_path / "a.gguf", log=lines.append, dtype="f32")
     assert differing(artifact, folder, TEXTS) == texts
     assert len(notes(lines)) == len(said)
     assert all(words in line for words, line in zip(said, notes(lines), strict=True)), lines
+    again: list[str] = []
+    export(RunDirectory.open(tmp_path / "run"), tmp_path / "b.gguf", log=again.append, template=artifact, dtype="f32")
+    assert notes(again) == notes(lines)
 
 
 def metaspace(scheme: str) -> Callable[[dict[str, Any]], None]:

@@ -39,6 +39,7 @@ from signround_edge.tuning.job import Job
 from signround_edge.tuning.outside import embed, open_shell, quantize_embedding, write_outside
 from signround_edge.tuning.resume import open_or_create, versions
 from signround_edge.tuning.settings import DEVICES, TuningSettings
+from signround_edge.tuning.stored import say_what_is_stored
 from signround_edge.tuning.whole_model.loading import revise_whole_model
 
 
@@ -152,6 +153,7 @@ def _execute(job: Job) -> None:
     job.progress.parts(len(parts), len(parts))
     if run.manifest.state != "complete":
         revise_whole_model(job, shell, exact)
+    say_what_is_stored(job)
     if job.importance.sink is not None:
         job.progress.line(f"wrote {job.importance.save(*job.tokens.shape)}")
 

@@ -15,6 +15,7 @@ from signround_edge.errors import UserError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK_TROUBLE = (*_DISK_FULL, errno.EFBIG, errno.EROFS)
+_WITHIN = ".partial"
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # what numpy says, without an error number
 
 
@@ -54,7 +55,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def whole_folder(out: Path, what: str, marker: str | None = None) -> Iterator[Path]:
-    """Give `<out>.partial` to write in; it becomes `out` when the block ends well, and is removed when it does not.
+    """Give a partial folder to write in; it becomes `out` when the block ends well, and is removed when it does not.
+
+    It is `<out>.partial`, and takes the name at one moment. A folder that is there and empty, or that this process
+    works in, is filled instead: it may be a mount, or what a shell stands in. The partial folder is within it then, and
+    files move out of it one by one, the marker last.
 
     An earlier output at `out` is replaced only then; a partial folder of a killed process is removed first.
 
@@ -66,16 +71,23 @@ def whole_folder(out: Path, what: str, marker: str | None = None) -> Iterator[Pa
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give -o a folder for {what}")
-    if out.is_dir() and any(out.iterdir()) and not (marker and (out / marker).is_file()):
+    real = out.resolve()
+    there = _entries(real) if real.is_dir() else []
+    if there and not (marker and (real / marker).is_file()):
         raise UserError(f"{out} is a folder with other files in it; give -o a new or empty folder")
-    partial = _partial_of(out)
+    fills = real.is_dir() and (not there or Path.cwd().is_relative_to(real))
+    partial = real / _WITHIN if fills else _partial_of(real)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        for file in partial.iterdir():
-            _flush(file)
-        _swap(partial, out)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        if fills:
+            _fill(real, partial, marker)
+        else:
+            _swap(partial, real)
     except Exception as error:
         if is_disk_full(error):
             raise UserError(f"{out}: the disk is full; nothing was kept, free some space and try again") from error
@@ -84,6 +96,29 @@ def whole_folder(out: Path, what: str, marker: str | None = None) -> Iterator[Pa
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, but for a partial folder that a killed process left."""
+    return [path for path in folder.iterdir() if path.name != _WITHIN]
+
+
+def _fill(folder: Path, partial: Path, marker: str | None) -> None:
+    """Move what is in `partial`, a folder within `folder`, up into it in the place of what is there; all or nothing."""
+    new = sorted(partial.iterdir(), key=lambda path: path.name == marker)
+    old = sorted(_entries(folder), key=lambda path: path.name != marker)  # without its marker it is no output of ours
+    kept = partial / _WITHIN
+    kept.mkdir()
+    moves = [(path, kept / path.name) for path in old] + [(path, folder / path.name) for path in new]
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            os.replace(source, target)
+            done.append((source, target))
+    except BaseException:
+        for source, target in reversed(done):
+            os.replace(target, source)
+        raise
 
 
 def _swap(partial: Path, out: Path) -> None:

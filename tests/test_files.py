@@ -71,6 +71,81 @@ def test_a_folder_that_is_not_finished_leaves_the_old_one(end: BaseException, tm
     assert contents(tmp_path) == {"out/marker": "old"}
 
 
+@pytest.mark.parametrize("name", [".", "../here", "", "link"])
+def test_an_empty_folder_is_filled_and_stays_the_same_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (tmp_path / "link").symlink_to(here)
+    monkeypatch.chdir(here)
+    out, before = tmp_path / name if name == "link" else Path(name), here.stat().st_ino
+    with whole_folder(out, "the test", marker="marker") as partial:
+        (partial / "marker").write_text("marker")
+        (partial / "folder").mkdir()
+        (partial / "folder" / "file").write_text("file")
+        assert contents(tmp_path / "here").keys() == {".partial/marker", ".partial/folder/file"}
+    assert contents(here) == {"marker": "marker", "folder/file": "file"}
+    assert sorted(path.name for path in here.iterdir()) == ["folder", "marker"]
+    assert here.stat().st_ino == before == Path.cwd().stat().st_ino
+
+
+def test_an_earlier_output_in_the_working_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for texts in ({"marker": "1", "old": "1"}, {"marker": "2", "new": "2"}):
+        with whole_folder(Path(), "the test", marker="marker") as partial:
+            for name, text in texts.items():
+                (partial / name).write_text(text)
+    assert contents(tmp_path) == {"marker": "2", "new": "2"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["marker", "new"]
+
+
+def test_a_folder_that_is_filled_in_vain_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="the disk is full"), whole_folder(Path(), "the test", marker="m") as partial:
+        write_and_end([partial / "m"], OSError(errno.ENOSPC, "full"))
+    assert list(tmp_path.iterdir()) == []
+    with whole_folder(Path(), "the test", marker="m") as partial:
+        (partial / "m").write_text("old")
+        (partial / "more").write_text("old")
+    moves = 0
+
+    def fail_at_the_end(source: Path, target: Path) -> None:
+        nonlocal moves
+        moves += 1
+        if moves == 4:  # the new marker, after two old files and a new one
+            raise OSError(errno.EIO, "input/output error")
+        os.rename(source, target)
+
+    def write() -> None:
+        with whole_folder(Path(), "the test", marker="m") as partial:
+            (partial / "m").write_text("new")
+            (partial / "more").write_text("new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("signround_edge.files.os.replace", fail_at_the_end)
+        with pytest.raises(UserError, match="cannot be written"):
+            write()
+    assert contents(tmp_path) == {"m": "old", "more": "old"}
+
+
+def test_what_a_killed_process_left_in_an_empty_folder_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".partial" / "scratch").mkdir(parents=True)
+    with whole_folder(tmp_path, "the test") as partial:
+        (partial / "file").write_text("1")
+    assert contents(tmp_path) == {"file": "1"}
+
+
+@pytest.mark.parametrize("name", [".", "other"])
+def test_a_folder_with_other_files_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir(exist_ok=True)
+    (tmp_path / name / "mine").write_text("mine")
+    with pytest.raises(UserError, match="other files in it"), whole_folder(Path(name), "the test", marker="marker"):
+        pass
+    assert list(contents(tmp_path / name).values()) == ["mine"]
+
+
 def test_a_part_of_a_run_that_cannot_be_written_leaves_no_half_file(tmp_path: Path) -> None:
     manifest = Manifest("gguf:q4_0", ["gguf"], {}, {}, {}, [OUTSIDE], {}, [TensorEntry("v", OUTSIDE, [2], "float32")])
     run = RunDirectory.create(tmp_path / "run", manifest)

@@ -11,7 +11,7 @@ from exporters.gguf.families.architecture import add_architecture
 from exporters.gguf.families.rope import factor_tensors
 from exporters.gguf.families.table import canonical_config, family_of
 from exporters.gguf.placement import builtin_placements
-from exporters.gguf.provenance import add_provenance, file_type, model_name
+from exporters.gguf.provenance import add_provenance, file_type, model_name, source_name
 from exporters.gguf.routes.template import export_with_template
 from exporters.gguf.tensors import f32_tensor, plan_tensor
 from exporters.gguf.tokenizer.tokenizer import add_tokenizer
@@ -39,7 +39,7 @@ def export(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
         raise UserError(f"{run.path} has no token embedding; run `quantize` again")
     n_vocab = embedding.shape(run)[0]
     add_architecture(writer, family, config, n_vocab, options.log)
-    tokens = add_tokenizer(writer, run.config_dir, n_vocab, options.log)
+    tokens = add_tokenizer(writer, run.config_dir, n_vocab, options.log, source_name(run, config))
     writer.add_name(model_name(run, config, tokens))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(file_type(run, options.dtype))

@@ -73,8 +73,13 @@ def model_name(run: RunDirectory, config: dict[str, Any], tokens: list[str]) -> 
     llama.cpp takes special tokens of a "phi-3" for those of Microsoft's models, and dies where `tokens` lack them
     (`llama_vocab::impl::load`): then the name is written with a space.
     """
-    source = str(run.manifest.source.get("model") or config.get("_name_or_path") or "model")
-    name = source.rstrip("/").rpartition("/")[2] or "model"
+    name = source_name(run, config)
     if {"</s>", "<s>", "<unk>", "<|endoftext|>"} <= set(tokens):
         return name
     return re.sub("(?i)(phi)-?3", r"\1 3", name)
+
+
+def source_name(run: RunDirectory, config: dict[str, Any]) -> str:
+    """The last component of the source model's path or name."""
+    source = str(run.manifest.source.get("model") or config.get("_name_or_path") or "model")
+    return source.rstrip("/").rpartition("/")[2] or "model"

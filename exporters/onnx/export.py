@@ -21,6 +21,7 @@ from exporters.onnx.builder_names import builder_knows, check_rope, check_tracea
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx.passes.provenance import provenance, set_provenance
 from exporters.onnx.routes.built import build
+from exporters.onnx.routes.chat_templates import lay_out_chat_templates
 from exporters.onnx.routes.graph import MODEL_FILE, FinishedGraph
 from exporters.onnx.routes.template import from_template
 from exporters.onnx.routes.tracing import trace
@@ -42,6 +43,7 @@ def export_folder(run: RunDirectory, out: Path, options: OnnxOptions) -> Path:
         scratch, companions = partial / "scratch", partial / "companions"
         companions.mkdir()
         graph = _make_graph(weights, scratch, companions, options)
+        lay_out_chat_templates(companions, run.config_dir, options.log)
         facts = provenance(weights, graph.made_by)
         set_provenance(graph.model, facts)
         options.log("onnx: writing model.onnx and model.onnx.data")

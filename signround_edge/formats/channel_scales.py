@@ -26,6 +26,10 @@ class ChannelScales:
             weight = weight * self.columns
         return weight if self.rows is None else weight * self.rows.unsqueeze(1)
 
+    def take_rows(self, rows: slice) -> ChannelScales:
+        """Those of some rows of the matrix."""
+        return ChannelScales(None if self.rows is None else self.rows[rows], self.columns)
+
     def times(self, rows: Tensor | None = None, columns: Tensor | None = None) -> ChannelScales:
         """These scales and others after them."""
         both = ((self.rows, rows), (self.columns, columns))

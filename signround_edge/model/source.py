@@ -16,6 +16,7 @@ from signround_edge.errors import UserError
 from signround_edge.files import sha256_of
 from signround_edge.model.config import CONFIG_FILE, is_model_folder, read_config
 from signround_edge.model.experts import Index
+from signround_edge.model.tokenizer import TEMPLATES_FOLDER
 
 # What an exporter or an evaluation needs besides weights; copied into run/config.
 CONFIG_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -122,12 +123,13 @@ class SourceModel:
         return {name: sha256_of(self.path / name) for name in names}
 
     def copy_config(self, target: Path) -> None:
-        """Copy config, tokenizer and generation files (no weights, no weight index)."""
-        target.mkdir(parents=True, exist_ok=True)
-        for pattern in CONFIG_PATTERNS:
+        """Copy config, tokenizer and generation files and all chat templates (no weights, no weight index)."""
+        for pattern in (*CONFIG_PATTERNS, f"{TEMPLATES_FOLDER}/*.jinja"):
             for file in sorted(self.path.glob(pattern)):
                 if not file.name.endswith(".safetensors.index.json"):
-                    shutil.copyfile(file, target / file.name)
+                    copied = target / file.relative_to(self.path)
+                    copied.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copied)
 
 
 def _weight_files(path: Path) -> list[Path]:

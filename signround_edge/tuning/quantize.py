@@ -40,6 +40,7 @@ from signround_edge.tuning.outside import embed, open_shell, quantize_embedding,
 from signround_edge.tuning.resume import create, to_continue, versions
 from signround_edge.tuning.settings import DEVICES, TuningSettings
 from signround_edge.tuning.source_check import check_source
+from signround_edge.tuning.stored import say_what_is_stored
 from signround_edge.tuning.whole_model.loading import revise_whole_model
 
 
@@ -159,6 +160,7 @@ def _execute(job: Job) -> None:
     job.progress.parts(len(parts), len(parts))
     if run.manifest.state != "complete":
         revise_whole_model(job, shell, exact.hidden)
+    say_what_is_stored(job)
     if job.importance.sink is not None:
         job.progress.line(f"wrote {job.importance.save(*job.tokens.shape)}")
 

@@ -106,6 +106,7 @@ def _add_yarn(writer: gguf.GGUFWriter, config: Config, rope: Config, log: Callab
     attention = _yarn_attention_factor(rope, factor)
     if attention is not None:
         writer.add_rope_scaling_attn_factors(attention)
+    say_truncation(rope, log)
     beta_fast, beta_slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
     if (beta_fast, beta_slow) != (32, 1):
         writer.add_rope_scaling_yarn_beta_fast(beta_fast)
@@ -113,6 +114,18 @@ def _add_yarn(writer: gguf.GGUFWriter, config: Config, rope: Config, log: Callab
         log(
             f"YaRN with beta_fast {beta_fast:g} and beta_slow {beta_slow:g}: llama.cpp computes 32 and 1 for this "
             "architecture, so results differ from the original"
+        )
+
+
+def say_truncation(rope: Config, log: Callable[[str], None]) -> None:
+    """A line where llama.cpp blends other frequencies than transformers: it always rounds the range's ends outwards.
+
+    Source: `ggml_rope_yarn_corr_dims` in ggml.c against `find_correction_range` in transformers.
+    """
+    if rope["rope_type"] == "yarn" and rope.get("truncate") is False:
+        log(
+            "YaRN with truncate false: llama.cpp rounds the range of frequencies that it blends to whole numbers, so "
+            "results differ from the original"
         )
 
 

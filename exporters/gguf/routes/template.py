@@ -19,13 +19,17 @@ from numpy.typing import NDArray
 from exporters.gguf.blocks.ggml_types import F32
 from exporters.gguf.container.reader import GgufFile, StoredTensorInfo, shown
 from exporters.gguf.container.writer import PlannedTensor, write_file
+from exporters.gguf.families.rope import rope_parameters, say_truncation
 from exporters.gguf.families.row_orders import RowOrder
 from exporters.gguf.placement import Placement, candidate_names
 from exporters.gguf.provenance import PROVENANCE, add_provenance, file_type
 from exporters.gguf.routes.matching import find_row_order, find_vector
 from exporters.gguf.tensors import dequantized, iter_dequantized, plan_tensor
+from exporters.gguf.tokenizer.special_tokens import check_end_tokens
+from exporters.gguf.tokenizer.tokenizer import say_differences
 from exporters.interface import ExportOptions
 from signround_edge.errors import UserError
+from signround_edge.model.tokenizer import end_tokens
 from signround_edge.run_directory import RunDirectory
 
 _COPY_BYTES = 64 << 20
@@ -59,6 +63,9 @@ def export_with_template(run: RunDirectory, path: Path, options: ExportOptions, 
     ]
     writer = gguf.GGUFWriter(None, source.architecture)
     _copy_metadata(writer, source, options)
+    say_truncation(rope_parameters(run.config.get("text_config") or run.config), options.log)
+    say_differences(source.get, run.config_dir, options.log)
+    check_end_tokens(source.get, end_tokens(run.config_dir), options.log)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(file_type(run, options.dtype))
     add_provenance(writer, run)

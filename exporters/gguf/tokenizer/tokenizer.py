@@ -1,4 +1,4 @@
-"""Tokenizer metadata: vocabulary, merges or scores, token types, special tokens, chat template.
+"""Tokenizer metadata: vocabulary, merges or scores, token types, special tokens, chat templates.
 
 What counts is the tokenizer as transformers loads it (that is what calibration and evaluation used), so facts are read
 from its serialised form and, for the added BOS, EOS and leading space, from what it does to a letter. Source of the
@@ -8,22 +8,24 @@ conventions: `get_vocab_base`, `_create_vocab_sentencepiece` in conversion/base.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 
 from exporters.gguf.tokenizer import pretokenizer
+from exporters.gguf.tokenizer.chat_templates import add_chat_templates
+from exporters.gguf.tokenizer.differences import byte_level_differences, is_phi3, sentencepiece_differences
 from exporters.gguf.tokenizer.sentencepiece_vocab import Vocabulary, extra_splits, from_merges, from_model
+from exporters.gguf.tokenizer.special_tokens import add_end_tokens, add_special_ids, special_ids
 from signround_edge.errors import UserError
+from signround_edge.model.config import is_model_folder, read_config
+from signround_edge.model.tokenizer import chat_templates, end_tokens
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TEMPLATE_HINT = "make an f16 GGUF of the model with llama.cpp's convert_hf_to_gguf.py and give it as --template"
-_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,14 @@ class LoadedTokenizer:
         return bool(ids) and self.hf.convert_ids_to_tokens(ids[0]).startswith(("▁", "Ġ"))
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, n_vocab: int, log: Callable[[str], None]) -> list[str]:
+def add_tokenizer(
+    writer: gguf.GGUFWriter, folder: Path, n_vocab: int, log: Callable[[str], None], name: str = ""
+) -> list[str]:
     """Write all `tokenizer.*` keys for an embedding of `n_vocab` rows. UserError for kinds that are not built in.
 
+    Args:
+        log: is told where llama.cpp will do otherwise than the tokenizer.
+        name: of the model, by which llama.cpp knows a Phi-3.
     Returns:
         the tokens in order of their ids; none when the folder has no tokenizer.
     """
@@ -83,12 +90,32 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, n_vocab: int, log: Call
     model = loaded.content["model"]
     if model["type"] == "BPE" and model.get("byte_fallback"):
         vocabulary = _add_sentencepiece(writer, loaded, n_vocab, log)
+        differences = sentencepiece_differences
     elif model["type"] == "BPE":
         vocabulary = _add_byte_level(writer, loaded, n_vocab, log)
+        differences = byte_level_differences
     else:
         raise UserError(f"tokenizers of kind {model['type']} have no built-in GGUF metadata; {_TEMPLATE_HINT}")
-    _add_special(writer, loaded, n_vocab, log)
+    for line in differences(loaded.content, is_phi3(name, vocabulary.tokens)):
+        log(line)
+    _add_special(writer, loaded, vocabulary, log)
     return vocabulary.tokens
+
+
+def say_differences(metadata: Callable[[str], Any], folder: Path, log: Callable[[str], None]) -> None:
+    """Say where llama.cpp will do otherwise than the tokenizer of `folder`, given a file's metadata (a template's)."""
+    keys = gguf.Keys.Tokenizer
+    kinds = {"gpt2": byte_level_differences, "llama": sentencepiece_differences}
+    differences, tokens = kinds.get(str(metadata(keys.MODEL))), metadata(keys.LIST)
+    if differences is None or not isinstance(tokens, list):
+        return
+    try:
+        loaded = LoadedTokenizer.load(folder)
+    except UserError:  # the template's tokenizer is used, and nobody needs this one
+        return
+    if loaded is not None:
+        for line in differences(loaded.content, is_phi3(str(metadata(gguf.Keys.General.NAME) or ""), map(str, tokens))):
+            log(line)
 
 
 def _add_byte_level(
@@ -101,9 +128,6 @@ def _add_byte_level(
         log(f"llama.cpp's pre-tokenizer {name!r} is approximate: tokens of accented and non-Latin words may differ")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
-    normalizer = (loaded.content.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"):
-        log(f"llama.cpp does not apply this tokenizer's normalizer ({normalizer}); token ids may differ")
     if loaded.adds_leading_space():
         log("llama.cpp does not put a space in front of a text as this tokenizer does; the first token may differ")
     vocabulary = Vocabulary.of_size(n_vocab)
@@ -164,15 +188,15 @@ def _looks_special(text: str) -> bool:
     )
 
 
-def _add_special(writer: gguf.GGUFWriter, loaded: LoadedTokenizer, n_vocab: int, log: Callable[[str], None]) -> None:
-    """Special token ids, add_bos and add_eos flags, chat template."""
-    with _quiet("gguf.vocab"):  # it warns of templates for pairs of texts, which nothing here uses
-        special = gguf.SpecialVocab(loaded.folder, load_merges=False, n_vocab=n_vocab)
-    ids = special.special_token_ids
-    for kind in _SPECIAL:
-        index = getattr(loaded.hf, f"{kind}_token_id", None)  # an attribute of every transformers tokenizer
-        if kind not in ids and isinstance(index, int) and 0 <= index < n_vocab:
-            ids[kind] = index
+def _add_special(
+    writer: gguf.GGUFWriter, loaded: LoadedTokenizer, vocabulary: Vocabulary, log: Callable[[str], None]
+) -> None:
+    """Special token ids, add_bos and add_eos flags, chat templates."""
+    config = read_config(loaded.folder) if is_model_folder(loaded.folder) else {}
+    ends = end_tokens(loaded.folder)
+    ids = special_ids(loaded.hf, config, len(vocabulary.tokens))
+    if "eos" in ids:
+        ends = replace(ends, ids=(ids["eos"], *ends.ids))
     front, behind = loaded.added_affixes()
     if front:
         ids["bos"] = front[0]
@@ -180,21 +204,8 @@ def _add_special(writer: gguf.GGUFWriter, loaded: LoadedTokenizer, n_vocab: int,
         ids["eos"] = behind[-1]
     if len(front) > 1 or len(behind) > 1:
         log("llama.cpp adds one token in front of a text and one behind it, this tokenizer adds more")
-    special.add_special_token = {"bos": bool(front), "eos": bool(behind)}
-    if special.chat_template is None:
-        template = loaded.hf.chat_template
-        named = isinstance(template, dict)
-        special.chat_template = [{"name": k, "template": v} for k, v in template.items()] if named else template
-    special.add_to_gguf(writer, quiet=True)
-
-
-@contextmanager
-def _quiet(logger_name: str) -> Iterator[None]:
-    """Warnings of another package's logger do not reach the user meanwhile."""
-    logger = logging.getLogger(logger_name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    add_special_ids(writer, ids)
+    add_end_tokens(writer, vocabulary.tokens, ids, ends, log)
+    writer.add_add_bos_token(bool(front))
+    writer.add_add_eos_token(bool(behind))
+    add_chat_templates(writer, chat_templates(loaded.hf, loaded.folder), log)

@@ -84,5 +84,6 @@ class Sidecar:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """File name → sha256 of every file in the folder but the sidecar."""
-    return {f.name: sha256_of(f) for f in sorted(folder.iterdir()) if f.is_file() and f.name != SIDECAR}
+    """Path in the folder → sha256 of every file in it but the sidecar."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f != folder / SIDECAR)
+    return {f.relative_to(folder).as_posix(): sha256_of(f) for f in files}

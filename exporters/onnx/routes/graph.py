@@ -61,6 +61,4 @@ def replace_weights(
 def copy_config_files(run: RunDirectory, folder: Path) -> None:
     """Copy the run's config and tokenizer files into a folder, which is made where there is none."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(run.config_dir.iterdir()):
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
+    shutil.copytree(run.config_dir, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
+from signround_edge.formats.fidelity import lies_on_grid
 from signround_edge.formats.scale_search import extreme_scales
 from signround_edge.tuning.block.drift import correct_drift
 from signround_edge.tuning.block.gptq import DAMPING, compensated
@@ -31,6 +32,7 @@ class Start:
         rounded: their loss on the held-out samples.
         states, tensors: what is tuned, and its codes and scales at first: `nearest`, or GPTQ's.
         loss: that of `tensors`.
+        settled: matrices that lie on the grid already: there is nothing to tune.
     """
 
     nearest: dict[str, QuantizedTensor]
@@ -38,6 +40,7 @@ class Start:
     states: dict[str, RoundingState]
     tensors: dict[str, QuantizedTensor]
     loss: float
+    settled: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class _GptqTarget:
 def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -> Start:
     """Round to nearest, and take GPTQ's codes instead where they are wanted and better; what is taken is installed.
 
-    GPTQ is tried with each damping, the safest first; the unit's modules hold the exact weights before.
+    GPTQ is tried with each damping, the safest first; the unit's modules hold the exact weights before. Matrices that
+    lie on the grid already keep their codes.
     """
     states: dict[str, RoundingState] = {}
     for m in unit.matrices:
@@ -73,9 +77,11 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
     if settings.start == "gptq" and settings.steps:
         targets, inherited = _gptq_targets(unit, states, settings, autocast)  # needs the exact weights in the modules
     nearest = quantized(states)
+    settled = frozenset(m.name for m in unit.matrices if lies_on_grid(m.weight, nearest[m.name]))
+    targets = {name: target for name, target in targets.items() if name not in settled}
     unit.install(nearest)
     rounded = held_out_loss(unit, settings, autocast)
-    start = Start(nearest, rounded, states, nearest, rounded)
+    start = Start(nearest, rounded, states, nearest, rounded, settled)
     for damping in DAMPING if targets else ():
         candidate = states | {name: target.state(settings, damping) for name, target in targets.items()}
         tensors = quantized(candidate)
@@ -85,7 +91,7 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
             left = (loss - inherited) / (rounded - inherited) if inherited < loss else 1.0
             for name, target in targets.items():
                 candidate[name].travel = travel_from_gptq(settings, target.codes, left, len(unit.train))
-            start = Start(nearest, rounded, candidate, tensors, loss)
+            start = Start(nearest, rounded, candidate, tensors, loss, settled)
     unit.install(start.tensors)
     return start
 

@@ -15,7 +15,7 @@ from signround_edge.tuning.block.loss import held_out_loss, loss_gradient
 from signround_edge.tuning.block.sign_step import RoundingState, fused_step
 from signround_edge.tuning.block.start import find_start, quantized
 from signround_edge.tuning.block.statistics import RoundingStatistics, rounding_statistics, v_histogram
-from signround_edge.tuning.block.unit import Unit
+from signround_edge.tuning.block.unit import Matrix, Unit
 from signround_edge.tuning.schedule import check_steps
 from signround_edge.tuning.settings import TuningSettings
 
@@ -69,13 +69,14 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
     histograms = {name: v_histogram(state) for name, state in states.items()}
     check_at = check_steps(settings.steps, settings.checks)
     dtype = compute_dtype(settings, (m.grid for m in unit.matrices), device)
-    weights = _tunable_weights(unit, dtype) if settings.steps else {}
-    for step in range(settings.steps):
+    tuned = [m for m in unit.matrices if m.name not in start.settled]
+    weights = _tunable_weights(tuned, dtype) if settings.steps else {}
+    for step in range(settings.steps if tuned else 0):
         index = next(batches)
         with autocast:
             output = unit.forward(index).float()
         output.backward(loss_gradient(unit, output.detach(), index))
-        for matrix in unit.matrices:
+        for matrix in tuned:
             weight = weights[matrix.name]
             if weight.grad is None:  # an expert that no token of these samples was routed to
                 assert split_expert(matrix.name)[1] is not None, matrix.name
@@ -117,12 +118,12 @@ def compute_context(settings: TuningSettings, grids: Iterable[Grid], device: tor
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def _tunable_weights(unit: Unit, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+def _tunable_weights(matrices: list[Matrix], dtype: torch.dtype) -> dict[str, nn.Parameter]:
     """Make each module's weight a leaf that receives a gradient: name → parameter.
 
     It has the dtype of the products, so that neither it nor its gradient is converted at every step.
     """
-    return {m.name: set_weight(m.module, weight_of(m.module).to(dtype, copy=True), True) for m in unit.matrices}
+    return {m.name: set_weight(m.module, weight_of(m.module).to(dtype, copy=True), True) for m in matrices}
 
 
 def _transposed_step(state: RoundingState, gradient: Tensor, out: Tensor, step: int, settings: TuningSettings) -> None:

@@ -167,3 +167,16 @@ def test_reading_the_format_leaves_no_trace(with_ort: Exported) -> None:
 def test_plain_onnx_runtime_loads_the_file(with_ort: Exported) -> None:
     session = onnxruntime.InferenceSession(str(with_ort.folder / "model.ort"), providers=["CPUExecutionProvider"])
     assert session.get_outputs()[0].name == "logits"
+
+
+def test_the_working_folder_can_be_exported_to_again_and_again(
+    llama_run: RunDirectory, llama_export: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory.open(llama_run.path.absolute())
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert export(run, Path()) == Path()
+        assert OnnxExporter().recognises(Path())
+        assert changed_files(Path()) == []
+        assert {file.name for file in tmp_path.iterdir()} == {file.name for file in llama_export.folder.iterdir()}
+    assert onnxruntime.InferenceSession(tmp_path / "model.onnx").get_inputs()

@@ -17,6 +17,7 @@ from torch import nn
 from signround_edge.errors import UserError
 from signround_edge.model.decoder import build_decoder, transformers_model
 from signround_edge.model.experts import fused_experts
+from signround_edge.model.language_model import whole_model_class
 from signround_edge.model.source import SourceModel
 from signround_edge.run_directory import RunDirectory
 
@@ -31,7 +32,7 @@ def load_source_model(
     Raises:
         UserError: a file is missing or broken, or transformers finds no data for a tensor of the model.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     SourceModel.open(path)  # what is missing or broken is said in our words
     placed: dict[str, Any] = {}
@@ -39,7 +40,8 @@ def load_source_model(
         placed = {"device_map": "auto", "max_memory": {"cpu": memory}, "offload_folder": offload}
     try:
         with _quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            auto_class = whole_model_class(AutoConfig.from_pretrained(path, local_files_only=True))
+            model, info = auto_class.from_pretrained(
                 path,
                 dtype=torch.float32,
                 local_files_only=True,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from signround_edge.errors import UserError
 from signround_edge.model.config import read_config
 from signround_edge.model.experts import ExpertPart, Experts, replace_experts
+from signround_edge.model.language_model import decoder_of, reads_more_than_text, text_config, whole_model_class
 from signround_edge.model.linear_layers import matrices_of
 
 
@@ -118,7 +119,7 @@ def build_decoder(config_dir: Path) -> Decoder:
     model: Any = transformers_model(config_dir)
     stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     experts = replace_experts(model)
-    prefix, blocks = _find_blocks(model, config_dir)
+    prefix, blocks = find_blocks(model)
     matrices = matrices_of(model, blocks, prefix)
     return Decoder(
         model, blocks, prefix, model.get_input_embeddings(), model.get_output_embeddings(), stored, experts, matrices
@@ -126,44 +127,74 @@ def build_decoder(config_dir: Path) -> Decoder:
 
 
 def transformers_model(config_dir: Path) -> nn.Module:
-    """transformers' own model of config_dir/config.json, parameters on the meta device, in evaluation mode.
+    """transformers' own causal language model of config_dir/config.json, parameters on the meta device.
+
+    Of a model that reads more than text it is the language model inside, built alone.
 
     Raises:
         UserError: transformers knows no causal language model of this kind.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    model = whole_model(config_dir)
+    if reads_more_than_text(model.config):
+        model = _built(config_dir, AutoModelForCausalLM, text_config(model.config, _is_tied(model)))
+    built: nn.Module = model
+    return built
+
+
+def whole_model(config_dir: Path) -> Any:
+    """transformers' model of config_dir/config.json as it is, towers for images and sound included, on the meta device.
+
+    Raises:
+        UserError: transformers knows no such model.
+    """
+    from transformers import AutoConfig
 
     read_config(config_dir)  # what is no JSON is said so
-    try:
+    with _said(config_dir):
         config = AutoConfig.from_pretrained(config_dir, local_files_only=True)
-        with _parameters_on_meta():
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return _built(config_dir, whole_model_class(config), config)
+
+
+def _built(config_dir: Path, auto_class: Any, config: Any) -> Any:
+    with _said(config_dir), _parameters_on_meta():
+        model: Any = auto_class.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    return model.eval()
+
+
+def _is_tied(model: Any) -> bool:
+    return bool(model.get_input_embeddings().weight is model.get_output_embeddings().weight)
+
+
+@contextlib.contextmanager
+def _said(config_dir: Path) -> Iterator[None]:
+    """Within, what transformers raises on a config that it cannot build becomes one sentence."""
+    try:
+        yield
     except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{config_dir / 'config.json'}: transformers cannot build this architecture as a causal "
             f"language model ({first}); update transformers, or use another model"
         ) from error
-    model.tie_weights()
-    built: nn.Module = model.eval()
-    return built
 
 
-def _find_blocks(model: nn.Module, config_dir: Path) -> tuple[str, nn.ModuleList]:
-    config: Any = model.config
-    if config.get_text_config() is not config:
-        raise UserError(
-            f"{config_dir / 'config.json'}: {type(model).__name__} reads more than text, which cannot be quantized "
-            "yet; save its language model as a model of its own, or use a text-only one"
-        )
-    depth = getattr(config, "num_hidden_layers", None)
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not lists:
-        raise UserError(
-            f"{config_dir / 'config.json'}: no list of {depth} decoder blocks found in {type(model).__name__}; "
-            "only decoder-only models are supported"
-        )
-    return lists[0]
+def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
+    """(name, list) of the decoder blocks of transformers' model, also of one that reads more than text.
+
+    Raises:
+        UserError: it has no list of as many blocks as its config says.
+    """
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    inside = set(decoder_of(model).modules())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and module in inside:
+            return name, module
+    raise UserError(
+        f"no list of {depth} decoder blocks found in {type(model).__name__}; only decoder-only models are supported"
+    )
 
 
 def unload_parameters(module: nn.Module) -> None:

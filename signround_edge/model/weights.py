@@ -7,8 +7,10 @@ tensor at a time, when it is asked for.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from signround_edge.errors import UserError
-from signround_edge.model.decoder import Decoder, build_decoder, set_tensor
+from signround_edge.model.decoder import Decoder, build_decoder, set_tensor, whole_model
+from signround_edge.model.language_model import names_inside, reads_more_than_text
 from signround_edge.model.source import SourceModel
 
 # What tools that wrap a model while training leave in front of its tensors' names.
@@ -126,14 +129,19 @@ class ModelWeights:
 
     def notes(self) -> list[str]:
         """What is left out or read otherwise than one might think, a line each."""
-        lines = []
+        lines: list[str] = []
+        config: Any = self.decoder.model.config
         if self.source.ignored_files:
             files = ", ".join(self.source.ignored_files)
             lines.append(f"note: {files}: not read, as transformers loads {sorted(set(self.source.files.values()))[0]}")
-        if self.unused:
+        if self.is_inside:
+            lines.append(
+                f"note: of {type(self._whole_model).__name__} the language model is quantized, as {config.model_type} "
+                "and for text; its towers for images and sound stay as they are in the checkpoint"
+            )
+        elif self.unused:
             kinds = Counter(re.sub(r"\d+", "*", name) for name in self.unused)
             shown = ", ".join(list(kinds)[:4]) + (", …" if len(kinds) > 4 else "")
-            config: Any = self.decoder.model.config
             lines.append(
                 f"note: {config.model_type} has no use for {len(self.unused)} of the checkpoint's tensors, which are "
                 f"left out: {shown}"
@@ -144,6 +152,24 @@ class ModelWeights:
                 "is kept, as transformers does"
             )
         return lines
+
+    @functools.cached_property
+    def _whole_model(self) -> Any:
+        """transformers' model of the folder, not taken apart."""
+        return whole_model(self.source.path)
+
+    @functools.cached_property
+    def _own_name(self) -> Callable[[str], str | None]:
+        """From names of the whole model to those of the decoder's, None for what is no part of it."""
+        whole = self._whole_model
+        if not reads_more_than_text(whole.config):
+            return lambda name: name
+        return names_inside(whole, self.decoder.model)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the model is the language model of one that reads more than text."""
+        return reads_more_than_text(self._whole_model.config)
 
     def _whole(self, name: str) -> str:
         """The name of the tensor of transformers' model that holds it, of two that are tied the one that is stored."""
@@ -161,20 +187,21 @@ class ModelWeights:
             rename_source_key,
         )
 
-        model: Any = self.decoder.model
+        model: Any = self._whole_model
+        stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         mapping = get_model_conversion_mapping(model)
         renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
         converters = [t for t in mapping if isinstance(t, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         found: dict[str, _Conversion] = {}
         for key in sorted(self.source.files, key=dot_natural_key):
-            stored = self.decoder.stored
             name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, stored)
             if name not in stored and key in stored:
                 name, pattern = rename_source_key(key, [], [], model.base_model_prefix, stored)
-            if name not in stored:
+            if name not in stored or (pattern is None and self._own_name(name) is None):
                 self.unused.append(key)
             elif pattern is None:
+                name = self._own_name(name) or name
                 self._direct[name] = key
                 self._dtypes[name] = self.source.dtypes[key]
                 self._check_shape(name, self.source.shapes[key])
@@ -189,15 +216,16 @@ class ModelWeights:
         keys = [key for key, _ in conversion.keys]
         empty = {k: torch.empty(self.source.shapes[k], dtype=self.source.dtypes[k], device="meta") for k in keys}
         try:
-            made = conversion.run(self.decoder.model, empty)
+            made = conversion.run(self._whole_model, empty)
         except Exception as error:  # whatever transformers' operations raise on shapes that do not fit together
             raise UserError(
                 f"{self.source.path}: {keys[0]} and {len(keys) - 1} others cannot be made into {conversion.first} "
                 f"({error}); weights and config are not of the same model"
             ) from error
-        for name, tensor in made.items():
+        for whole_name, tensor in made.items():
+            name = self._own_name(whole_name)
             if name not in self.decoder.stored:
-                self.unused.append(name)
+                self.unused.append(whole_name)
                 continue
             self._check_shape(name, tuple(tensor.shape))
             self._converted[name] = conversion
@@ -205,7 +233,8 @@ class ModelWeights:
 
     def _convert(self, conversion: _Conversion) -> None:
         tensors = {key: self.source.tensor(key) for key, _ in conversion.keys}
-        made = conversion.run(self.decoder.model, tensors)
+        found = conversion.run(self._whole_model, tensors)
+        made = {self._own_name(name) or name: tensor for name, tensor in found.items()}
         while self._kept and len(self._kept) + len(made) > max(_KEPT, len(made)):
             self._kept.popitem(last=False)
         self._kept.update(made)

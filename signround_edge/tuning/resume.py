@@ -15,6 +15,7 @@ from signround_edge import __version__
 from signround_edge.errors import UserError
 from signround_edge.manifest import Manifest
 from signround_edge.model.config import read_config, write_config
+from signround_edge.model.language_model import save_text_config
 from signround_edge.model.weights import ModelWeights
 from signround_edge.run_directory import RunDirectory
 
@@ -45,6 +46,8 @@ def to_continue(out: Path, manifest: Manifest, resume: bool) -> RunDirectory | N
 def create(out: Path, manifest: Manifest, weights: ModelWeights) -> RunDirectory:
     """A new run directory with a copy of the model's config."""
     weights.source.copy_config(out / "config")
+    if weights.is_inside:
+        save_text_config(weights.decoder.model, out / "config")
     if weights.untied:  # whoever builds the model from the run's config must get what the files hold
         write_config(out / "config", {**read_config(out / "config"), "tie_word_embeddings": False})
     return RunDirectory.create(out, manifest)

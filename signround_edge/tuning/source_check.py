@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from signround_edge.errors import UserError
 from signround_edge.evaluation.torch_models import load_source_model
-from signround_edge.model.decoder import first_hidden, unload_parameters
+from signround_edge.model.decoder import find_blocks, first_hidden, unload_parameters
 from signround_edge.model.weights import ModelWeights
 from signround_edge.tuning.calibration.block_call import Shared, tokens_first
 from signround_edge.tuning.calibration.shell import Shell
@@ -77,7 +77,7 @@ def check_source(weights: ModelWeights, tokens: Tensor, device: torch.device, mo
     theirs = [_Recorded() for _ in batches]
     with _their_model(weights.source.path, mode) as model:
         for batch, recorded in zip(batches, theirs, strict=True):
-            recorded.run(model, weights.decoder.prefix, batch)
+            recorded.run(model, batch)
     worst, at = 0.0, "embedding"
     for place, error in _errors(weights, batches, theirs, device):
         if not error <= LIMIT:
@@ -108,8 +108,8 @@ class _Recorded:
     hidden: list[Tensor] = field(default_factory=list)
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def run(self, model: Any, prefix: str, tokens: Tensor) -> None:
-        blocks = model.get_submodule(prefix)
+    def run(self, model: Any, tokens: Tensor) -> None:
+        blocks = find_blocks(model)[1]
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.hidden.append(tokens_first(args[0] if args else kwargs["hidden_states"]).clone())
@@ -128,6 +128,11 @@ class _Recorded:
         try:
             with torch.no_grad():
                 self.logits = model(input_ids=tokens, use_cache=False).logits.float()
+        except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
+            raise UserError(
+                f"transformers {transformers.__version__} loads this {type(model).__name__} but cannot run it on text "
+                f"({error}); use another version of transformers, or another model"
+            ) from error
         finally:
             for hook in hooks:
                 hook.remove()

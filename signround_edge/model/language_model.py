@@ -83,7 +83,8 @@ def names_inside(whole: Any, text: Any) -> Callable[[str], str | None]:
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, found in model.named_modules() if found is module)
+    names: dict[nn.Module, str] = {found: name for name, found in model.named_modules()}
+    return names[module]
 
 
 def save_text_config(model: Any, folder: Path) -> None:

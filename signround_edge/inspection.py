@@ -36,11 +36,14 @@ class Inspection:
         format: "run", "gguf" or "onnx".
         tensors: each tensor's name, type, shape and stored bytes.
         scheme: the run's scheme; None for artifacts.
+        calibration: the run's tokens a sample, "seqlen", and the BOS token in front of each, "bos" (None: its tokenizer
+            adds none); None for artifacts, and for runs of versions that did not record it.
     """
 
     format: str
     tensors: list[TensorInfo]
     scheme: str | None = None
+    calibration: dict[str, int | None] | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -57,6 +60,7 @@ class Inspection:
         return {
             "format": self.format,
             **({"scheme": self.scheme} if self.scheme else {}),
+            **({"calibration": self.calibration} if self.calibration else {}),
             "total_bytes": self.total_bytes,
             "bits_per_weight": self.bits_per_weight,
             "tensors": [{**vars(t), "shape": list(t.shape)} for t in self.tensors],
@@ -82,4 +86,10 @@ def _inspect_run(path: Path) -> Inspection:
     tensors = [
         TensorInfo(t.name, t.format or t.dtype, tuple(t.shape), entry_bytes(t, target)) for t in run.manifest.tensors
     ]
-    return Inspection("run", tensors, run.manifest.scheme)
+    return Inspection("run", tensors, run.manifest.scheme, _calibration(run.manifest.settings))
+
+
+def _calibration(settings: dict[str, Any]) -> dict[str, int | None] | None:
+    if "calibration_bos" not in settings:
+        return None
+    return {"seqlen": settings["seqlen"], "bos": settings["calibration_bos"]}

@@ -19,3 +19,10 @@ def load_tokenizer(folder: Path) -> Any:
         if is_model_folder(folder):
             read_config(folder)  # transformers reads it too; where that is what failed, it is said
         raise UserError(f"{folder} holds no tokenizer that transformers can load; add its tokenizer files") from error
+
+
+def added_bos(tokenizer: Any) -> int | None:
+    """The BOS token when this tokenizer puts one in front of a text, else None."""
+    bos = tokenizer.bos_token_id
+    start = tokenizer("a")["input_ids"][:1]
+    return int(bos) if bos is not None and start == [bos] else None

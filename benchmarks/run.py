@@ -47,10 +47,10 @@ from signround_edge.evaluation.torch_models import load_run_model, load_source_m
 from signround_edge.files import write_atomically
 from signround_edge.inspection import inspect
 from signround_edge.model.decoder import set_tensor
-from signround_edge.model.tokenizer import load_tokenizer
+from signround_edge.model.tokenizer import added_bos, load_tokenizer
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.plan import entry_bytes
-from signround_edge.tuning.calibration.text import calibration_tokens
+from signround_edge.tuning.calibration.text import calibration_tokens, tokens_hash
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(__file__).parent.parent / ".cache"
@@ -81,7 +81,8 @@ def main() -> None:
             measured = _measure(args, row)
         except (llama_quantize.QuantizeFailed, subprocess.CalledProcessError) as error:
             measured = {"failed": _reason(error)}
-        done = {**row, **measured, "machine": _machine(), "commit": _commit()}
+        bos = added_bos(load_tokenizer(args.model))  # in front of each sample; rows without the key had none
+        done = {**row, **measured, "calibration_bos": bos, "machine": _machine(), "commit": _commit()}
         others = [r for r in _read(results) if r["key"] != row["key"]]  # read again: another process may add rows
         write_atomically(results, (json.dumps([*others, done], indent=1) + "\n").encode())
     keys = {row["key"] for row in planned}
@@ -235,7 +236,12 @@ def _size(run: RunDirectory) -> dict[str, Any]:
 
 def _run_folder(args: argparse.Namespace, scheme: str, steps: str) -> Path:
     name = f"{args.name or args.model.name}-{scheme.replace(':', '-').replace(',', '+')}"
-    return CACHE / "runs" / f"{name}-{args.samples}x{args.seqlen}-{steps}"
+    return CACHE / "runs" / f"{name}-{_samples_name(args)}-{steps}"
+
+
+def _samples_name(args: argparse.Namespace) -> str:
+    """Of what is kept in the cache: other tokens, another name (an earlier version cut windows without BOS)."""
+    return f"{args.samples}x{args.seqlen}-{tokens_hash(_samples(args))[:8]}"
 
 
 def _onnx_peer(args: argparse.Namespace, tool: str, scheme: str) -> dict[str, Any]:
@@ -341,7 +347,7 @@ def _llama_quantize(args: argparse.Namespace, scheme: str, with_imatrix: bool) -
 
 def _plain_imatrix(args: argparse.Namespace, folder: Path) -> Path:
     """E[x²] of the same calibration samples, every token counting the same, as the llama-imatrix program has it."""
-    file = folder / f"imatrix-{args.samples}x{args.seqlen}-{args.calibration.stem}.gguf"
+    file = folder / f"imatrix-{_samples_name(args)}.gguf"
     if not file.is_file():
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             row = {"scheme": "gguf:q8_0", "steps": 0}

@@ -55,6 +55,9 @@ row plus 1 %.
 
 Times of different processors do not compare, above all where one multiplies bfloat16 natively and the other does not;
 numbers in brackets tell them apart.
+
+The rows of tiny-llama, whose tokenizer adds BOS, were calibrated without BOS in each window, before November 28, 2026
+([LOG.md](LOG.md)); SmolLM2's tokenizer adds none.
 """
 CUT_OFF = """# Models cut off after their first blocks
 

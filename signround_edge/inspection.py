@@ -37,12 +37,15 @@ class Inspection:
         tensors: each tensor's name, type, shape and stored bytes.
         scheme: the run's scheme; None for artifacts.
         source_check: how the run's source was compared with transformers, in a line; None for artifacts.
+        calibration: the run's tokens a sample, "seqlen", and the BOS token in front of each, "bos" (None: its tokenizer
+            adds none); None for artifacts, and for runs of versions that did not record it.
     """
 
     format: str
     tensors: list[TensorInfo]
     scheme: str | None = None
     source_check: str | None = None
+    calibration: dict[str, int | None] | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -60,6 +63,7 @@ class Inspection:
             "format": self.format,
             **({"scheme": self.scheme} if self.scheme else {}),
             **({"source_check": self.source_check} if self.source_check else {}),
+            **({"calibration": self.calibration} if self.calibration else {}),
             "total_bytes": self.total_bytes,
             "bits_per_weight": self.bits_per_weight,
             "tensors": [{**vars(t), "shape": list(t.shape)} for t in self.tensors],
@@ -85,4 +89,11 @@ def _inspect_run(path: Path) -> Inspection:
     tensors = [
         TensorInfo(t.name, t.format or t.dtype, tuple(t.shape), entry_bytes(t, target)) for t in run.manifest.tensors
     ]
-    return Inspection("run", tensors, run.manifest.scheme, run.manifest.source_line)
+    manifest = run.manifest
+    return Inspection("run", tensors, manifest.scheme, manifest.source_line, _calibration(manifest.settings))
+
+
+def _calibration(settings: dict[str, Any]) -> dict[str, int | None] | None:
+    if "calibration_bos" not in settings:
+        return None
+    return {"seqlen": settings["seqlen"], "bos": settings["calibration_bos"]}

@@ -58,7 +58,7 @@ class Manifest:
         scheme: the scheme's text.
         targets: exporters that need no further rounding ("gguf", "onnx").
         source: {"model": path or name, "files": {file name: sha256}}.
-        settings: tuning settings, seed and the hash of the calibration tokens.
+        settings: tuning settings, seed, the hash of the calibration tokens and the BOS in front of each sample.
         versions: versions of the libraries that ran.
         parts: part names in order.
         tied: parameter name → name of the parameter whose data it shares.

@@ -19,6 +19,9 @@ All but the method is the same in every row: calibration tokens, embedding and o
 dequantized weights in torch as `llama-perplexity --kl-divergence` does. KL: mean divergence from the original in nats,
 with its standard deviation over the seeds of the sample order; methods without chance have none. CPU: seconds of one
 core.
+
+The rows were calibrated without BOS in each window, though the tokenizer adds it, before November 28, 2026
+([LOG.md](LOG.md)).
 """
 
 

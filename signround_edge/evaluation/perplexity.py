@@ -11,7 +11,7 @@ from torch import nn
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import FloatArray, ScoreKeeper, Scores, TokenArray, Windows, cut_windows
 from signround_edge.model.config import longest_window
-from signround_edge.model.tokenizer import load_tokenizer
+from signround_edge.model.tokenizer import added_bos, load_tokenizer
 
 
 class TorchSession:
@@ -55,13 +55,6 @@ def text_windows(tokenizer_dir: Path, text: Path, n_ctx: int = 512, max_windows:
         raise UserError(f"--text {text} is not UTF-8 ({error.reason}); convert it first") from error
     tokens = list(tokenizer(content, verbose=False)["input_ids"])
     return cut_windows(tokens, n_ctx, added_bos(tokenizer), max_windows)
-
-
-def added_bos(tokenizer: Any) -> int | None:
-    """The BOS token when this tokenizer puts one in front of a text, else None."""
-    bos = tokenizer.bos_token_id
-    start = tokenizer("a")["input_ids"][:1]
-    return int(bos) if bos is not None and start == [bos] else None
 
 
 def evaluate(session: Any, windows: Windows, reference: Any = None) -> Scores:

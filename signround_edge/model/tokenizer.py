@@ -88,3 +88,10 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a JSON object; repair or remove it")
     return content
+
+
+def added_bos(tokenizer: Any) -> int | None:
+    """The BOS token when this tokenizer puts one in front of a text, else None."""
+    bos = tokenizer.bos_token_id
+    start = tokenizer("a")["input_ids"][:1]
+    return int(bos) if bos is not None and start == [bos] else None

@@ -12,7 +12,11 @@ from signround_edge.inspection import Inspection
 
 def render(found: Inspection) -> Table:
     """A table: one line per tensor type with counts and bytes, and the total."""
-    table = Table(title=f"{found.format}{' ' + found.scheme if found.scheme else ''}", caption=found.source_check)
+    title = f"{found.format}{' ' + found.scheme if found.scheme else ''}"
+    table = Table(
+        title=title,
+        caption="\n".join(line for line in (found.source_check, _calibration(found.calibration)) if line) or None,
+    )
     for column, justify in (("type", "left"), ("tensors", "right"), ("bytes", "right"), ("bits/weight", "right")):
         table.add_column(column, justify="right" if justify == "right" else "left")
     counts: Counter[str] = Counter(t.type for t in found.tensors)
@@ -24,3 +28,12 @@ def render(found: Inspection) -> Table:
     table.add_section()
     table.add_row("total", str(len(found.tensors)), f"{found.total_bytes:,}", f"{found.bits_per_weight:.4g}")
     return table
+
+
+def _calibration(found: dict[str, int | None] | None) -> str | None:
+    if found is None:
+        return None
+    bos = (
+        "without BOS, as the tokenizer adds none" if found["bos"] is None else f"each behind BOS (token {found['bos']})"
+    )
+    return f"calibrated on samples of {found['seqlen']} tokens, {bos}"

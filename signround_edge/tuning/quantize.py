@@ -15,7 +15,7 @@ from signround_edge.manifest import Manifest
 from signround_edge.model.config import longest_window
 from signround_edge.model.decoder import Decoder, unload_parameters
 from signround_edge.model.source import model_name
-from signround_edge.model.tokenizer import load_tokenizer
+from signround_edge.model.tokenizer import added_bos, load_tokenizer
 from signround_edge.model.weights import ModelWeights
 from signround_edge.progress import SILENT, Progress
 from signround_edge.run_directory import RunDirectory
@@ -90,7 +90,8 @@ def quantize(
         raise UserError(
             f"--seqlen {settings.seqlen} is more than the {positions} positions of the model; give --seqlen {positions}"
         )
-    tokens = calibration_tokens(calibration, load_tokenizer(model), settings.samples, settings.seqlen)
+    tokenizer = load_tokenizer(model)
+    tokens = calibration_tokens(calibration, tokenizer, settings.samples, settings.seqlen)
     if len(tokens) < settings.samples:
         progress.line(f"note: the calibration text gives {len(tokens)} of the {settings.samples} samples asked for")
     given = {} if imatrix is None else given_importance(imatrix, plan, settings.scale_init, progress)
@@ -104,6 +105,7 @@ def quantize(
             **settings.to_json(),
             "tensor_types": scheme.override_texts,
             "device": torch_device.type,
+            "calibration_bos": added_bos(tokenizer),
             "calibration_sha256": tokens_hash(tokens),
             "imatrix_sha256": None if imatrix is None else imatrix.sha256,
         },

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor
 
 from signround_edge.errors import UserError
-
-# Keys looked for in JSON lines and dataset rows, in this order.
-TEXT_KEYS = ("text", "content", "prompt")
+from signround_edge.model.tokenizer import added_bos
+from signround_edge.tuning.calibration.documents import read_documents, read_text
 
 
 def calibration_tokens(source: str, tokenizer: Any, samples: int, seqlen: int) -> Tensor:
@@ -22,11 +20,17 @@ def calibration_tokens(source: str, tokenizer: Any, samples: int, seqlen: int) -
 
     A plain text is tokenized once and cut into windows spread evenly over it. Of JSON lines and datasets, each document
     of at least `seqlen` tokens gives its first `seqlen`; shorter ones are joined end to end and then cut.
+
+    Where the tokenizer puts BOS in front of a text, every sample begins with it, as all that the model is given later
+    does: many models let attention rest there, and behave otherwise where it is missing.
     """
-    documents = _read(source)
-    windows = [] if documents is None else _from_documents(documents, tokenizer, samples, seqlen)
+    bos = added_bos(tokenizer)
+    documents = read_documents(source, tokenizer)
     if documents is None:
-        windows = _from_text(Path(source), tokenizer, samples, seqlen)
+        windows = _from_text(_encode(tokenizer, read_text(Path(source)), bos), bos, samples, seqlen)
+    else:
+        encoded = (_encode(tokenizer, document, bos) for document in documents)
+        windows = _from_documents(encoded, bos, samples, seqlen)
     if not windows:
         raise UserError(f"--calibration {source} has fewer than {seqlen} tokens; give more text or a smaller --seqlen")
     return torch.tensor(windows, dtype=torch.int64)
@@ -37,84 +41,36 @@ def tokens_hash(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
-def _read(source: str) -> Iterable[str] | None:
-    """Documents of a JSON-lines file or dataset; None for a plain text file."""
-    path = Path(source)
-    if not path.is_file():
-        if not path.is_dir() and (path.suffix or source.startswith((".", "/", "~"))):
-            raise UserError(f"--calibration {source} does not exist; give a text file, JSON lines or a dataset name")
-        return _dataset(source)
-    return _json_lines(path) if path.suffix in (".jsonl", ".ndjson", ".json") else None
+def _from_text(tokens: list[int], bos: int | None, samples: int, seqlen: int) -> list[list[int]]:
+    """Windows spread over a text; BOS stands once in front of `tokens`, and is put in front of each window."""
+    start = [] if bos is None else [bos]
+    text, room = tokens[len(start) :], seqlen - len(start)
+    count = min(samples, len(text) // room)
+    spread = (len(text) - room) / max(1, count - 1)
+    return [start + text[first : first + room] for first in (int(i * spread) for i in range(count))]
 
 
-def _json_lines(path: Path) -> Iterable[str]:
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path} line {number} is not JSON; give one JSON object a line") from error
-        yield row if isinstance(row, str) else _row_text(row, f"{path} line {number}")
-
-
-def _row_text(row: Any, where: str) -> str:
-    if isinstance(row, dict):
-        for key in TEXT_KEYS:
-            if isinstance(row.get(key), str):
-                return str(row[key])
-    raise UserError(f"{where} has none of the keys {', '.join(TEXT_KEYS)}; rename the key of the text to 'text'")
-
-
-def _dataset(name: str) -> Iterable[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise UserError(
-            f"--calibration {name} is no file here; to read it as a Hugging Face dataset, "
-            "`pip install signround-edge[datasets]`"
-        ) from error
-    try:
-        rows = load_dataset(name, split="train", streaming=True)
-        yield from (_row_text(row, f"dataset {name}") for row in rows)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"--calibration {name} is neither a file nor a dataset that could be read ({type(error).__name__}); "
-            "give a text file"
-        ) from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
-
-
-def _from_text(path: Path, tokenizer: Any, samples: int, seqlen: int) -> list[list[int]]:
-    tokens = _encode(tokenizer, _text(path))
-    count = min(samples, len(tokens) // seqlen)
-    spread = (len(tokens) - seqlen) / max(1, count - 1)
-    return [tokens[start : start + seqlen] for start in (int(i * spread) for i in range(count))]
-
-
-def _from_documents(documents: Iterable[str], tokenizer: Any, samples: int, seqlen: int) -> list[list[int]]:
+def _from_documents(documents: Iterable[list[int]], bos: int | None, samples: int, seqlen: int) -> list[list[int]]:
+    """The first tokens of long documents, and windows of short ones joined, which keep their BOS inside the window."""
     windows: list[list[int]] = []
     short: list[int] = []
-    for document in documents:
-        tokens = _encode(tokenizer, document)
-        if len(tokens) < seqlen:
-            short += tokens
-            tokens, short = (short[:seqlen], short[seqlen:]) if len(short) >= seqlen else ([], short)
-        if tokens:
+    for tokens in documents:
+        if len(tokens) >= seqlen:
             windows.append(tokens[:seqlen])
+        else:
+            short += tokens
+            start = [] if bos is None or short[:1] == [bos] else [bos]
+            room = seqlen - len(start)
+            if len(short) >= room:
+                windows.append(start + short[:room])
+                short = short[room:]
         if len(windows) == samples:
             break
     return windows
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def _encode(tokenizer: Any, text: str, bos: int | None) -> list[int]:
+    """A text's tokens; one BOS in front, also where the text brings its own, as chat templates do."""
     # verbose=False: the tokenizer would warn that the text is longer than the model's context; it is cut below.
-    return list(tokenizer(text, verbose=False)["input_ids"])
+    tokens = list(tokenizer(text, verbose=False)["input_ids"])
+    return tokens[1:] if bos is not None and tokens[:2] == [bos, bos] else tokens

@@ -1,0 +1,127 @@
+"""Calibration documents: rows of JSON lines or of a Hugging Face dataset as texts, chats through the chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from signround_edge.errors import UserError
+
+# Keys looked for in JSON lines and dataset rows, in this order.
+TEXT_KEYS = ("text", "content", "prompt")
+
+
+def read_documents(source: str, tokenizer: Any) -> Iterable[str] | None:
+    """Documents of a JSON-lines file or dataset; None for a plain text file.
+
+    A row is its text, its `prompt` and `completion` joined, or its `messages` (as a prompt and a completion may be,
+    too) as the tokenizer's chat template writes them.
+
+    Raises:
+        UserError: no such file or dataset, or (once it is reached) a row that gives no text.
+    """
+    path = Path(source)
+    if not path.is_file():
+        if not path.is_dir() and (path.suffix or source.startswith((".", "/", "~"))):
+            raise UserError(f"--calibration {source} does not exist; give a text file, JSON lines or a dataset name")
+        return _dataset(source, tokenizer)
+    return _json_lines(path, tokenizer) if path.suffix in (".jsonl", ".ndjson", ".json") else None
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file without its byte-order mark; UserError when it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
+
+
+def _json_lines(path: Path, tokenizer: Any) -> Iterable[str]:
+    # Not splitlines(): it also cuts at U+2028 and others, which JSON strings may hold.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where} is not JSON; give one JSON object a line") from error
+        yield row if isinstance(row, str) else _row_text(row, where, tokenizer)
+
+
+def _dataset(name: str, tokenizer: Any) -> Iterable[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UserError(
+            f"--calibration {name} is no file here; to read it as a Hugging Face dataset, "
+            "`pip install signround-edge[datasets]`"
+        ) from error
+    try:
+        rows = load_dataset(name, split="train", streaming=True)
+        yield from (_row_text(row, f"dataset {name}", tokenizer) for row in rows)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"--calibration {name} is neither a file nor a dataset that could be read ({type(error).__name__}); "
+            "give a text file"
+        ) from error
+
+
+def _row_text(row: Any, where: str, tokenizer: Any) -> str:
+    found = row if isinstance(row, dict) else {}
+    if isinstance(found.get("messages"), list):
+        return _chat(found["messages"], where, tokenizer)
+    for key in TEXT_KEYS:
+        if isinstance(found.get(key), str):
+            completion = found.get("completion") if key == "prompt" else None
+            return str(found[key]) + (completion if isinstance(completion, str) else "")
+    if isinstance(found.get("prompt"), list) and isinstance(found.get("completion"), list):
+        return _chat([*found["prompt"], *found["completion"]], where, tokenizer)
+    raise UserError(
+        f"{where} has none of the keys messages, {', '.join(TEXT_KEYS)}; rename the key of the text to 'text'"
+    )
+
+
+def _chat(messages: list[Any], where: str, tokenizer: Any) -> str:
+    """Messages as the chat template writes them, special tokens included."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{where} holds chat messages, but the model's tokenizer has no chat template; add chat_template.jinja to "
+            "the model folder, or give texts"
+        )
+    plain = [_plain(message, where) for message in messages]
+    try:
+        return str(tokenizer.apply_chat_template(plain, tokenize=False))
+    except Exception as error:  # a template is a program of the model's, and raises what it likes
+        raise UserError(
+            f"{where}: the model's chat template refuses these messages ({error}); mend or remove them"
+        ) from error
+
+
+def _plain(message: Any, where: str) -> dict[str, Any]:
+    """A message whose content is one string, or None where it has none (a tool call).
+
+    Parts of text are joined by newlines, as llama.cpp and vLLM do for templates that know strings only.
+    """
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise UserError(f"{where} has a message without a role; give each one a 'role' and a 'content'")
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "\n".join(_part(part, where) for part in content)
+    if content is not None and not isinstance(content, str):
+        raise UserError(f"{where} has a message whose content is no text; give a string, or a list of parts")
+    return {**message, "content": content}
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(part, dict) and kind in ("text", None) and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise UserError(
+        f"{where} has a message with a part of type {kind!r}; calibration reads text only, not yet images or sound: "
+        "leave that part or that row out"
+    )

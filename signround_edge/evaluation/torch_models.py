@@ -19,6 +19,7 @@ from signround_edge.model.decoder import build_decoder, transformers_model
 from signround_edge.model.experts import fused_experts
 from signround_edge.model.language_model import whole_model_class
 from signround_edge.model.source import SourceModel
+from signround_edge.model.stored_quantized import dequantizing_settings
 from signround_edge.run_directory import RunDirectory
 
 
@@ -35,9 +36,11 @@ def load_source_model(
     from transformers import AutoConfig
 
     SourceModel.open(path)  # what is missing or broken is said in our words
-    placed: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    if (settings := dequantizing_settings(path)) is not None:
+        options["quantization_config"] = settings
     if offload is not None:
-        placed = {"device_map": "auto", "max_memory": {"cpu": memory}, "offload_folder": offload}
+        options |= {"device_map": "auto", "max_memory": {"cpu": memory}, "offload_folder": offload}
     try:
         with _quiet():
             auto_class = whole_model_class(AutoConfig.from_pretrained(path, local_files_only=True))
@@ -47,7 +50,7 @@ def load_source_model(
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
-                **placed,
+                **options,
             )
     except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -154,6 +154,7 @@ def whole_model(config_dir: Path) -> Any:
     read_config(config_dir)  # what is no JSON is said so
     with _said(config_dir):
         config = AutoConfig.from_pretrained(config_dir, local_files_only=True)
+        config.quantization_config = None  # dequantized as it is loaded
     return _built(config_dir, whole_model_class(config), config)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from signround_edge.errors import UserError
 from signround_edge.files import sha256_of
-from signround_edge.model.config import CONFIG_FILE, is_model_folder, read_config
+from signround_edge.model.config import CONFIG_FILE, is_model_folder
 from signround_edge.model.experts import Index
+from signround_edge.model.stored_quantized import quantization_method
 from signround_edge.model.tokenizer import TEMPLATES_FOLDER
 
 # What an exporter or an evaluation needs besides weights; copied into run/config.
@@ -60,12 +61,14 @@ class SourceModel:
         path: the folder.
         files: stored tensor name → file name.
         dtypes, shapes: stored tensor name → dtype and shape in the file.
+        quantized: "fp8" or "mxfp4" where the tensors have to be dequantized; see `stored_quantized`.
     """
 
     path: Path
     files: dict[str, str]
     dtypes: dict[str, torch.dtype]
     shapes: dict[str, tuple[int, ...]]
+    quantized: str | None = None
 
     @classmethod
     def open(cls, path: Path) -> SourceModel:
@@ -76,8 +79,7 @@ class SourceModel:
         """
         if not is_model_folder(path):
             raise UserError(f"{path} has no config.json; give a Hugging Face model folder")
-        _refuse_quantized(path)
-        found = cls(path, {}, {}, {})
+        found = cls(path, {}, {}, {}, quantization_method(path))
         for file in _weight_files(path):
             with _open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
@@ -91,7 +93,7 @@ class SourceModel:
                 "checkpoint only"
             )
         dtype = _DTYPES.get(piece.get_dtype())
-        if dtype is None and len(piece.get_shape()) > 1:
+        if len(piece.get_shape()) > 1 and dtype not in _FLOATS and self.quantized is None:
             raise UserError(
                 f"{file}: tensor {name} is stored as {piece.get_dtype()}, so this checkpoint is quantized already; "
                 "quantize the original model, in 16- or 32-bit floats"
@@ -113,7 +115,7 @@ class SourceModel:
                 tensor: Tensor = _part(tensors.get_slice(name), index) if index else tensors.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: tensor {name} cannot be read ({error}); download the file again") from error
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.dtype in _FLOATS and not bool(tensor.isfinite().all()):
             raise UserError(f"{file}: tensor {name} holds NaN or infinity; use a checkpoint without them")
         return tensor
 
@@ -163,20 +165,6 @@ def _weight_files(path: Path) -> list[Path]:
     raise UserError(f"{path} has no *.safetensors file; download the model's weights into it")
 
 
-def _refuse_quantized(path: Path) -> None:
-    """UserError where config.json says that the checkpoint is quantized already."""
-    config = read_config(path)
-    text = config.get("text_config")
-    for settings in (config, text if isinstance(text, dict) else {}):
-        found = settings.get("quantization_config")
-        if isinstance(found, dict):
-            method = found.get("quant_method", "an unnamed method")
-            raise UserError(
-                f"{path / CONFIG_FILE}: its quantization_config says that this checkpoint is quantized already "
-                f"({method}); quantize the original model, in 16- or 32-bit floats"
-            )
-
-
 def _part(stored: Any, index: Index) -> Tensor:
     """A part of a tensor in a file; of rows that do not follow one another all are read."""
     strided = any(isinstance(axis, slice) and axis.step not in (None, 1) for axis in index)
@@ -191,4 +179,18 @@ def _open(file: Path) -> safe_open:
         raise UserError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
 
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -23,6 +23,7 @@ from signround_edge.errors import UserError
 from signround_edge.model.decoder import Decoder, build_decoder, set_tensor, whole_model
 from signround_edge.model.language_model import names_inside, reads_more_than_text
 from signround_edge.model.source import SourceModel
+from signround_edge.model.stored_quantized import dequantizer
 
 # What tools that wrap a model while training leave in front of its tensors' names.
 _WRAPPERS = {
@@ -134,6 +135,8 @@ class ModelWeights:
         if self.source.ignored_files:
             files = ", ".join(self.source.ignored_files)
             lines.append(f"note: {files}: not read, as transformers loads {sorted(set(self.source.files.values()))[0]}")
+        if self.source.quantized is not None:
+            lines.append(f"note: the checkpoint is stored in {self.source.quantized}; transformers dequantizes it")
         if self.is_inside:
             lines.append(
                 f"note: of {type(self._whole_model).__name__} the language model is quantized, as {config.model_type} "
@@ -189,7 +192,7 @@ class ModelWeights:
 
         model: Any = self._whole_model
         stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        mapping = get_model_conversion_mapping(model)
+        mapping = get_model_conversion_mapping(model, hf_quantizer=dequantizer(self.source.path))
         renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
         converters = [t for t in mapping if isinstance(t, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -48,8 +48,13 @@ def create(out: Path, manifest: Manifest, weights: ModelWeights) -> RunDirectory
     weights.source.copy_config(out / "config")
     if weights.is_inside:
         save_text_config(weights.decoder.model, out / "config")
-    if weights.untied:  # whoever builds the model from the run's config must get what the files hold
-        write_config(out / "config", {**read_config(out / "config"), "tie_word_embeddings": False})
+    config = read_config(out / "config")
+    # Whoever builds the model from the run's config must get what the run holds.
+    config.pop("quantization_config", None)
+    if weights.untied:
+        config["tie_word_embeddings"] = False
+    if config != read_config(out / "config"):
+        write_config(out / "config", config)
     return RunDirectory.create(out, manifest)
 
 

@@ -142,7 +142,11 @@ def test_these_texts_end_a_text_for_llama_cpp(run: RunDirectory, tmp_path: Path)
     assert ends_of(export(run, tmp_path / "a.gguf")) == {*names, 0, 2}
 
 
-@pytest.mark.parametrize(("text", "others"), [(t, o) for t, each in _NEVER_BESIDE.items() for o in each], ids=str)
+@pytest.mark.parametrize(
+    ("text", "others"),
+    [(t, o) for t, each in _NEVER_BESIDE.items() for o in each],
+    ids=lambda of: of if isinstance(of, str) else "+".join(sorted(of)),
+)
 def test_these_never_do_beside_others(text: str, others: set[str], run: RunDirectory, tmp_path: Path) -> None:
     rename(run.config_dir, {300: text, **{301 + i: other for i, other in enumerate(sorted(others))}})
     edit(run.config_dir / "generation_config.json", eos_token_id=[2, 300])

@@ -11,6 +11,7 @@ import torch
 import transformers
 from support import assert_same_files, files_of, save_random_model
 from test_quantize import CONFIGS, SMALL
+from test_source_check import CONFIGS as SHARING_CONFIGS
 
 from signround_edge.errors import UserError
 from signround_edge.evaluation.perplexity import TorchSession, evaluate, text_windows
@@ -218,21 +219,23 @@ def test_logits_of_the_shell_are_the_models(name: str, tmp_path: Path, tiny_llam
         torch.testing.assert_close(found, model(input_ids=tokens).logits.flatten(0, 1))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma4"])
 def test_gradients_are_those_of_the_model_as_a_whole(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of Gemma 4 the last block reads the keys and values of the one before."""
     monkeypatch.setattr(divergence, "KEPT_TOKENS", 3072)  # all, so that the divergence is the plain one
-    config = transformers.LlamaConfig(**CONFIGS["llama"].to_dict() | {"tie_word_embeddings": True})
+    tied = transformers.LlamaConfig(**CONFIGS["llama"].to_dict() | {"tie_word_embeddings": True})
+    config = tied if kind == "llama" else SHARING_CONFIGS["gemma4"]
     path = save_random_model(config, tmp_path / "model", tokenizer_from=tiny_llama)
     exact_model, model = load_source_model(path), load_source_model(path)
     tokens = torch.randint(0, 3072, (3, 16), generator=torch.Generator().manual_seed(0))
     decoder = loaded_decoder(path)
     shell = Shell(decoder, block_returns_tuple(decoder, tokens))
-    hidden: list[torch.Tensor] = [shell.embed(tokens)]
-    with torch.no_grad():
-        for index, block in enumerate(decoder.blocks):
-            hidden.append(shell.block_call(index, tokens, CPU).run(block, hidden[-1]))
-    names = [n for n, p in model.named_parameters() if p.ndim == 1]
+    inputs = shell.embed(tokens)
+    # What comes before the blocks is no part of the stage, which begins with what enters them.
+    behind = (f"{decoder.prefix}.", "model.norm.")
+    names = [n for n, p in model.named_parameters() if p.ndim == 1 and n.startswith(behind)]
     with torch.no_grad():
         for name in names:
             model.get_parameter(name).mul_(1.1).requires_grad_()
@@ -241,7 +244,7 @@ def test_gradients_are_those_of_the_model_as_a_whole(
         decoder=decoder,
         shell=shell,
         tokens=tokens,
-        inputs=hidden[0],
+        inputs=inputs,
         exact=exact,
         tunables={n: FloatShift(model.get_parameter(n).detach()) for n in names},
         autocast=torch.autocast("cpu", enabled=False),

@@ -1,0 +1,200 @@
+"""Which files of a folder are read, under which names, and what is said of the rest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from signround_edge.errors import UserError
+from signround_edge.evaluation.torch_models import load_source_model
+from signround_edge.model.decoder import build_decoder
+from signround_edge.model.source import SourceModel, model_name
+from signround_edge.model.weights import ModelWeights
+from tests.support import save_random_model
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,  # as many as the language model has
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return save_random_model(transformers.LlamaConfig(**SIZES), tmp_path / "llama")
+
+
+def change(model: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    file = model / "model.safetensors"
+    save_file(edit(load_file(file)), file, metadata={"format": "pt"})
+
+
+def test_a_backup_beside_the_model_is_not_read_and_that_is_said(llama: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    save_file(zeros, llama / "model_backup.safetensors", metadata={"format": "pt"})
+    weights = ModelWeights.open(llama)
+    assert torch.equal(weights.tensor(UP), tensors[UP])
+    assert weights.notes() == ["note: model_backup.safetensors: not read, as transformers loads model.safetensors"]
+
+
+def test_the_whole_file_counts_before_the_index(llama: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    save_file({UP: tensors[UP] * 2}, llama / "part.safetensors", metadata={"format": "pt"})
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {UP: "part.safetensors"}}))
+    assert torch.equal(ModelWeights.open(llama).tensor(UP), load_source_model(llama).get_parameter(UP))
+    assert torch.equal(ModelWeights.open(llama).tensor(UP), tensors[UP])
+
+
+def test_one_tensor_in_two_files_is_refused(llama: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    (llama / "model.safetensors").unlink()
+    save_file(tensors, llama / "a.safetensors", metadata={"format": "pt"})
+    save_file({UP: tensors[UP]}, llama / "b.safetensors", metadata={"format": "pt"})
+    index = dict.fromkeys(tensors, "a.safetensors") | {UP: "b.safetensors"}
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(UserError, match=rf"{UP} is in a\.safetensors and in b\.safetensors; keep the files of one"):
+        SourceModel.open(llama)
+
+
+@pytest.mark.parametrize(("names", "message"), [(1, "rename it to model.safetensors"), (2, "download the index")])
+def test_files_that_transformers_does_not_look_for_are_refused(names: int, message: str, llama: Path) -> None:
+    for number in range(names):
+        shutil.copy(llama / "model.safetensors", llama / f"weights-{number}.safetensors")
+    (llama / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=message):
+        SourceModel.open(llama)
+
+
+def test_tensors_without_use_are_listed_with_their_number(llama: Path) -> None:
+    extra = {f"model.layers.{i}.self_attn.{p}_proj.bias": torch.ones(8) for i in range(2) for p in "qkv"}
+    change(llama, lambda tensors: {**tensors, **extra})
+    (note,) = ModelWeights.open(llama).notes()
+    assert note.startswith("note: llama has no use for 6 of the checkpoint's tensors, which are left out: ")
+    assert "model.layers.*.self_attn.q_proj.bias" in note
+
+
+@pytest.mark.parametrize(
+    ("prefix", "tool"),
+    [
+        ("base_model.model.", "PEFT"),
+        ("_orig_mod.", r"torch\.compile"),
+        ("module.", "DistributedDataParallel"),
+        ("language.", "some tool"),
+    ],
+)
+def test_a_prefix_that_a_tool_has_put_before_the_names_is_named(prefix: str, tool: str, llama: Path) -> None:
+    change(llama, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
+    with pytest.raises(UserError, match=rf"begin with '{prefix}', which .*{tool}.*save the model that is inside"):
+        ModelWeights.open(llama)
+
+
+@pytest.mark.parametrize("without", ["model.", ""])
+def test_a_bare_base_model_is_read_as_transformers_reads_it(without: str, llama: Path) -> None:
+    exact = load_file(llama / "model.safetensors")
+    change(llama, lambda tensors: {name.removeprefix(without): tensor for name, tensor in tensors.items()})
+    weights, theirs = ModelWeights.open(llama), load_source_model(llama)
+    assert torch.equal(weights.tensor(UP), exact[UP])
+    assert torch.equal(theirs.get_parameter(UP), exact[UP])
+
+
+def test_a_model_of_the_hubs_cache_is_named_after_its_repository(tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--org--tiny-llama" / "snapshots" / ("0123abcd" * 5)
+    snapshot.mkdir(parents=True)
+    assert model_name(snapshot) == "org/tiny-llama"
+    assert model_name(tmp_path / "tiny") == "tiny"
+
+
+MORE_THAN_TEXT: dict[str, transformers.PretrainedConfig] = {
+    "gemma3": transformers.Gemma3Config(
+        text_config={**SIZES, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16},
+        vision_config=VISION,
+        mm_tokens_per_image=4,
+        image_token_index=5,
+    ),
+    "llava": transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION), text_config=transformers.LlamaConfig(**SIZES)
+    ),
+    "qwen2_vl": transformers.Qwen2VLConfig(
+        text_config={
+            **SIZES,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(MORE_THAN_TEXT))
+def test_the_language_model_inside_computes_what_the_whole_one_does_on_text(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = transformers.AutoModelForImageTextToText.from_config(MORE_THAN_TEXT[kind], dtype=torch.float32)
+    whole.save_pretrained(tmp_path)
+    weights = ModelWeights.open(tmp_path)
+    weights.load(weights.decoder.model, "", torch.device("cpu"))
+    tokens = torch.randint(10, 200, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found, expected = (model(input_ids=tokens).logits for model in (weights.decoder.model, whole.eval()))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    (note,) = weights.notes()
+    assert f"of {type(whole).__name__} the language model is quantized" in note
+
+
+ROUTED: dict[str, tuple[transformers.PretrainedConfig, str]] = {
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig(
+            **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32
+        ),
+        "mlp.shared_expert_gate.weight",
+    ),
+    "phimoe": (
+        transformers.PhimoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+        "mlp.router.weight",
+    ),
+    "gemma4": (
+        transformers.Gemma4TextConfig(
+            **SIZES,
+            head_dim=16,
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=32,
+            hidden_size_per_layer_input=0,
+            num_kv_shared_layers=0,
+            layer_types=["full_attention"] * 2,
+            rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        ),
+        "router.proj.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(ROUTED))
+def test_routers_and_gates_of_one_row_are_no_matrices_to_quantize(kind: str, tmp_path: Path) -> None:
+    config, router = ROUTED[kind]
+    config.save_pretrained(tmp_path)
+    decoder = build_decoder(tmp_path)
+    linear = {name for name, module in decoder.blocks.named_modules() if isinstance(module, torch.nn.Linear)}
+    left = {f"{decoder.prefix}.{name}.weight" for name in linear} - decoder.matrix_names
+    assert left == {f"{decoder.prefix}.{layer}.{router}" for layer in range(2)}
+    assert all(parameter.device.type == "meta" for parameter in decoder.model.parameters())

@@ -151,9 +151,24 @@ def test_onnx_schemes_that_the_runtime_lacks(scheme: str, words: str, model: Pat
     assert_refused(quantize(model, calibration_text, scheme=scheme), f"unknown scheme '{scheme}'", words)
 
 
-@pytest.mark.parametrize("flags", [("--steps", "-1"), ("--samples", "0"), ("--lr", "7"), ("--recipe", "none")])
+@pytest.mark.parametrize(
+    "flags", [("--steps", "-1"), ("--samples", "0"), ("--lr", "7"), ("--recipe", "none"), ("--seed", str(10**23))]
+)
 def test_settings_out_of_range(flags: tuple[str, str], model: Path, calibration_text: Path) -> None:
     assert_refused(quantize(model, calibration_text, *flags), flags[0].strip("-"))
+    assert [path.name for path in model.parent.iterdir()] == ["model"]
+
+
+def test_a_seed_out_of_range_rotates_nothing(model: Path) -> None:
+    refused = run_cli("rotate", model, "-o", model.parent / "rotated", "--seed", 10**23)
+    assert_refused(refused, "--seed 100000000000000000000000 must be at least 0 and at most 4294967295")
+    assert [path.name for path in model.parent.iterdir()] == ["model"]
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "signround_edge", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Usage: signround-edge [OPTIONS] COMMAND")
 
 
 def test_model_that_does_not_exist(tmp_path: Path, calibration_text: Path) -> None:

@@ -51,6 +51,22 @@ def path_of(name: str, value: Any) -> Path:
     return Path(value)
 
 
+def read_text(flag: str, path: Path) -> str:
+    """The text of a UTF-8 file; UserError that says what is wrong with the file otherwise."""
+    if not path.exists():
+        raise UserError(f"{flag} {path} does not exist; give a UTF-8 text file")
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file"
+        raise UserError(f"{flag} {path} is {what}; give a UTF-8 text file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        where = f"{error.reason} at byte {error.start}"
+        raise UserError(f"{flag} {path} is not UTF-8 text ({where}); convert it first") from error
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be read ({error.strerror or error}); give a UTF-8 text file") from error
+
+
 def several(name: str, value: Any) -> tuple[str, ...]:
     """Texts; one alone is a list of one. UserError for anything else."""
     found = (value,) if isinstance(value, str) else value

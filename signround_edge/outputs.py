@@ -28,7 +28,7 @@ def check_output(flag: str, out: Path, inputs: Mapping[str, Path | None]) -> Non
         if path.is_dir() and any(_is_in(one, path) for one in touched):
             raise UserError(f"{flag} {out} lies in {path}, which this command reads; give a {flag} outside of it")
         if any(_is_same(one, path) for one in touched):
-            raise UserError(f"{name} and {flag} are the same file ({path}); give another {flag}")
+            raise UserError(f"{name} and {flag} are the same file ({path}); give {flag} another name")
 
 
 def lies_in(path: Path | None, folder: Path) -> bool:

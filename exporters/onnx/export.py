@@ -88,7 +88,12 @@ def _check_out(run: RunDirectory, out: Path, template: Path | None) -> None:
     if lies_in(template, out):
         raise UserError(f"--template {template} lies in {out}, which the export would replace; give another -o")
     if (out / SIDECAR).is_file():
-        ours = {SIDECAR, *Sidecar.read(out).files}
+        try:
+            ours = {SIDECAR, *Sidecar.read(out).files}
+        except UserError as error:
+            raise UserError(
+                f"{out} holds a damaged export whose {SIDECAR} cannot be read; remove the folder, or give another -o"
+            ) from error
         other = next((file.name for file in sorted(out.iterdir()) if file.name not in ours), None)
         if other is not None:
             raise UserError(

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from signround_edge.arguments import read_text
 from signround_edge.errors import UserError
 
 # Keys looked for in JSON lines and dataset rows, in this order.
 TEXT_KEYS = ("text", "content", "prompt")
+_WAY_OUT = "give a text file, JSON lines or a dataset name"
 
 
 def calibration_tokens(source: str, tokenizer: Any, samples: int, seqlen: int) -> Tensor:
@@ -41,8 +43,10 @@ def _read(source: str) -> Iterable[str] | None:
     """Documents of a JSON-lines file or dataset; None for a plain text file."""
     path = Path(source)
     if not path.is_file():
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--calibration {source} is no regular file; {_WAY_OUT}")
         if not path.is_dir() and (path.suffix or source.startswith((".", "/", "~"))):
-            raise UserError(f"--calibration {source} does not exist; give a text file, JSON lines or a dataset name")
+            raise UserError(f"--calibration {source} does not exist; {_WAY_OUT}")
         return _dataset(source)
     return _json_lines(path) if path.suffix in (".jsonl", ".ndjson", ".json") else None
 
@@ -80,17 +84,15 @@ def _dataset(name: str) -> Iterable[str]:
     except UserError:
         raise
     except Exception as error:
+        what = "it is a folder, and no dataset with a split 'train'" if Path(name).is_dir() else "check the name"
         raise UserError(
-            f"--calibration {name} is neither a file nor a dataset that could be read ({type(error).__name__}); "
-            "give a text file"
+            f"--calibration {name} is neither a file nor a dataset that could be read ({type(error).__name__}): "
+            f"{what}; {_WAY_OUT}"
         ) from error
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
+    return read_text("--calibration", path)
 
 
 def _from_text(path: Path, tokenizer: Any, samples: int, seqlen: int) -> list[list[int]]:

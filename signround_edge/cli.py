@@ -360,6 +360,8 @@ def _evaluate_tasks(
     from signround_edge.terminal.task_scores import render
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("--tasks names no task; give some of lm-evaluation-harness, such as hellaswag,piqa")
     found, original = score_tasks(path, names, reference, task_dir, limit)
     if as_json:
         _print_json({"tasks": found} if original is None else {"tasks": found, "reference_tasks": original})

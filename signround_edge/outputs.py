@@ -20,7 +20,7 @@ def check_output(flag: str, out: Path, inputs: Mapping[str, Path | None]) -> Non
     """
     place = next((folder for folder in out.parents if folder.exists()), None)
     if place is not None and not place.is_dir():
-        raise UserError(f"{flag} {out} was not written: {place} is a file and no folder; give another {flag}")
+        raise UserError(f"{flag} {out} was not written: {place} is a file and no folder; give a folder, or another {flag}")
     for name, path in inputs.items():
         if path is None or not path.exists():
             continue

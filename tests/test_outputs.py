@@ -177,6 +177,18 @@ def test_a_file_in_the_way_of_a_folder_is_named(format_: str, place: Path) -> No
     assert_refused_untouched(place, command, "text.txt/new was not written: text.txt is a file and no folder")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["demo", "-o", "text.txt"],
+        ["analyze", "run", "--out", "text.txt"],
+        ["verify", "run", "a.gguf", "--text", "text.txt", "--report", "text.txt"],
+    ],
+)
+def test_a_file_that_is_given_for_a_folder_is_named(command: list[object], place: Path) -> None:
+    assert_refused_untouched(place, command, "text.txt is a file and no folder")
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc here")
 def test_a_place_for_no_files_is_not_said_to_be_full(place: Path) -> None:
     command = ["export", "run", "--format", "gguf", "-o", "/proc/new.gguf"]
@@ -209,6 +221,8 @@ def test_a_card_text_that_cannot_be_scored_is_refused_before_the_export(text: st
         (["evaluate", "model", "--text", "text.txt", "--reference", ""], "--reference is empty; give a path"),
         (["evaluate", "model", "--text", "model"], "--text model is a folder; give a UTF-8 text file"),
         (["evaluate", "model", "--text", "/dev/null"], "--text /dev/null is no regular file"),
+        (["evaluate", "model", "--tasks", " , "], "--tasks names no task"),
+        (["evaluate", "model", "--tasks", "piqa", "--limit", "0"], "--limit 0 must be at least 1"),
         (["evaluate", "model", "--text", "text.txt", "--windows", "0"], "--windows 0 must be at least 1"),
         (["evaluate", "model", "--text", "text.txt", "--n-ctx", "3"], "--n-ctx 3 must be at least 4"),
         (["export", "run", "--format", "onnx", "-o", "."], "-o . has no name of its own"),

@@ -5,6 +5,7 @@ python examples/quantize_and_verify.py path/or/org/model texts.txt held-out.txt 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -36,4 +37,10 @@ def main(model: str, calibration: str, text: str, out: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:5]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a Hugging Face folder, or a name such as org/model")
+    parser.add_argument("calibration", help="UTF-8 text to tune on")
+    parser.add_argument("text", help="UTF-8 text to verify on")
+    parser.add_argument("out", help="folder for the run, the files and the proof")
+    given = parser.parse_args()
+    sys.exit(main(given.model, given.calibration, given.text, given.out))

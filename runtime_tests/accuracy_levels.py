@@ -6,17 +6,27 @@ from pathlib import Path
 
 from exporters.onnx.options import LevelCost
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
+from signround_edge.arguments import read_text
 from signround_edge.errors import UserError
+from signround_edge.evaluation.metrics import Windows
 
 N_CTX, WINDOWS = 256, 8
 # Measuring holds the model twice in memory; above this it waits to be asked for, since export itself needs little.
 UNASKED_BYTES = 1_000_000_000
+_FLAG = "--card-text"
 
 
-def check_card_text(text: Path | None) -> None:
-    """UserError when the text that is to be measured on does not exist: to be known before a long export."""
-    if text is not None and not text.is_file():
-        raise UserError(f"--card-text {text} does not exist; give a UTF-8 text file, or leave it out")
+def check_card_text(text: Path | None, config_dir: Path | None = None) -> None:
+    """UserError when level 4 cannot be measured on a text: to be known before a long export.
+
+    Args:
+        text: as `level_4_cost` takes it.
+        config_dir: folder with the tokenizer; None leaves it open whether the text is long enough.
+    """
+    if text is not None:
+        read_text(_FLAG, text)
+        if config_dir is not None:
+            _windows(config_dir, text, N_CTX, WINDOWS)
 
 
 def level_4_cost(folder: Path, config_dir: Path, text: Path | None) -> LevelCost | str:
@@ -54,14 +64,20 @@ def measure_level_4(
     Raises:
         UserError: the text is too short, or ONNX Runtime refuses the graph.
     """
-    from signround_edge.evaluation.perplexity import evaluate, text_windows
-    from signround_edge.model.config import longest_window
+    from signround_edge.evaluation.perplexity import evaluate
 
-    n_ctx = min(n_ctx, longest_window(config_dir) or n_ctx)
-    cut = text_windows(config_dir, text, n_ctx, windows)
+    cut = _windows(config_dir, text, n_ctx, windows)
     with OnnxRuntime().open(folder, accuracy_level=1) as floats, OnnxRuntime().open(folder, accuracy_level=4) as int8:
         scores = evaluate(int8, cut, floats)
     assert scores.kld_mean is not None
     assert scores.ppl_reference is not None
     assert scores.top1_agreement is not None
     return LevelCost(scores.ppl_reference, scores.ppl, scores.kld_mean, scores.top1_agreement, scores.tokens, text.name)
+
+
+def _windows(config_dir: Path, text: Path, n_ctx: int, windows: int) -> Windows:
+    """Windows of `n_ctx` tokens, or of as many as the model can see."""
+    from signround_edge.evaluation.perplexity import text_windows
+    from signround_edge.model.config import longest_window
+
+    return text_windows(config_dir, text, min(n_ctx, longest_window(config_dir) or n_ctx), windows, _FLAG)

@@ -84,6 +84,8 @@ def verify(
         UserError: an unknown device, a text that is too short, something that is no artifact at all. A damaged
             artifact is no error but a failed check.
     """
+    if not artifacts or not devices:
+        raise UserError(f"there is nothing to verify; give at least one {'--device' if artifacts else 'artifact'}")
     profiles = [get_device(name) for name in dict.fromkeys(devices)]
     paths = list(dict.fromkeys(artifacts))
     formats = [artifact_format(path) for path in paths]

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from signround_edge.arguments import of_kind, path_of, several
 from signround_edge.errors import UserError
+from signround_edge.outputs import check_output
 from signround_edge.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def quantize(
     *,
     calibration: StrPath | None = None,
     settings: TuningSettings | None = None,
-    tensor_type: Sequence[str] = (),
+    tensor_type: str | Sequence[str] = (),
     token_embedding_type: str | None = None,
     output_tensor_type: str | None = None,
     imatrix: StrPath | None = None,
@@ -69,21 +71,26 @@ def quantize(
     from signround_edge.tuning.quantize import quantize as tune
     from signround_edge.tuning.settings import TuningSettings
 
-    shown = _progress(progress)
-    parsed = parse_scheme(scheme).with_overrides(tuple(tensor_type))
+    shown, target = _progress(progress), path_of("-o (out)", out)
+    of_kind("--scheme", scheme, str, "a text such as gguf:q4_k_m")
+    chosen = TuningSettings() if settings is None else settings
+    of_kind("settings", chosen, TuningSettings, 'TuningSettings, such as RECIPES["fast"]')
+    parsed = parse_scheme(scheme).with_overrides(several("--tensor-type", tensor_type))
     parsed = parsed.with_outside_types(token_embedding_type, output_tensor_type)
-    text = None if calibration is None else os.fspath(calibration)
+    text = None if calibration is None else _text("--calibration", calibration)
+    given, saved = _path("--imatrix", imatrix), _path("--save-imatrix", save_imatrix)
+    folder = resolve_model(_text("model", model))
+    inputs = {"the model": folder, "--calibration": _path("--calibration", text), "--imatrix": given}
+    check_output("-o", target, inputs)
+    if saved is not None:
+        check_output("--save-imatrix", saved, {**inputs, "-o": target})
     if text is None:
         from signround_edge.demo import calibration_text_path
 
         text = str(calibration_text_path())
         shown.line("note: calibrating on the shipped speeches; text like your application's (--calibration) is better")
-    folder = resolve_model(os.fspath(model))
-    given, saved = importance_files(_path(imatrix), _path(save_imatrix), folder, text)
-    chosen = settings or TuningSettings()
-    return tune(
-        folder, parsed, Path(out), text, chosen, device, resume, float_fallback, shown, given, saved, source_check
-    )
+    source, sink = importance_files(given, saved, folder, text)
+    return tune(folder, parsed, target, text, chosen, device, resume, float_fallback, shown, source, sink, source_check)
 
 
 @dataclass(frozen=True)
@@ -139,19 +146,22 @@ def export(
     from runtime_tests.accuracy_levels import check_card_text, level_4_cost
     from signround_edge.plugins import exporters
 
-    shown, known = _progress(progress), exporters()
+    shown, known, target = _progress(progress), exporters(), path_of("-o (out)", out)
     if format not in known:
         raise UserError(f"--format {format} is unknown; known are {', '.join(known)}")
     given = {
-        "template": _path(template), "dtype": dtype, "split_max_bytes": _bytes_of(split_max_size), "log": shown.line,
-        "accuracy_level": accuracy_level, "scale_dtype": scale_dtype, "ort_format": ort_format or None,
+        "template": _path("--template", template), "dtype": dtype, "split_max_bytes": _bytes_of(split_max_size),
+        "log": shown.line, "accuracy_level": accuracy_level, "scale_dtype": scale_dtype,
+        "ort_format": ort_format or None,
     }  # fmt: skip
-    options, text = options_for(format, known, given), _path(card_text)
+    options, text = options_for(format, known, given), _path("--card-text", card_text)
     if text is not None and not isinstance(options, OnnxOptions):
         raise foreign_option("card_text", ["onnx"], format)
     check_card_text(text)
     opened = _run(run)
-    path = known[format].export(opened, Path(out), options)
+    check_card_text(text, opened.config_dir)
+    check_output("-o", target, {"the run": opened.path, "--template": options.template, "--card-text": text})
+    path = known[format].export(opened, target, options)
     if isinstance(options, OnnxOptions) and options.dtype is None:
         from exporters.onnx.artifact.level_cost import add_level_cost  # late: GGUF needs no onnx
 
@@ -165,7 +175,7 @@ def verify(
     artifacts: StrPath | Sequence[StrPath],
     text: StrPath,
     *,
-    devices: Sequence[str] = ("cpu-x86",),
+    devices: str | Sequence[str] = ("cpu-x86",),
     reference: StrPath | None = None,
     llama_bin: StrPath | None = None,
     windows: int | None = None,
@@ -187,25 +197,31 @@ def verify(
         windows: windows of `n_ctx` tokens to score at most.
         report: folder for certificate.json and certificate.html.
     """
-    from runtime_tests.certificate.write import write_certificate
+    from runtime_tests.certificate.write import certificate_files, write_certificate
     from runtime_tests.verify import DEFAULT_WINDOWS
     from runtime_tests.verify import verify as check
     from signround_edge.model.source import resolve_model
 
     shown = _progress(progress)
-    several = [artifacts] if isinstance(artifacts, str | os.PathLike) else artifacts
+    given = [artifacts] if isinstance(artifacts, str | os.PathLike) else list(artifacts)
+    files, scored = [path_of("artifacts", one) for one in given], path_of("--text", text)
+    proof = _path("--report", report)
+    opened = _run(run)
+    original = None if reference is None else resolve_model(_text("--reference", reference))
+    for written in certificate_files(proof) if proof is not None else ():
+        check_output("--report", written, {"the run": opened.path, "--text": scored, "--reference": original})
     found = check(
-        _run(run),
-        [Path(artifact) for artifact in several],
-        Path(text),
-        devices=devices,
-        reference=None if reference is None else resolve_model(os.fspath(reference)),
+        opened,
+        files,
+        scored,
+        devices=several("--device", devices),
+        reference=original,
         n_ctx=n_ctx,
-        max_windows=windows or DEFAULT_WINDOWS,
-        llama_bin=_path(llama_bin),
+        max_windows=DEFAULT_WINDOWS if windows is None else windows,
+        llama_bin=_path("--llama-bin", llama_bin),
         log=shown.line,
     )
-    for path in write_certificate(found, Path(report)) if report is not None else ():
+    for path in write_certificate(found, proof) if proof is not None else ():
         shown.line(f"wrote {path}")
     return found
 
@@ -214,7 +230,7 @@ def inspect(path: StrPath) -> Inspection:
     """The tensors of a run directory or an artifact: format, shape, bytes, bits a weight."""
     from signround_edge.inspection import inspect as look
 
-    return look(Path(path))
+    return look(path_of("path", path))
 
 
 def evaluate(
@@ -234,13 +250,18 @@ def evaluate(
     """
     from signround_edge.evaluation.scoring import score
 
-    return score(os.fspath(path), Path(text), None if reference is None else os.fspath(reference), n_ctx, windows)
+    original = None if reference is None else _text("--reference", reference)
+    return score(_text("path", path), path_of("--text", text), original, n_ctx, windows)
 
 
 def _progress(given: OnProgress) -> Progress:
     if given is None:
         return SILENT
-    return given if isinstance(given, Progress) else Progress(given)
+    if isinstance(given, Progress):
+        return given
+    if not callable(given):
+        raise UserError(f"progress must be a function that takes a line of text, such as print, not {given!r:.80}")
+    return Progress(given)
 
 
 def _bytes_of(size: str | int | None) -> int | None:
@@ -256,8 +277,14 @@ def _bytes_of(size: str | int | None) -> int | None:
 def _run(given: StrPath | RunDirectory) -> RunDirectory:
     from signround_edge.run_directory import RunDirectory
 
-    return given if isinstance(given, RunDirectory) else RunDirectory.open(Path(given))
+    return given if isinstance(given, RunDirectory) else RunDirectory.open(path_of("run", given))
 
 
-def _path(given: StrPath | None) -> Path | None:
-    return None if given is None else Path(given)
+def _path(name: str, given: StrPath | None) -> Path | None:
+    return None if given is None else path_of(name, given)
+
+
+def _text(name: str, given: StrPath) -> str:
+    """A folder or a name such as "org/model", as it was given."""
+    path_of(name, given)
+    return os.fspath(given)

@@ -16,6 +16,7 @@ import click
 from exporters.interface import DTYPES
 from exporters.onnx.options import ACCURACY_LEVELS, SCALE_DTYPES
 from signround_edge import __version__
+from signround_edge.arguments import path_of
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.tuning.settings import DEVICES, RECIPES, SOURCE_CHECKS, choices
 
@@ -78,11 +79,20 @@ def _choice(setting: str) -> click.Choice[str]:
     return click.Choice(choices(setting))
 
 
+class _Path(click.Path):
+    """A path; an empty text is none, which `Path` would take for the folder where the command runs."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        assert param is not None
+        return path_of(param.opts[0], value)
+
+
+_PATH = _Path()
 _model = click.argument("model")
-_run = click.argument("run", type=click.Path(path_type=Path))
-_text = click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text to score.")
-_windows = click.option("--windows", type=click.IntRange(1), default=None, help="Windows to score at most.")
-_n_ctx = click.option("--n-ctx", type=click.IntRange(4), default=512, show_default=True, help="Tokens a window.")
+_run = click.argument("run", type=_PATH)
+_text = click.option("--text", type=_PATH, required=True, help="UTF-8 text to score.")
+_windows = click.option("--windows", type=int, default=None, help="Windows to score at most.")
+_n_ctx = click.option("--n-ctx", type=int, default=512, show_default=True, help="Tokens a window.")
 _reference = click.option("--reference", default=None, help="The full-precision model to compare with.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")
 
@@ -93,7 +103,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--tensor-type", multiple=True, help="PATTERN=TYPE for matrices by name: ffn_down=Q6_K. Repeatable.")
 @click.option("--token-embedding-type", help="Type of the token embedding: w4g32, Q6_K (default by the scheme).")
 @click.option("--output-tensor-type", help="Type of the output head (default by the scheme; onnx: w8g32).")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Run directory to write.")
+@click.option("-o", "--out", type=_PATH, required=True, help="Run directory to write.")
 @click.option("--calibration", default=None, help="Text file, JSON lines or dataset name (default: shipped speeches).")
 @click.option("--recipe", default="default", show_default=True, help=f"{', '.join(RECIPES)}.")
 @click.option("--samples", type=int, help="Calibration samples.")
@@ -128,8 +138,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 )
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("--seed", type=int, help="Seed of the sample order.")
-@click.option("--imatrix", type=click.Path(path_type=Path), help="llama.cpp's imatrix file: E[x²] for scales.")
-@click.option("--save-imatrix", type=click.Path(path_type=Path), help="Write E[x²] for llama-quantize here.")
+@click.option("--imatrix", type=_PATH, help="llama.cpp's imatrix file: E[x²] for scales.")
+@click.option("--save-imatrix", type=_PATH, help="Write E[x²] for llama-quantize here.")
 @click.option("--resume", is_flag=True, help="Continue after the last complete block.")
 @click.option(
     "--source-check",
@@ -167,25 +177,28 @@ def quantize(
 
 @main.command()
 @_model
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
+@click.option("-o", "--out", type=_PATH, required=True, help="Model folder to write.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random rotation.")
 def rotate(model: str, out: Path, seed: int) -> None:
     """Write MODEL with a rotated residual stream: the same function, to be quantized instead."""
     from signround_edge.model.source import resolve_model
+    from signround_edge.outputs import check_output
     from signround_edge.transforms.rotation import rotate as run_rotate
 
-    divergence = run_rotate(resolve_model(model), out, seed)
+    source = resolve_model(model)
+    check_output("-o", out, {"the model": source})
+    divergence = run_rotate(source, out, seed)
     _say(f"wrote {out} in f32 with an output head of its own; KL divergence from the original {divergence:.1e}")
 
 
 @main.command()
 @_run
 @click.option("--format", "target", required=True, help="gguf or onnx.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="File or folder to write.")
-@click.option("--template", type=click.Path(path_type=Path), help="GGUF: metadata to copy; ONNX: your float graph.")
+@click.option("-o", "--out", type=_PATH, required=True, help="File or folder to write.")
+@click.option("--template", type=_PATH, help="GGUF: metadata to copy; ONNX: your float graph.")
 @click.option("--accuracy-level", type=click.Choice(list(map(str, ACCURACY_LEVELS))), help="Of MatMulNBits, ONNX only.")
 @click.option("--scale-dtype", type=click.Choice(SCALE_DTYPES), help="Stored scales, ONNX only.")
-@click.option("--card-text", type=click.Path(path_type=Path), help="ONNX: text to measure level 4 on, for the card.")
+@click.option("--card-text", type=_PATH, help="ONNX: text to measure level 4 on, for the card.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Write the dequantized weights as floats instead.")
 @click.option("--split-max-size", "--max-shard-size", help="Split the data into files of at most this size (500M, 4G).")
 @click.option("--ort-format", is_flag=True, help="ONNX: also write model.ort and the list of operators that it needs.")
@@ -205,16 +218,14 @@ def export(
 
 
 @main.command()
-@click.argument("run", required=False, type=click.Path(path_type=Path))
-@click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to score.  [required]")
+@click.argument("run", required=False, type=_PATH)
+@click.argument("artifacts", nargs=-1, type=_PATH)
+@click.option("--text", type=_PATH, help="UTF-8 text to score.  [required]")
 @click.option("--device", "devices", multiple=True, default=("cpu-x86",), show_default=True, help="Device profile.")
 @_reference
-@click.option("--llama-bin", type=click.Path(path_type=Path), help="Folder of llama.cpp binaries for the device.")
-@click.option("--report", type=click.Path(path_type=Path), help="Folder for certificate.json and certificate.html.")
-@click.option(
-    "--check", "certificate", type=click.Path(path_type=Path), help="Re-check a certificate.json; run nothing."
-)
+@click.option("--llama-bin", type=_PATH, help="Folder of llama.cpp binaries for the device.")
+@click.option("--report", type=_PATH, help="Folder for certificate.json and certificate.html.")
+@click.option("--check", "certificate", type=_PATH, help="Re-check a certificate.json; run nothing.")
 @_windows
 @_n_ctx
 @_json
@@ -283,7 +294,7 @@ def _check_certificate(certificate: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=_PATH)
 @_json
 def inspect(path: Path, as_json: bool) -> None:
     """List the tensors of a run directory or an artifact: format, shape, bytes, bits a weight."""
@@ -299,15 +310,18 @@ def inspect(path: Path, as_json: bool) -> None:
 
 @main.command()
 @_run
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for pictures, page and analysis.json.")
+@click.option("--out", type=_PATH, help="Folder for pictures, page and analysis.json.")
 @_json
 def analyze(run: Path, out: Path | None, as_json: bool) -> None:
     """What tuning did to RUN: altered roundings, salient channels, V, losses (arXiv 2309.05516, figures 2 to 4)."""
     from signround_edge.analysis.report import write_report
     from signround_edge.analysis.roundings import analyze as run_analyze
+    from signround_edge.outputs import check_output
     from signround_edge.run_directory import RunDirectory
     from signround_edge.terminal.analysis import render
 
+    if out is not None:
+        check_output("--out", out / "analysis.json", {"the run": run})
     analysis = run_analyze(RunDirectory.open(run))
     for path in write_report(analysis, out) if out is not None else ():
         _say(f"wrote {path}")
@@ -319,10 +333,10 @@ def analyze(run: Path, out: Path | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("path")
-@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text to score.")
+@click.option("--text", type=_PATH, help="UTF-8 text to score.")
 @click.option("--tasks", help="Zero-shot tasks of lm-evaluation-harness instead: hellaswag,piqa,…")
-@click.option("--task-dir", type=click.Path(path_type=Path), help="Folder with task files of your own.")
-@click.option("--limit", type=click.IntRange(1), help="Documents of each task at most.")
+@click.option("--task-dir", type=_PATH, help="Folder with task files of your own.")
+@click.option("--limit", type=int, help="Documents of each task at most.")
 @_reference
 @_windows
 @_n_ctx
@@ -355,6 +369,8 @@ def _evaluate_tasks(
     from signround_edge.terminal.task_scores import render
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("--tasks names no task; give some of lm-evaluation-harness, such as hellaswag,piqa")
     found, original = score_tasks(path, names, reference, task_dir, limit)
     if as_json:
         _print_json({"tasks": found} if original is None else {"tasks": found, "reference_tasks": original})
@@ -383,7 +399,7 @@ def devices(setup: tuple[str, ...], as_json: bool) -> None:
 
 
 @main.command()
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Keep run, files and report here.")
+@click.option("-o", "--out", type=_PATH, help="Keep run, files and report here.")
 @_json
 def demo(out: Path | None, as_json: bool) -> None:
     """The whole chain on the shipped tiny model: quantize, export to GGUF and ONNX, verify; one table."""

@@ -10,6 +10,10 @@ SCHEMA_VERSION = 1
 OUTSIDE = "outside"
 
 
+class ManifestError(ValueError):
+    """What is wrong with a manifest, for use within a sentence."""
+
+
 @dataclass
 class TensorEntry:
     """One parameter of the model.
@@ -104,11 +108,24 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Raises ValueError, KeyError or TypeError on anything that is not a manifest of this version."""
-        data = json.loads(text)
-        if data.pop("schema_version") != SCHEMA_VERSION:
-            raise ValueError("another schema version")
-        data.pop("state")
-        data["tensors"] = [TensorEntry(**t) for t in data["tensors"]]
-        data["complete"] = {k: PartRecord(**v) for k, v in data["complete"].items()}
-        return cls(**data)
+        """Raises ManifestError on anything that is not a manifest of this version."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ManifestError(f"it is not JSON ({error})") from error
+        if not isinstance(data, dict) or "schema_version" not in data:
+            raise ManifestError("it says no schema_version, so `quantize` did not write it")
+        version = data.pop("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ManifestError(
+                f"its schema_version is {version}, and this version of signround-edge reads {SCHEMA_VERSION}"
+            )
+        try:
+            data.pop("state")
+            data["tensors"] = [TensorEntry(**t) for t in data["tensors"]]
+            data["complete"] = {k: PartRecord(**v) for k, v in data["complete"].items()}
+            return cls(**data)
+        except KeyError as error:
+            raise ManifestError(f"it has no {error.args[0]!r}") from error
+        except (TypeError, AttributeError) as error:
+            raise ManifestError(f"it does not hold what a manifest holds ({error})") from error

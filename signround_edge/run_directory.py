@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,11 +31,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from signround_edge.arguments import nearest, path_of
 from signround_edge.errors import UserError
 from signround_edge.files import sha256_of, whole_file, write_atomically
 from signround_edge.formats import QuantizedTensor, get_grid
 from signround_edge.formats.channel_scales import ChannelScales
-from signround_edge.manifest import Manifest, PartRecord, TensorEntry
+from signround_edge.manifest import Manifest, ManifestError, PartRecord, TensorEntry
 from signround_edge.model.config import read_config
 
 _SEPARATOR = "#"
@@ -76,15 +78,18 @@ class RunDirectory:
         return run
 
     @classmethod
-    def open(cls, path: Path, allow_incomplete: bool = False) -> RunDirectory:
+    def open(cls, path: str | os.PathLike[str], allow_incomplete: bool = False) -> RunDirectory:
         """Open and check; UserError when it is no run directory, incomplete, or a part is missing or was changed."""
+        path = path_of("the run", path)
         file = path / "manifest.json"
         if not file.is_file():
             raise UserError(f"{path} is not a run directory (it has no manifest.json); make one with `quantize`")
         try:
             manifest = Manifest.from_json(file.read_text(encoding="utf-8"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is not a readable manifest ({error}); run `quantize` again") from error
+        except ManifestError as error:
+            raise UserError(
+                f"{file} is not a readable manifest: {error}; restore it, or remove {path} and run `quantize` again"
+            ) from error
         run = cls(path, manifest)
         if manifest.state != "complete" and not allow_incomplete:
             done = sum(p in manifest.complete for p in manifest.parts)
@@ -108,17 +113,23 @@ class RunDirectory:
         return list(self._entries)
 
     def entry(self, name: str) -> TensorEntry:
-        """The manifest's entry of a parameter."""
-        return self._entries[name]
+        """The manifest's entry of a parameter; UserError for a name that has none."""
+        if name in self._entries:
+            return self._entries[name]
+        if name in self.manifest.tied:
+            raise UserError(f"{self.path}: {name} shares the data of {self.manifest.tied[name]}; give that name")
+        near = ", ".join(nearest(name, self._entries))
+        raise UserError(f"{self.path} has no parameter {name!r}; near it are {near}, and names() has all")
 
     def is_quantized(self, name: str) -> bool:
         """Whether the parameter is stored as codes and scale fields."""
-        return self._entries[name].format is not None
+        return self.entry(name).format is not None
 
     def quantized(self, name: str) -> QuantizedTensor:
-        """Codes and scale fields of a quantized parameter, [out features, in features]."""
-        entry = self._entries[name]
-        assert entry.format is not None, name
+        """Codes and scale fields of a quantized parameter, [out features, in features]; UserError for another."""
+        entry = self.entry(name)
+        if entry.format is None:
+            raise UserError(f"{self.path}: {name} is kept in floats; float_tensor or dequantized gives it")
         grid = get_grid(entry.format)
         rows, cols = entry.out_in_shape
         with self._open_part(entry.part) as part:
@@ -132,14 +143,17 @@ class RunDirectory:
 
     def channel_scales(self, name: str) -> ChannelScales:
         """How a transform scaled a matrix before it was quantized."""
-        with self._open_part(self._entries[name].part) as part:
+        with self._open_part(self.entry(name).part) as part:
             stored = set(part.keys())
             keys = (f"{name}{_SEPARATOR}{which}" for which in _SCALES)
             return ChannelScales(*(part.get_tensor(key) if key in stored else None for key in keys))
 
     def float_tensor(self, name: str) -> Tensor:
         """A parameter that is kept in floats, as stored."""
-        with self._open_part(self._entries[name].part) as part:
+        entry = self.entry(name)
+        if entry.format is not None:
+            raise UserError(f"{self.path}: {name} is quantized; quantized or dequantized gives it")
+        with self._open_part(entry.part) as part:
             tensor: Tensor = part.get_tensor(name)
         return tensor
 

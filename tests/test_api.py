@@ -104,3 +104,90 @@ def test_a_run_gives_its_tensors(chain: tuple[Path, str]) -> None:
     run = se.RunDirectory.open(chain[0] / "run")
     assert run.quantized("model.layers.0.mlp.up_proj.weight").grid is GRIDS["Q4_0"]
     assert run.config["model_type"] == "llama"
+
+
+def test_a_run_is_opened_by_a_text_and_names_what_is_near_a_wrong_name(chain: tuple[Path, str]) -> None:
+    run = se.RunDirectory.open(str(chain[0] / "run"))
+    with pytest.raises(se.UserError, match=r"has no parameter 'model.layers.0.mlp.up.weight'; near it are .*up_proj"):
+        run.quantized("model.layers.0.mlp.up.weight")
+    for call in (run.dequantized, run.float_tensor, run.is_quantized, run.channel_scales, run.entry):
+        with pytest.raises(se.UserError, match="has no parameter 'nope'"):
+            call("nope")
+    with pytest.raises(se.UserError, match=r"model\.norm\.weight is kept in floats; float_tensor"):
+        run.quantized("model.norm.weight")
+    with pytest.raises(se.UserError, match=r"up_proj\.weight is quantized; quantized or dequantized"):
+        run.float_tensor("model.layers.0.mlp.up_proj.weight")
+    for name, owner in run.manifest.tied.items():
+        with pytest.raises(se.UserError, match=re.escape(f"{name} shares the data of {owner}; give that name")):
+            run.quantized(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"settings": {}}, 'settings must be TuningSettings, such as RECIPES["fast"], not a value of type dict'),
+        ({"settings": "fast"}, "settings must be TuningSettings"),
+        ({"progress": 3}, "progress must be a function that takes a line of text"),
+        ({"scheme": ["gguf:q4_0"]}, "--scheme must be a text such as gguf:q4_k_m, not a value of type list"),
+        ({"model": 3}, "model must be a path, not a value of type int"),
+        ({"model": ""}, "model is empty"),
+        ({"out": None}, "-o (out) must be a path"),
+        ({"out": ""}, "-o (out) is empty"),
+        ({"calibration": b"text"}, "--calibration must be a path"),
+        ({"tensor_type": 3}, "--tensor-type must be a text or a list of texts"),
+        ({"tensor_type": [3]}, "--tensor-type must be a text or a list of texts"),
+        ({"tensor_type": "ffn_dwon=Q6_K"}, "--tensor-type ffn_dwon=Q6_K: no matrix of this model"),
+    ],
+)
+def test_wrong_arguments_of_quantize_are_one_sentence(
+    tiny_llama: Path, tmp_path: Path, arguments: dict[str, object], sentence: str
+) -> None:
+    given = {"model": tiny_llama, "scheme": "gguf:q4_0", "out": tmp_path / "run", **arguments}
+    with pytest.raises(se.UserError, match=re.escape(sentence)):
+        se.quantize(**given)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_text_is_a_list_of_one(
+    chain: tuple[Path, str], tiny_llama: Path, tmp_path: Path, evaluation_text: Path
+) -> None:
+    settings = se.TuningSettings(steps=0, samples=2, seqlen=16)
+    run = se.quantize(tiny_llama, "gguf:q4_0", tmp_path / "run", settings=settings, tensor_type="ffn_down=Q8_0")
+    assert run.quantized("model.layers.0.mlp.down_proj.weight").grid is GRIDS["Q8_0"]
+    with pytest.raises(se.UserError, match="nowhere"):
+        se.verify(chain[0] / "run", chain[0] / "model-q4_0.gguf", evaluation_text, devices="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"windows": 0}, "--windows 0 must be at least 1"),
+        ({"windows": 1.5}, "--windows 1.5 must be a whole number"),
+        ({"n_ctx": 3}, "--n-ctx 3 must be at least 4"),
+        ({"n_ctx": True}, "--n-ctx True must be a whole number"),
+    ],
+)
+def test_the_bounds_of_the_command_line_hold_from_python(
+    chain: tuple[Path, str], evaluation_text: Path, arguments: dict[str, int], sentence: str
+) -> None:
+    run, file = chain[0] / "run", chain[0] / "model-q4_0.gguf"
+    with pytest.raises(se.UserError, match=re.escape(sentence)):
+        se.evaluate(run, evaluation_text, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(se.UserError, match=re.escape(sentence)):
+        se.verify(run, file, evaluation_text, **arguments)  # type: ignore[arg-type]
+
+
+def test_nothing_is_no_proof(chain: tuple[Path, str], evaluation_text: Path) -> None:
+    with pytest.raises(se.UserError, match="give at least one artifact"):
+        se.verify(chain[0] / "run", [], evaluation_text)
+    with pytest.raises(se.UserError, match="give at least one --device"):
+        se.verify(chain[0] / "run", chain[0] / "model-q4_0.gguf", evaluation_text, devices=[])
+
+
+def test_the_example_says_what_it_takes() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "quantize_and_verify.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    shown = subprocess.run([*command, "--help"], env=environment, capture_output=True, text=True, check=True).stdout
+    assert "model calibration text out" in shown
+    bare = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (bare.returncode, "Traceback" in bare.stderr) == (2, False)

@@ -134,9 +134,59 @@ def test_calibration_that_does_not_exist(model: Path, tmp_path: Path) -> None:
     assert_refused(quantize(model, tmp_path / "none.txt"), "none.txt does not exist")
 
 
+def test_calibration_that_is_no_text_file(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert_refused(quantize(model, tmp_path / "empty"), "it is a folder, and no dataset", "give a text file")
+    assert_refused(quantize(model, Path("/dev/null")), "--calibration /dev/null is no regular file; give a text file")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [
+        ("{", "it is not JSON"),
+        ("[]", "it says no schema_version, so `quantize` did not write it"),
+        ("{}", "it says no schema_version"),
+        ('{"schema_version": 2}', "its schema_version is 2, and this version of signround-edge reads 1"),
+        ('{"schema_version": 1, "state": "complete"}', "it has no 'tensors'"),
+        ('{"schema_version": 1, "state": "", "tensors": [], "complete": {}, "color": 1}', "it does not hold what"),
+        ('{"schema_version": 1, "state": "", "tensors": 3, "complete": {}}', "it does not hold what"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read_says_why_and_what_to_do(manifest: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(manifest)
+    refused = run_cli("inspect", tmp_path)
+    assert_refused(
+        refused, "manifest.json is not a readable manifest", words, "restore it, or remove", "`quantize` again"
+    )
+
+
 def test_scheme_that_does_not_exist(model: Path, calibration_text: Path) -> None:
     result = quantize(model, calibration_text, scheme="gguf:q9_9")
     assert_refused(result, "unknown scheme 'gguf:q9_9'", "gguf:q4_0", "onnx:w4g128-asym")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        ("gguf:q4km", "near it are gguf:q4_k_m, gguf:q4_k, gguf:q3_k_m, and docs/formats.md lists all"),
+        ("Q4_K_M", "near it are gguf:q4_k_m"),
+    ],
+)
+def test_an_unknown_scheme_names_what_is_near(scheme: str, words: str, model: Path, calibration_text: Path) -> None:
+    assert_refused(quantize(model, calibration_text, scheme=scheme), f"unknown scheme '{scheme.lower()}'", words)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        ("gguf:q4_0,", "--scheme 'gguf:q4_0,' has an empty part; give gguf:q4_0"),
+        (",gguf:q4_0,,onnx:w4g32", "has an empty part; give gguf:q4_0,onnx:w4g32"),
+        (" , ", "--scheme is empty; docs/formats.md lists all"),
+        ("", "--scheme is empty; docs/formats.md lists all"),
+    ],
+)
+def test_a_scheme_with_empty_parts_is_refused(scheme: str, words: str, model: Path, calibration_text: Path) -> None:
+    assert_refused(quantize(model, calibration_text, scheme=scheme), words)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +201,24 @@ def test_onnx_schemes_that_the_runtime_lacks(scheme: str, words: str, model: Pat
     assert_refused(quantize(model, calibration_text, scheme=scheme), f"unknown scheme '{scheme}'", words)
 
 
-@pytest.mark.parametrize("flags", [("--steps", "-1"), ("--samples", "0"), ("--lr", "7"), ("--recipe", "none")])
+@pytest.mark.parametrize(
+    "flags", [("--steps", "-1"), ("--samples", "0"), ("--lr", "7"), ("--recipe", "none"), ("--seed", str(10**23))]
+)
 def test_settings_out_of_range(flags: tuple[str, str], model: Path, calibration_text: Path) -> None:
     assert_refused(quantize(model, calibration_text, *flags), flags[0].strip("-"))
+    assert [path.name for path in model.parent.iterdir()] == ["model"]
+
+
+def test_a_seed_out_of_range_rotates_nothing(model: Path) -> None:
+    refused = run_cli("rotate", model, "-o", model.parent / "rotated", "--seed", 10**23)
+    assert_refused(refused, "--seed 100000000000000000000000 must be at least 0 and at most 4294967295")
+    assert [path.name for path in model.parent.iterdir()] == ["model"]
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "signround_edge", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Usage: signround-edge [OPTIONS] COMMAND")
 
 
 def test_model_that_does_not_exist(tmp_path: Path, calibration_text: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gguf
 
-from exporters.gguf.container.writer import write_file
+from exporters.gguf.container.writer import check_target, write_file
 from exporters.gguf.families.architecture import add_architecture
 from exporters.gguf.families.rope import factor_tensors
 from exporters.gguf.families.table import canonical_config, family_of
@@ -25,6 +25,8 @@ _ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight")  # as llama.cpp's 
 def export(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
     """Write a run as GGUF; see `GgufExporter.export`."""
     path = out / "model.gguf" if out.is_dir() else out
+    inputs = {"the run": run.path, "--template": options.template}
+    check_target(path, inputs)  # before any long work; the names of several files are checked when they are known
     if options.template is not None:
         return export_with_template(run, path, options, options.template)
     config = canonical_config(run.config)
@@ -45,4 +47,4 @@ def export(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
     writer.add_file_type(file_type(run, options.dtype))
     add_provenance(writer, run)
     options.log(f"writing {path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:.1f} MB")
-    return write_file(path, writer, tensors, options.split_max_bytes)
+    return write_file(path, writer, tensors, options.split_max_bytes, inputs)

@@ -31,12 +31,14 @@ from signround_edge.files import whole_folder
 from signround_edge.formats import get_grid
 from signround_edge.formats.matmul_nbits import has_matmul_nbits_form
 from signround_edge.model.config import CONFIG_FILE
+from signround_edge.outputs import check_output, lies_in
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.gguf_presets import GGUF_PRESETS
 
 
 def export_folder(run: RunDirectory, out: Path, options: OnnxOptions) -> Path:
     """Write the folder; see `OnnxExporter.export`."""
+    _check_out(run, out, options.template)
     _check(run, options)
     weights = RunWeights(run, half_scales=options.scale_dtype == "f16")
     with whole_folder(out, "the ONNX export", marker=SIDECAR) as partial:
@@ -80,6 +82,26 @@ def _make_graph(weights: RunWeights, scratch: Path, companions: Path, options: O
     if builder_knows(weights.run.config):
         return build(weights, scratch, companions, options)
     return trace(weights, companions, options)
+
+
+def _check_out(run: RunDirectory, out: Path, template: Path | None) -> None:
+    """UserError where the export would write into what it reads, or replace a folder that holds more than an export."""
+    check_output("-o", out, {"the run": run.path, "--template": template})
+    if lies_in(template, out):
+        raise UserError(f"--template {template} lies in {out}, which the export would replace; give another -o")
+    if (out / SIDECAR).is_file():
+        try:
+            ours = {SIDECAR, *Sidecar.read(out).files}
+        except UserError as error:
+            raise UserError(
+                f"{out} holds a damaged export whose {SIDECAR} cannot be read; remove the folder, or give another -o"
+            ) from error
+        other = next((file.name for file in sorted(out.iterdir()) if file.name not in ours), None)
+        if other is not None:
+            raise UserError(
+                f"{out} is an earlier export with other files in it ({other}), which a new one would remove; give "
+                "another -o, or move them away"
+            )
 
 
 def _check(run: RunDirectory, options: OnnxOptions) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime_tests.certificate.document import certificate, write_document
+from runtime_tests.certificate.document import FILE_NAME, certificate, write_document
 from runtime_tests.certificate.page import page
 from runtime_tests.report.report import VerifyReport
 from signround_edge.errors import UserError
 from signround_edge.files import write_atomically
+
+
+def certificate_files(folder: Path) -> list[Path]:
+    """The files of a certificate in a folder."""
+    return [folder / FILE_NAME, folder / "certificate.html"]
 
 
 def write_certificate(report: VerifyReport, folder: Path) -> list[Path]:
@@ -18,7 +23,7 @@ def write_certificate(report: VerifyReport, folder: Path) -> list[Path]:
         UserError: the folder cannot be written; what is there then is whole files, old or new.
     """
     assert report.evidence is not None, "only what `verify` returns can be certified"
-    html = folder / "certificate.html"
+    _, html = certificate_files(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         document = certificate(report, report.evidence, folder)

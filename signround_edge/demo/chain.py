@@ -17,6 +17,7 @@ from signround_edge.evaluation.metrics import Scores
 from signround_edge.evaluation.perplexity import TorchSession, evaluate, text_windows
 from signround_edge.evaluation.torch_models import load_run_model, load_source_model
 from signround_edge.inspection import Inspection, inspect
+from signround_edge.outputs import check_output
 from signround_edge.plugins import exporters
 from signround_edge.progress import Progress
 from signround_edge.run_directory import RunDirectory
@@ -93,6 +94,7 @@ def run_demo(out: Path | None, progress: Progress) -> DemoResult:
 @contextlib.contextmanager
 def _folder(out: Path | None) -> Iterator[Path]:
     if out is not None:
+        check_output("-o", out / "tuned", {})
         out.mkdir(parents=True, exist_ok=True)
         yield out
         return

@@ -46,11 +46,14 @@ class Windows:
         return self.tokens[window, self.first_scored + 1 :]
 
 
-def cut_windows(tokens: list[int], n_ctx: int, bos: int | None, max_windows: int | None = None) -> Windows:
+def cut_windows(
+    tokens: list[int], n_ctx: int, bos: int | None, max_windows: int | None = None, flag: str = "--text"
+) -> Windows:
     """Cut tokens (with BOS in front, where the tokenizer adds one) into windows; the tail is dropped.
 
     Args:
         bos: the BOS token when the tokenizer adds one, else None.
+        flag: that the text was given by.
     Raises:
         UserError: fewer tokens than one window.
     """
@@ -58,7 +61,7 @@ def cut_windows(tokens: list[int], n_ctx: int, bos: int | None, max_windows: int
     if count == 0:
         raise UserError(
             f"the text has {len(tokens)} tokens, which is less than one window of {n_ctx}; "
-            "give a longer --text or a smaller --n-ctx"
+            f"give a longer {flag}{' or a smaller --n-ctx' if flag == '--text' else ''}"
         )
     count = min(count, max_windows) if max_windows else count
     array = np.asarray(tokens[: count * n_ctx], dtype=np.int32).reshape(count, n_ctx)

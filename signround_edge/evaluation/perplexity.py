@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from signround_edge.arguments import at_least, read_text
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import FloatArray, ScoreKeeper, Scores, TokenArray, Windows, cut_windows
 from signround_edge.model.config import longest_window
@@ -35,26 +36,33 @@ class TorchSession:
         return array
 
 
-def text_windows(tokenizer_dir: Path, text: Path, n_ctx: int = 512, max_windows: int | None = None) -> Windows:
+def check_windows(n_ctx: int, max_windows: int | None) -> None:
+    """UserError for windows that there cannot be."""
+    at_least("--n-ctx", n_ctx, 4)
+    if max_windows is not None:
+        at_least("--windows", max_windows, 1)
+
+
+def text_windows(
+    tokenizer_dir: Path, text: Path, n_ctx: int = 512, max_windows: int | None = None, flag: str = "--text"
+) -> Windows:
     """Windows of a text as llama-perplexity cuts them, BOS rule included.
 
+    Args:
+        flag: that the text was given by.
     Raises:
         UserError: the text is missing, not UTF-8 or too short, or a window is longer than the model can see.
     """
+    check_windows(n_ctx, max_windows)
+    content = read_text(flag, text)
     positions = longest_window(tokenizer_dir)
     if positions is not None and n_ctx > positions:
         raise UserError(
             f"--n-ctx {n_ctx} is more than the {positions} positions of the model; give --n-ctx {positions}"
         )
     tokenizer = load_tokenizer(tokenizer_dir)
-    if not text.is_file():
-        raise UserError(f"--text {text} does not exist; give a UTF-8 text file")
-    try:
-        content = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--text {text} is not UTF-8 ({error.reason}); convert it first") from error
     tokens = list(tokenizer(content, verbose=False)["input_ids"])
-    return cut_windows(tokens, n_ctx, added_bos(tokenizer), max_windows)
+    return cut_windows(tokens, n_ctx, added_bos(tokenizer), max_windows, flag)
 
 
 def evaluate(session: Any, windows: Windows, reference: Any = None) -> Scores:

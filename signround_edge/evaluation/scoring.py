@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from signround_edge.arguments import read_text
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import Scores
-from signround_edge.evaluation.perplexity import TorchSession, evaluate, text_windows
+from signround_edge.evaluation.perplexity import TorchSession, check_windows, evaluate, text_windows
 from signround_edge.evaluation.torch_models import load_run_model, load_source_model
 from signround_edge.model.config import is_model_folder
 from signround_edge.model.source import resolve_model
@@ -23,6 +24,8 @@ def score(path: str, text: Path, reference: str | None, n_ctx: int, max_windows:
     Raises:
         UserError: neither model, run nor artifact; or an artifact without a --reference to take the tokenizer from.
     """
+    check_windows(n_ctx, max_windows)
+    read_text("--text", text)  # before a model is loaded
     reference_dir = None if reference is None else resolve_model(reference)
     with opened(path, reference_dir) as (session, tokenizer_dir):
         windows = text_windows(tokenizer_dir, text, n_ctx, max_windows)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from signround_edge.arguments import at_least
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import FloatArray, log_softmax
 from signround_edge.evaluation.perplexity import TorchSession
@@ -44,6 +45,8 @@ def score_tasks(
         UserError: the harness is not installed, a task is unknown, its data cannot be loaded, or it is not scored by
             log-likelihoods.
     """
+    if limit is not None:
+        at_least("--limit", limit, 1)
     reference_dir = None if reference is None else resolve_model(reference)
     with _harness_prints_to_stderr():
         manager = _task_manager(tasks, task_dir)

@@ -26,6 +26,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 def resolve_model(model: str) -> Path:
     """A local model folder: the path itself, or a download from the Hugging Face Hub when it is no path."""
+    if not model:
+        raise UserError("the name of the model is empty; give a model folder or a Hugging Face name such as org/model")
     path = Path(model)
     if path.is_dir():
         return path

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from difflib import SequenceMatcher
 
+from signround_edge.arguments import nearest
 from signround_edge.errors import UserError
 from signround_edge.formats import ALIASES, GRIDS, get_grid
 from signround_edge.formats.grid import Grid
 from signround_edge.formats.matmul_nbits import ONNX_BITS, ONNX_BLOCKS, has_matmul_nbits_form
 from signround_edge.schemes.gguf_presets import GGUF_FALLBACK, GGUF_PRESETS, ModelTraits, Place, Preset, Role
+
+_WHERE_ALL_ARE = "docs/formats.md lists all, such as gguf:q4_k_m and onnx:w4g128-asym"
 
 # ONNX embeddings and heads: 8 bits, nearly lossless, and on small models a third of the file when left in floats.
 ONNX_OUTPUT = "Q8_0"
@@ -145,9 +147,12 @@ def known_schemes() -> list[str]:
 
 def parse_scheme(text: str) -> Scheme:
     """Parse `gguf:q4_0`, `onnx:w4g32`, or several joined by commas that share a grid; UserError otherwise."""
-    names = [name.strip().lower() for name in text.split(",") if name.strip()]
-    if not names:
-        raise UserError(f"--scheme is empty; known schemes are {', '.join(known_schemes())}")
+    names = [name.strip().lower() for name in text.split(",")]
+    if not all(names):
+        meant = ",".join(filter(None, names))
+        raise UserError(
+            f"--scheme {text!r} has an empty part; give {meant}" if meant else f"--scheme is empty; {_WHERE_ALL_ARE}"
+        )
     schemes = [_parse_one(name) for name in names]
     grids = {s.preset.base if "*" in s.preset.base else get_grid(s.preset.base).name for s in schemes}
     mixed = next((s.text for s in schemes if s.preset.rules and len(schemes) > 1), None)
@@ -174,7 +179,8 @@ def _parse_one(name: str) -> Scheme:
         return Scheme(name, ("onnx",), Preset(base, embedding=ONNX_OUTPUT, output=ONNX_OUTPUT))
     if target == "onnx":
         raise UserError(f"unknown scheme {name!r}; {_what_onnx_has(rest)}")
-    raise UserError(f"unknown scheme {name!r}; known schemes are {', '.join(known_schemes())}")
+    near = ", ".join(nearest(name, known_schemes()))
+    raise UserError(f"unknown scheme {name!r}; near it are {near}, and {_WHERE_ALL_ARE}")
 
 
 def _what_onnx_has(rest: str) -> str:
@@ -193,7 +199,7 @@ def _what_onnx_has(rest: str) -> str:
 def _nearest(pattern: str, names: list[tuple[str, ...]]) -> list[str]:
     """The parts of names ("ffn_down", "down_proj") that are spelt most like a pattern, at most three."""
     parts = {part for known in names for name in known for part in name.split(".")[:-1] if not part.isdigit()}
-    return sorted(parts, key=lambda part: -SequenceMatcher(None, pattern.lower(), part).ratio())[:3]
+    return nearest(pattern, parts)
 
 
 def _parse_override(text: str, targets: tuple[str, ...]) -> TensorType:

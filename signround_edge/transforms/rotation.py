@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
+from signround_edge.arguments import check_seed
 from signround_edge.errors import UserError
 from signround_edge.evaluation.torch_models import load_source_model
 from signround_edge.files import whole_folder
@@ -36,13 +37,14 @@ def rotate(model: Path, out: Path, seed: int = 0) -> float:
     """Write the model, rotated, as the Hugging Face folder `out`, weights in f32; the whole model is in memory.
 
     Args:
-        seed: of the random rotation.
+        seed: of the random rotation; 0 to 2³² − 1.
     Returns:
         Mean KL divergence of the next-token probabilities of `out` from those of `model`, on random tokens.
     Raises:
         UserError: `out` exists, or the model's function would be another one, as with layer norms and with norms
             behind the layers that write; nothing is written then.
     """
+    check_seed(seed)
     if out.exists():
         raise UserError(f"{out} exists already; give another -o")
     source = SourceModel.open(model)

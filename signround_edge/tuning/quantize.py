@@ -36,6 +36,7 @@ from signround_edge.tuning.calibration.text import calibration_tokens, tokens_ha
 from signround_edge.tuning.cpu.attention import use_blocked_attention
 from signround_edge.tuning.cpu.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.job import Job
+from signround_edge.tuning.lock import locked
 from signround_edge.tuning.outside import embed, open_shell, quantize_embedding, write_outside
 from signround_edge.tuning.resume import create, to_continue, versions
 from signround_edge.tuning.settings import DEVICES, TuningSettings
@@ -70,7 +71,7 @@ def quantize(
         save_imatrix: takes the calibration's own E[x²] of every matrix at the end, also of a run complete already.
         source_check: how the blocks are compared with transformers' model first; one of `SOURCE_CHECKS`.
     Raises:
-        UserError: bad input, in one sentence; whatever is complete in `out` stays.
+        UserError: bad input, or another process writes `out`, in one sentence; whatever is complete in `out` stays.
     """
     torch_device = _device(device)
     weights = ModelWeights.open(model)
@@ -114,13 +115,14 @@ def quantize(
         tied=plan.tied,
         tensors=plan.tensors,
     )
-    run = to_continue(out, manifest, resume)
-    if run is None:
-        manifest.source_check = check_source(weights, tokens, torch_device, source_check).to_json()
-        progress.line(manifest.source_line)
-        run = create(out, manifest, weights)
-    importance = Importance(given, save_imatrix)
-    _execute(Job(weights, plan, tokens, settings, torch_device, run, progress, importance))
+    with locked(out):
+        run = to_continue(out, manifest, resume)
+        if run is None:
+            manifest.source_check = check_source(weights, tokens, torch_device, source_check).to_json()
+            progress.line(manifest.source_line)
+            run = create(out, manifest, weights)
+        importance = Importance(given, save_imatrix)
+        _execute(Job(weights, plan, tokens, settings, torch_device, run, progress, importance))
     return RunDirectory.open(out)
 
 

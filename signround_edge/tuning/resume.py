@@ -18,6 +18,7 @@ from signround_edge.model.config import read_config, write_config
 from signround_edge.model.language_model import save_text_config
 from signround_edge.model.weights import ModelWeights
 from signround_edge.run_directory import RunDirectory
+from signround_edge.tuning.lock import LOCK_FILE
 
 
 def to_continue(out: Path, manifest: Manifest, resume: bool) -> RunDirectory | None:
@@ -60,7 +61,7 @@ def create(out: Path, manifest: Manifest, weights: ModelWeights) -> RunDirectory
 
 def _has_foreign_files(out: Path) -> bool:
     """Anything but what a run that was killed before its first manifest leaves behind."""
-    return any(p.name not in ("config", "blocks", "manifest.json.partial") for p in out.iterdir())
+    return any(p.name not in ("config", "blocks", "manifest.json.partial", LOCK_FILE) for p in out.iterdir())
 
 
 def _difference(old: Manifest, new: Manifest) -> str | None:

@@ -6,6 +6,7 @@ import functools
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from signround_edge.arguments import at_least, check_seed, whole_number
 from signround_edge.errors import UserError
 from signround_edge.transforms import TRANSFORMS
 
@@ -50,7 +51,7 @@ class TuningSettings:
         whole_model_lr: relative learning rate of scales, norms and biases there, falling linearly to 0.
         whole_model_code_lr: learning rate of the codes there, in codes, falling linearly to 0; 0 freezes the codes.
         transforms: what is done to the full-precision weights first; names of `signround_edge.transforms`.
-        seed: seeds sample order.
+        seed: seeds sample order; 0 to 2³² − 1.
     """
 
     steps: int = 200
@@ -84,8 +85,8 @@ class TuningSettings:
         lowest = {"steps": 0, "samples": 1, "seqlen": 2, "batch_size": 1, "checks": 1}
         lowest |= {"whole_model_steps": 0, "whole_model_batch_size": 1}
         for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise UserError(f"{flag(name)} {getattr(self, name)} must be at least {low}")
+            at_least(flag(name), getattr(self, name), low)
+        check_seed(self.seed)
         if not 0 <= self.whole_model_code_lr <= 1:
             raise UserError(
                 f"{flag('whole_model_code_lr')} {self.whole_model_code_lr} must be at least 0 and at most 1"
@@ -129,8 +130,8 @@ def _check_kind(setting: str, value: Any) -> None:
     for one in value if setting == "transforms" else [value]:
         if known and one not in known:
             raise UserError(f"{flag(setting)} {one} is unknown; known are {', '.join(known)}")
-    if _kinds()[setting] is int and (not isinstance(value, int) or isinstance(value, bool)):
-        raise UserError(f"{flag(setting)} {value} must be a whole number")
+    if _kinds()[setting] is int:
+        whole_number(flag(setting), value)
 
 
 # Published: arXiv 2309.05516, version 1 (no clip tuning, absmax scales) and version 2 (clip tuning, 200 steps).

@@ -49,6 +49,10 @@ def test_docstring_and_command_line_have_the_same_choices(name: str) -> None:
         ({"lr": 0.0}, "--lr 0.0 must be above 0"),
         ({"held_out": 1.0}, "held_out 1.0 must be above 0 and below 1"),
         ({"scale_range": (1.2, 1.5)}, "scale_range"),
+        ({"seed": 2**32}, "--seed 4294967296 must be at least 0 and at most 4294967295"),
+        ({"seed": 10**23}, "--seed 100000000000000000000000 must be at least 0 and at most 4294967295"),
+        ({"seed": -1}, "--seed -1 must be at least 0"),
+        ({"seed": "1"}, "--seed 1 must be a whole number"),
     ],
 )
 def test_numbers_out_of_range_are_refused(settings: dict[str, object], sentence: str) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from gguf import GGUFWriter
 from numpy.typing import NDArray
 
 from exporters.gguf.blocks.ggml_types import GgmlType
+from exporters.gguf.container.reader import MAGIC
 from exporters.gguf.container.splits import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, split_path
 from signround_edge.errors import UserError
 from signround_edge.files import is_disk_full, whole_files
+from signround_edge.outputs import check_output
 
 _HEAD_ROOM = 1 << 20
 
@@ -42,7 +45,35 @@ class PlannedTensor:
     data: Callable[[], Iterator[NDArray[Any]]]
 
 
-def write_file(path: Path, writer: GGUFWriter, tensors: Iterable[PlannedTensor], max_bytes: int | None = None) -> Path:
+def check_target(path: Path, inputs: Mapping[str, Path | None], flag: str = "-o") -> None:
+    """UserError unless a GGUF file may be written at `path`: a new name, an empty file, or a GGUF file to replace.
+
+    Args:
+        inputs: flag or argument → what the command reads; see `check_output`.
+        flag: that the path was given by.
+    """
+    check_output(flag, path, inputs)
+    if not path.exists():
+        return
+    if not path.is_file():
+        what = "a folder; give the name of a file" if path.is_dir() else f"no regular file; give another {flag}"
+        raise UserError(f"{flag} {path} is {what}")
+    with path.open("rb") as file:
+        start = file.read(len(MAGIC))
+    if start not in (b"", MAGIC):
+        raise UserError(
+            f"{flag} {path} exists and is no GGUF file, so it is not replaced; give another {flag}, or remove it first"
+        )
+
+
+def write_file(
+    path: Path,
+    writer: GGUFWriter,
+    tensors: Iterable[PlannedTensor],
+    max_bytes: int | None = None,
+    inputs: Mapping[str, Path | None] = MappingProxyType({}),
+    flag: str = "-o",
+) -> Path:
     """Write the metadata collected in `writer` and the tensors to `path`, one tensor in memory at a time.
 
     The file, or all of several, appear whole or not at all.
@@ -51,18 +82,22 @@ def write_file(path: Path, writer: GGUFWriter, tensors: Iterable[PlannedTensor],
         writer: a GGUFWriter without file and without tensors.
         max_bytes: split into files of at most so many bytes of tensor data (or one tensor), named as llama.cpp wants
             them; the first holds all metadata.
+        inputs, flag: as for `check_target`, which every file has to pass.
     Returns:
         The file to load: `path`, or the first of several.
     Raises:
-        UserError: the disk is full or cannot be written.
+        UserError: the disk is full or cannot be written, or something else than a GGUF file is in the way.
     """
     groups = _grouped(list(tensors), max_bytes)
     count = len(groups)
     paths = [path] if count == 1 else [split_path(path, i, count) for i in range(count)]
+    for target in paths:
+        check_target(target, inputs, flag)
     writers = [writer, *(GGUFWriter(None, writer.arch) for _ in groups[1:])]
     needed = sum(t.nbytes for group in groups for t in group) + _HEAD_ROOM
-    with _as_user_errors(path, needed), whole_files(*paths) as partials:
-        if shutil.disk_usage(path.parent).free < needed:
+    with _as_user_errors(path, needed, flag), whole_files(*paths) as partials:
+        disk = shutil.disk_usage(path.parent)
+        if disk.free < needed and disk.total:  # of no size at all is what holds no files of ours, such as /proc
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for index, (own, group, partial) in enumerate(zip(writers, groups, partials, strict=True)):
             if count > 1:
@@ -122,14 +157,14 @@ def _write_tensor(write: Callable[[memoryview], object], tensor: PlannedTensor, 
 
 
 @contextmanager
-def _as_user_errors(path: Path, needed: int) -> Iterator[None]:
+def _as_user_errors(path: Path, needed: int, flag: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if is_disk_full(error):
             raise UserError(
-                f"{path} was not written: the disk is full; free {needed / 1e6:.0f} MB there or choose another -o"
+                f"{path} was not written: the disk is full; free {needed / 1e6:.0f} MB there or choose another {flag}"
             ) from error
         raise UserError(
-            f"{path} was not written ({error.strerror or error}); choose another -o or check its folder"
+            f"{path} was not written ({error.strerror or error}); choose another {flag} or check its folder"
         ) from error

@@ -79,7 +79,7 @@ def write_imatrix(
         sums = np.atleast_2d(np.asarray(vectors[name], dtype=np.float32)) * np.float32(tokens)
         counts = np.full((len(sums), 1), tokens, dtype=np.float32)
         tensors += [f32_tensor(name + _SUMS, sums), f32_tensor(name + _COUNTS, counts)]
-    return write_file(path, writer, tensors)
+    return write_file(path, writer, tensors, flag="--save-imatrix")
 
 
 class _Writer(gguf.GGUFWriter):  # type: ignore[misc]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporters.gguf.container.writer import check_target
 from exporters.gguf.imatrix.file import read_imatrix, write_imatrix
 from signround_edge.errors import UserError
 from signround_edge.files import sha256_of
@@ -83,8 +84,7 @@ class ImatrixSink:
 
     def check(self, parameters: Iterable[str]) -> None:
         """UserError when the file could not be written, or could not hold one of the parameters."""
-        if self._path.is_dir():
-            raise UserError(f"--save-imatrix {self._path} is a folder; give the name of a file")
+        check_target(self._path, {}, "--save-imatrix")
         for parameter in parameters:
             if gguf_name(parameter, self._model_type) is None:
                 raise UserError(f"--save-imatrix: llama.cpp has no name for {parameter}; leave --save-imatrix out")

@@ -44,8 +44,6 @@ def export_with_template(run: RunDirectory, path: Path, options: ExportOptions, 
         UserError: the template is unreadable, or a parameter of the run finds no place in it.
     """
     source = GgufFile.open(template)
-    if template.resolve() == path.resolve():
-        raise UserError(f"--template and -o are the same file ({path}); choose another -o")
     placements = {p.gguf_name: p for p in match_by_value(run, source)}
     missing = set(run.names()) - {name for p in placements.values() for name in p.hf_names}
     if missing:
@@ -72,7 +70,8 @@ def export_with_template(run: RunDirectory, path: Path, options: ExportOptions, 
     # `verify` must not expect the built-in route's metadata here.
     writer.add_string(f"{PROVENANCE}.template", template.name)
     options.log(f"writing {path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:.1f} MB")
-    return write_file(path, writer, tensors, options.split_max_bytes)
+    inputs = {"the run": run.path, "--template": template}
+    return write_file(path, writer, tensors, options.split_max_bytes, inputs)
 
 
 def match_by_value(run: RunDirectory, file: GgufFile) -> list[Placement]:

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from signround_edge.arguments import read_text
 from signround_edge.errors import UserError
 
 # Keys looked for in JSON lines and dataset rows, in this order.
 TEXT_KEYS = ("text", "content", "prompt")
+_WAY_OUT = "give a text file, JSON lines or a dataset name"
 
 
 def read_documents(source: str, tokenizer: Any) -> Iterable[str] | None:
@@ -24,23 +26,22 @@ def read_documents(source: str, tokenizer: Any) -> Iterable[str] | None:
     """
     path = Path(source)
     if not path.is_file():
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--calibration {source} is no regular file; {_WAY_OUT}")
         if not path.is_dir() and (path.suffix or source.startswith((".", "/", "~"))):
-            raise UserError(f"--calibration {source} does not exist; give a text file, JSON lines or a dataset name")
+            raise UserError(f"--calibration {source} does not exist; {_WAY_OUT}")
         return _dataset(source, tokenizer)
     return _json_lines(path, tokenizer) if path.suffix in (".jsonl", ".ndjson", ".json") else None
 
 
-def read_text(path: Path) -> str:
+def calibration_text(path: Path) -> str:
     """A UTF-8 file without its byte-order mark; UserError when it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first") from error
+    return read_text("--calibration", path).removeprefix("\ufeff")
 
 
 def _json_lines(path: Path, tokenizer: Any) -> Iterable[str]:
     # Not splitlines(): it also cuts at U+2028 and others, which JSON strings may hold.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(calibration_text(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path} line {number}"
@@ -65,9 +66,10 @@ def _dataset(name: str, tokenizer: Any) -> Iterable[str]:
     except UserError:
         raise
     except Exception as error:
+        what = "it is a folder, and no dataset with a split 'train'" if Path(name).is_dir() else "check the name"
         raise UserError(
-            f"--calibration {name} is neither a file nor a dataset that could be read ({type(error).__name__}); "
-            "give a text file"
+            f"--calibration {name} is neither a file nor a dataset that could be read ({type(error).__name__}): "
+            f"{what}; {_WAY_OUT}"
         ) from error
 
 

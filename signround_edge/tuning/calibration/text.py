@@ -12,7 +12,7 @@ from torch import Tensor
 
 from signround_edge.errors import UserError
 from signround_edge.model.tokenizer import added_bos
-from signround_edge.tuning.calibration.documents import read_documents, read_text
+from signround_edge.tuning.calibration.documents import calibration_text, read_documents
 
 
 def calibration_tokens(source: str, tokenizer: Any, samples: int, seqlen: int) -> Tensor:
@@ -27,7 +27,7 @@ def calibration_tokens(source: str, tokenizer: Any, samples: int, seqlen: int) -
     bos = added_bos(tokenizer)
     documents = read_documents(source, tokenizer)
     if documents is None:
-        windows = _from_text(_encode(tokenizer, read_text(Path(source)), bos), bos, samples, seqlen)
+        windows = _from_text(_encode(tokenizer, calibration_text(Path(source)), bos), bos, samples, seqlen)
     else:
         encoded = (_encode(tokenizer, document, bos) for document in documents)
         windows = _from_documents(encoded, bos, samples, seqlen)

@@ -237,12 +237,12 @@ def test_an_interrupted_export_leaves_the_old_file(tmp_path: Path) -> None:
         yield
 
     path = tmp_path / "a.gguf"
-    path.write_bytes(b"old")
+    path.write_bytes(b"GGUF, old")
     writer = gguf.GGUFWriter(None, "llama")
     with pytest.raises(KeyboardInterrupt):
         write_file(path, writer, [PlannedTensor("t", F32, (16,), 64, interrupted)])
     assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"GGUF, old"
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    GptOssConfig,
     LlamaConfig,
     MixtralConfig,
     OPTConfig,
@@ -24,6 +24,7 @@ from exporters.onnx import OnnxExporter
 from exporters.onnx.builder_names import ARCHITECTURES, builder_knows
 from signround_edge.cli import main
 from signround_edge.errors import UserError
+from signround_edge.tuning import source_check
 from tests.docs.documents import code_spans, parse, section, table_rows, text_of
 from tests.exporters.gguf.family_table import FAMILIES, REFUSED
 from tests.support import SIZES, TOKENS, make_run, save_random_model
@@ -101,14 +102,20 @@ def test_what_llama_cpp_does_not_compute_reads_as_quoted(name: str, tmp_path: Pa
     assert said.endswith("as --template")
 
 
-def test_what_quantize_refuses_reads_as_quoted(tmp_path: Path, tiny_llama: Path) -> None:
+def test_what_quantize_refuses_reads_as_quoted(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quoted = [row[1] for row in table_rows(section(PAGE, "## What `quantize` takes"))]
-    experts = GptOssConfig(**{**SIZES, "num_hidden_layers": 1}, num_local_experts=2, head_dim=16)
+    gptq = LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})
     odd = LlamaConfig(**{**SIZES, "hidden_size": 40, "vocab_size": 3072}, head_dim=32, **TOKENS)
-    folders = [config_only(T5Config(), tmp_path / "t5", tiny_llama), config_only(experts, tmp_path / "moe", tiny_llama)]
+    folders = [config_only(T5Config(), tmp_path / "t5", tiny_llama), config_only(gptq, tmp_path / "gptq", tiny_llama)]
+    folders += [shutil.copytree(tiny_llama, tmp_path / "compiled"), tiny_llama]
+    compiled = {f"_orig_mod.{name}": t for name, t in load_file(tiny_llama / "model.safetensors").items()}
+    save_file(compiled, tmp_path / "compiled" / "model.safetensors", metadata={"format": "pt"})
     pickle = config_only(LlamaConfig(), tmp_path / "pickle", tiny_llama)
     (pickle / "model.safetensors").rename(pickle / "pytorch_model.bin")
     folders += [pickle, save_random_model(odd, tmp_path / "odd", tokenizer_from=tiny_llama)]
+    monkeypatch.setattr(source_check, "LIMIT", 1e-9)  # below the noise of f32: tiny-llama fails the source check
     for sentence, folder in zip(quoted, folders, strict=True):
         arguments = ["--scheme", "gguf:q4_0", "-o", tmp_path / "run", "--steps", 0, "--samples", 1, "--seqlen", 8]
         result = CliRunner().invoke(main, ["quantize", str(folder), *map(str, arguments)])

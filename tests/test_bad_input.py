@@ -55,6 +55,7 @@ def assert_refused(result: Result, *words: str) -> None:
 def test_missing_shard(model: Path, calibration_text: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model.safetensors").unlink()  # it would count before the index
     assert_refused(quantize(model, calibration_text), "model-00001-of-00002.safetensors is missing", "download")
 
 
@@ -121,7 +122,7 @@ def test_calibration_without_enough_text(text: str, model: Path, tmp_path: Path)
     ("name", "content", "words"),
     [
         ("bad.jsonl", b"{not json\n", "line 1 is not JSON"),
-        ("bad.jsonl", b'{"body": "x"}\n', "has none of the keys text, content, prompt"),
+        ("bad.jsonl", b'{"body": "x"}\n', "has none of the keys messages, text, content, prompt"),
         ("bad.txt", b"\xff\xfe\xfa", "is not UTF-8"),
     ],
 )

@@ -104,10 +104,13 @@ def search_affine(grid: Grid, blocks: Tensor, importance: Tensor) -> BlockScales
 
 
 def affine_factors(steps: int) -> tuple[float, ...]:
-    """Candidates for codes of that many steps; above 1, a part of the codes spans the whole range."""
+    """Candidates for codes of that many steps; above 1, a part of the codes spans the whole range.
+
+    All numbers of codes from half of them on are tried: of a checkpoint on this grid each block is found again then.
+    """
     if steps == 255:
         return FACTORS_OF_8_BITS
-    return AFFINE_FACTORS + tuple(steps / used for used in range((steps + 1) // 2, steps, max(1, (steps + 1) // 16)))
+    return AFFINE_FACTORS + tuple(steps / used for used in range((steps + 1) // 2, steps))
 
 
 def _best(

@@ -67,12 +67,8 @@ def whole_folder(out: Path, what: str, marker: str | None = None) -> Iterator[Pa
         what: is written, for the message: "the ONNX export".
         marker: name of a file that tells an earlier output of ours, which may be replaced; None: nothing may.
     Raises:
-        UserError: `out` is a file, holds something else or is called "." or "..", or the disk is full.
+        UserError: `out` is a file, holds something else, or the disk is full.
     """
-    if out.name in ("", ".."):
-        raise UserError(
-            f"-o {out} has no name of its own, beside which {what} could be made; give a folder that has one"
-        )
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give -o a folder for {what}")
     real = out.resolve()

@@ -91,7 +91,7 @@ def _check_out(run: RunDirectory, out: Path, template: Path | None) -> None:
         raise UserError(f"--template {template} lies in {out}, which the export would replace; give another -o")
     if (out / SIDECAR).is_file():
         try:
-            ours = {SIDECAR, *Sidecar.read(out).files}
+            ours = {SIDECAR, *(Path(name).parts[0] for name in Sidecar.read(out).files)}
         except UserError as error:
             raise UserError(
                 f"{out} holds a damaged export whose {SIDECAR} cannot be read; remove the folder, or give another -o"

@@ -88,7 +88,12 @@ def match_weights(graph: ir.Graph, weights: RunWeights, limit: float) -> Matches
 
 
 def sample(array: FloatArray) -> FloatArray:
-    """At most 64 × 64 evenly spaced values of a matrix, or 4,096 of a vector, as f32; shapes decide which."""
+    """At most 64 × 64 evenly spaced values of a matrix, or 4,096 of a vector, as f32; shapes decide which.
+
+    Of more dimensions (the kernel of a convolution) all but the first count as one.
+    """
+    if array.ndim > 2:
+        array = array.reshape(len(array), -1)
     if array.ndim == 1:
         return array[_positions(len(array), _SAMPLED * _SAMPLED)].astype(np.float32)
     rows, cols = (_positions(n, _SAMPLED) for n in array.shape)

@@ -27,7 +27,7 @@ from signround_edge.run_directory import RunDirectory
 for run in map(Path, sys.argv[1:]):
     for dtype in (None, "f16"):
         options = ExportOptions(dtype, log=lambda line: None)
-        GgufExporter().export(RunDirectory.open(run), run / "out.gguf", options)
+        GgufExporter().export(RunDirectory.open(run), run.with_name(f"{run.name}.gguf"), options)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Conf
 from exporters.onnx.artifact.reader import changed_files, iter_expected, open_artifact, read_tensors
 from exporters.onnx.routes import built
 from runtime_tests.runtimes.onnx_weights import dequantize_through_runtime
+from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
 from tests.exporters.onnx.conftest import BASE, VOCABULARY, Exported, export
@@ -219,7 +220,10 @@ def test_exports_are_reproducible_and_replace_an_earlier_one(llama_export: Expor
         n.attributes["accuracy_level"].as_int() for n in ir.load(out / "model.onnx").graph if "NBits" in n.op_type
     ]
     assert set(levels) == {4}
-    (out / "stale").touch()
+    (out / "mine").touch()
+    with pytest.raises(UserError, match=r"an earlier export with other files in it \(mine\)"):
+        export(llama_export.run, out)
+    (out / "mine").unlink()
     export(llama_export.run, out)
     names = sorted(file.name for file in llama_export.folder.iterdir())
     assert sorted(file.name for file in out.iterdir()) == names

@@ -102,6 +102,7 @@ def test_figures_are_those_of_the_harness(
                 assert found[task][metric.removesuffix(",none")] == pytest.approx(value, rel=1e-4), (task, metric)
 
 
+@pytest.mark.full
 def test_a_run_and_its_artifacts_agree(
     tmp_path: Path, tiny_llama: Path, task_dir: Path, calibration_text: Path
 ) -> None:

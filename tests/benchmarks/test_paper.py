@@ -90,6 +90,7 @@ def test_every_cell_runs(tmp_path: Path) -> None:
     assert all(f"## {table.TITLE}" in page for table in TABLES.values())
 
 
+@pytest.mark.full
 def test_a_cell_of_each_kind_runs(tmp_path: Path, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"RTN", "GPTQ", "ours"}
     cells = [c for c in bits.cells() if c.scheme == "onnx:w2g32-asym" and c.label in few]

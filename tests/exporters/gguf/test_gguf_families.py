@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, MistralConfig, Phi3Config, PretrainedCon
 from exporters.gguf import families
 from exporters.gguf.families import table
 from exporters.gguf.families.family import sliding_window
-from exporters.gguf.families.gemma import window_period
 from exporters.gguf.families.rope import rope_frequency_factors, rope_parameters, rotary_dims
 from exporters.gguf.families.row_orders import grouped_rows, interleaved_rows
 from exporters.gguf.families.table import canonical_config
+from exporters.gguf.families.windows import window_period
 from exporters.gguf.reader import iter_expected, name_map, read_metadata, read_tensors
 from exporters.gguf.tokenizer import pretokenizer
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
@@ -62,6 +62,8 @@ def tokenizer_folder(kind: str, request: pytest.FixtureRequest, folder: Path) ->
         "gpt_neox": (gpt2_split(), False, "GPTNeoXTokenizer"),
         "qwen2": (split(pretokenizer._QWEN2), False, "Qwen2Tokenizer"),
         "llama3": (split(pretokenizer._LLAMA3), True, "PreTrainedTokenizerFast"),
+        "olmo2": (split(pretokenizer._LLAMA3), False, "PreTrainedTokenizerFast"),
+        "single_digits": (single_digits_split(), False, "PreTrainedTokenizerFast"),
         "bloom": (split(pretokenizer._BLOOM), False, "PreTrainedTokenizerFast"),
         "falcon": (falcon_split(), False, "PreTrainedTokenizerFast"),
     }[kind]
@@ -86,6 +88,10 @@ def test_a_family_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
     assert set(table.gather()) == {*table.FAMILIES, "newcomer"}
+
+
+def single_digits_split() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2_split()])
 
 
 def falcon_split() -> pre_tokenizers.PreTokenizer:

@@ -13,7 +13,9 @@ _LAYERS_WITH_NORMS = 64  # llama.cpp tells Command R+, whose queries and keys ha
 
 
 def _derived(config: Config) -> Config:
-    return {"norm_eps": config["layer_norm_eps"]}
+    """`model_max_length` is how published configs say that the model was trained on longer texts."""
+    context = config.get("model_max_length") or config["max_position_embeddings"]
+    return {"norm_eps": config["layer_norm_eps"], "max_position_embeddings": context}
 
 
 def _keys(writer: gguf.GGUFWriter, config: Config) -> None:

@@ -155,7 +155,11 @@ VARIANTS: dict[str, PretrainedConfig] = {
     "gemma3_rope": Gemma3TextConfig(**{**_GEMMA, "num_hidden_layers": 7}, rope_parameters=_GEMMA3_ROPE),
     "gemma3_soft_cap": Gemma3TextConfig(**_GEMMA, final_logit_softcapping=5.0),
     "olmo2_yarn": Olmo2Config(**_SHARED, rope_parameters=YARN),
-    "olmo3_yarn": Olmo3Config(**_OLMO3, rope_parameters=_OLMO3_ROPE),
+    "olmo3_yarn_window_period_2": Olmo3Config(
+        **{**_OLMO3, "num_hidden_layers": 4},
+        rope_parameters=_OLMO3_ROPE,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
     "olmo3_without_windows": Olmo3Config(**_OLMO3, layer_types=["full_attention"] * 5),
     "granite_tied_with_biases": GraniteConfig(
         **_SHARED, **_GRANITE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True

@@ -43,8 +43,8 @@ def save_random_model(config: PretrainedConfig, out: Path, tokenizer_from: Path 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("norm.weight"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(out)
     if tokenizer_from is not None:

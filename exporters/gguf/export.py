@@ -19,7 +19,7 @@ from exporters.interface import ExportOptions
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 
-_ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight")  # as llama.cpp's converter has it
+_ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight", "_norm.weight")  # as llama.cpp's converter has it
 
 
 def export(run: RunDirectory, out: Path, options: ExportOptions) -> Path:

@@ -14,6 +14,7 @@ from exporters.gguf.families.row_orders import Config, RowOrder, same_order
 
 SILU = ("silu", "swish")
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+RELU_SQUARED = ("relu2",)
 NO_OUTPUT_BIAS = (".o_proj.bias", ".gate_proj.bias", ".up_proj.bias", ".down_proj.bias")
 
 TEMPLATE_HINT = "make an f16 GGUF with llama.cpp's convert_hf_to_gguf.py and give it as --template"

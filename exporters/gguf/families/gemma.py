@@ -9,20 +9,9 @@ import gguf
 from exporters.gguf.families.family import TANH_GELU, Family
 from exporters.gguf.families.rope import rope_parameters
 from exporters.gguf.families.row_orders import Config
+from exporters.gguf.families.windows import add_windows, window_period
 
 _NO_BIAS = (".q_proj.bias", ".k_proj.bias", ".v_proj.bias", ".o_proj.bias")
-
-
-def window_period(config: Config) -> int | None:
-    """p when layers p, 2p, … (counted from 1) have full attention and all others a sliding window, else None.
-
-    1 means that no layer has a window.
-    """
-    kinds = config["layer_types"]
-    for period in range(1, len(kinds) + 2):
-        if kinds == ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(len(kinds))]:
-            return period
-    return None
 
 
 def _derived(config: Config) -> Config:
@@ -32,21 +21,14 @@ def _derived(config: Config) -> Config:
 def _gemma2_keys(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_attn_logit_softcapping(float(config["attn_logit_softcapping"]))
     writer.add_final_logit_softcapping(float(config["final_logit_softcapping"]))
-    _add_windows(writer, config)
+    add_windows(writer, config)
 
 
 def _gemma3_keys(writer: gguf.GGUFWriter, config: Config) -> None:
     if config["final_logit_softcapping"]:
         writer.add_final_logit_softcapping(float(config["final_logit_softcapping"]))
     writer.add_rope_freq_base_swa(float(config["rope_parameters"]["sliding_attention"]["rope_theta"]))
-    _add_windows(writer, config)
-
-
-def _add_windows(writer: gguf.GGUFWriter, config: Config) -> None:
-    period = window_period(config)
-    if period is not None and period > 1:
-        writer.add_sliding_window(int(config["sliding_window"]))
-        writer.add_sliding_window_pattern(period)
+    add_windows(writer, config)
 
 
 def _gemma2_problems(config: Config) -> Iterator[str]:

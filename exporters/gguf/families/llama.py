@@ -10,7 +10,7 @@ from exporters.gguf.families.family import NO_OUTPUT_BIAS, Family, add_expert_co
 from exporters.gguf.families.row_orders import Config, RowOrder, interleaved_rows
 
 
-def _interleaved(config: Config, projection: str, rows: int) -> RowOrder | None:
+def interleaved_order(config: Config, projection: str, rows: int) -> RowOrder | None:
     """These graphs rotate neighbouring pairs (Meta's original layout): q and k are stored in that order."""
     if projection == "q_proj":
         return interleaved_rows(rows, int(config["num_attention_heads"]))
@@ -26,8 +26,8 @@ def _smollm3_problems(config: Config) -> Iterator[str]:
 
 
 ROWS = (
-    Family("llama", gguf.MODEL_ARCH.LLAMA, _interleaved, rope_scalings=("llama3",)),
-    Family("mistral", gguf.MODEL_ARCH.LLAMA, _interleaved, rope_scalings=("llama3",)),
-    Family("mixtral", gguf.MODEL_ARCH.LLAMA, _interleaved, keys=add_expert_counts, rope_scalings=("llama3",)),
-    Family("smollm3", gguf.MODEL_ARCH.SMOLLM3, _interleaved, problems=_smollm3_problems, without=NO_OUTPUT_BIAS),
+    Family("llama", gguf.MODEL_ARCH.LLAMA, interleaved_order, rope_scalings=("llama3",)),
+    Family("mistral", gguf.MODEL_ARCH.LLAMA, interleaved_order, rope_scalings=("llama3",)),
+    Family("mixtral", gguf.MODEL_ARCH.LLAMA, interleaved_order, keys=add_expert_counts, rope_scalings=("llama3",)),
+    Family("smollm3", gguf.MODEL_ARCH.SMOLLM3, interleaved_order, problems=_smollm3_problems, without=NO_OUTPUT_BIAS),
 )

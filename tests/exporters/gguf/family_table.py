@@ -6,15 +6,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import (
+    ArceeConfig,
     BloomConfig,
+    CohereConfig,
+    Ernie4_5Config,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    NemotronConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
@@ -69,6 +77,9 @@ _GEMMA3_ROPE = {
 }
 _MIXTRAL = {**_SHARED, "num_local_experts": 8, "sliding_window": None}
 _QWEN3_MOE = {**_SHARED, "head_dim": 32, "moe_intermediate_size": 96, "num_experts": 16, "num_experts_per_tok": 4}
+_GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0}
+_OLMO3 = {**_SHARED, "num_hidden_layers": 5, "sliding_window": 32}
+_OLMO3_ROPE = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": YARN}
 _BLOOM = {"hidden_size": 96, "n_layer": 2, "vocab_size": VOCAB, "initializer_range": 0.2}
 
 
@@ -103,6 +114,14 @@ FAMILIES = {
     "phi3": Row(Phi3Config(**_SHARED), "sentencepiece", "default"),
     "gemma2": Row(Gemma2Config(**_GEMMA), "gemma", "default"),
     "gemma3": Row(Gemma3TextConfig(**{**_GEMMA, "num_hidden_layers": 7}), "gemma", "default"),
+    "olmo2": Row(Olmo2Config(**_SHARED), "olmo2", "smaug-bpe"),
+    "olmo3": Row(Olmo3Config(**_OLMO3), "olmo2", "smaug-bpe"),
+    "granite": Row(GraniteConfig(**_SHARED, **_GRANITE), "single_digits", "smollm"),
+    "ernie4_5": Row(Ernie4_5Config(**_SHARED, head_dim=32), "sentencepiece", "default"),
+    "glm4": Row(Glm4Config(**_SHARED, head_dim=32), "llama3", "llama-bpe"),
+    "arcee": Row(ArceeConfig(**_SHARED), "llama3", "llama-bpe"),
+    "cohere": Row(CohereConfig(**_SHARED, logit_scale=0.5), "single_digits", "smollm"),
+    "nemotron": Row(NemotronConfig(**_SHARED), "sentencepiece", "default"),
 }
 
 # Other models of these families: settings that change the metadata, the order of rows or the tensors.
@@ -135,6 +154,25 @@ VARIANTS: dict[str, PretrainedConfig] = {
     "gemma3_without_windows": Gemma3TextConfig(**_GEMMA, layer_types=["full_attention"] * 2),
     "gemma3_rope": Gemma3TextConfig(**{**_GEMMA, "num_hidden_layers": 7}, rope_parameters=_GEMMA3_ROPE),
     "gemma3_soft_cap": Gemma3TextConfig(**_GEMMA, final_logit_softcapping=5.0),
+    "olmo2_yarn": Olmo2Config(**_SHARED, rope_parameters=YARN),
+    "olmo3_yarn_window_period_2": Olmo3Config(
+        **{**_OLMO3, "num_hidden_layers": 4},
+        rope_parameters=_OLMO3_ROPE,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "olmo3_without_windows": Olmo3Config(**_OLMO3, layer_types=["full_attention"] * 5),
+    "granite_tied_with_biases": GraniteConfig(
+        **_SHARED, **_GRANITE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
+    ),
+    "granite_llama3_rope": GraniteConfig(**_SHARED, **_GRANITE, rope_parameters=LLAMA3_ROPE),
+    "ernie4_5_untied": Ernie4_5Config(**_SHARED, head_dim=16, tie_word_embeddings=False),
+    "glm4_without_biases": Glm4Config(**_SHARED, head_dim=16, attention_bias=False, tie_word_embeddings=True),
+    "arcee_wide_heads": ArceeConfig(**_SHARED, head_dim=32, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    "arcee_yarn": ArceeConfig(**_SHARED, rope_parameters=YARN),
+    "cohere_query_norms": CohereConfig(
+        **{**_SHARED, "num_hidden_layers": 64, "initializer_range": 0.1}, use_qk_norm=True
+    ),
+    "nemotron_with_biases": NemotronConfig(**_SHARED, attention_bias=True, mlp_bias=True),
 }
 
 LONG_PHI3 = Phi3Config(
@@ -187,4 +225,28 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
         "layer_types.*--template",
     ),
     "gemma3_bias": (Gemma3TextConfig(**_GEMMA, attention_bias=True), r"_proj\.bias.*--template"),
+    "olmo2_tied": (Olmo2Config(**_SHARED, tie_word_embeddings=True), "output head.*--template"),
+    "olmo2_wide_heads": (Olmo2Config(**_SHARED, head_dim=32), "as wide as the model.*--template"),
+    "olmo2_bias": (Olmo2Config(**_SHARED, attention_bias=True), r"_proj\.bias.*--template"),
+    "olmo3_layers": (
+        Olmo3Config(**_OLMO3, layer_types=["full_attention", *["sliding_attention"] * 4]),
+        "layer_types.*--template",
+    ),
+    "olmo3_window_theta": (
+        Olmo3Config(
+            **_OLMO3,
+            rope_parameters={**_OLMO3_ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}},
+        ),
+        "one rope_theta.*--template",
+    ),
+    "olmo3_window_scaling": (
+        Olmo3Config(**_OLMO3, rope_parameters={**_OLMO3_ROPE, "sliding_attention": LINEAR}),
+        "unscaled rotation.*--template",
+    ),
+    "ernie4_5_bias": (Ernie4_5Config(**_SHARED, use_bias=True), r"_proj\.bias.*--template"),
+    "arcee_bias": (ArceeConfig(**_SHARED, mlp_bias=True), r"_proj\.bias.*--template"),
+    "cohere_query_norms": (CohereConfig(**_SHARED, use_qk_norm=True), "use_qk_norm.*--template"),
+    "cohere_untied": (CohereConfig(**_SHARED, tie_word_embeddings=False), r"lm_head\.weight.*--template"),
+    "nemotron_wide_heads": (NemotronConfig(**_SHARED, head_dim=32), "as wide as the model.*--template"),
+    "nemotron_tied": (NemotronConfig(**_SHARED, tie_word_embeddings=True), "output head.*--template"),
 }

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, MistralConfig, Phi3Config, PretrainedCon
 from exporters.gguf import families
 from exporters.gguf.families import table
 from exporters.gguf.families.family import sliding_window
-from exporters.gguf.families.gemma import window_period
 from exporters.gguf.families.rope import rope_frequency_factors, rope_parameters, rotary_dims
 from exporters.gguf.families.row_orders import grouped_rows, interleaved_rows
 from exporters.gguf.families.table import canonical_config
+from exporters.gguf.families.windows import window_period
 from exporters.gguf.reader import iter_expected, name_map, read_metadata, read_tensors
 from exporters.gguf.tokenizer import pretokenizer
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
@@ -47,6 +47,10 @@ RARE = (
     "phi3_tied",
     "gemma2_window_period_3",
     "gemma3_soft_cap",
+    "olmo2_yarn",
+    "ernie4_5_untied",
+    "glm4_without_biases",
+    "arcee_yarn",
 )
 MIXTURES = ("mixtral", "qwen3_moe")
 NFC = ("qwen2", "gpt_neox")  # tokenizers that compose characters first, which llama.cpp does not
@@ -62,6 +66,8 @@ def tokenizer_folder(kind: str, request: pytest.FixtureRequest, folder: Path) ->
         "gpt_neox": (gpt2_split(), False, "GPTNeoXTokenizer"),
         "qwen2": (split(pretokenizer._QWEN2), False, "Qwen2Tokenizer"),
         "llama3": (split(pretokenizer._LLAMA3), True, "PreTrainedTokenizerFast"),
+        "olmo2": (split(pretokenizer._LLAMA3), False, "PreTrainedTokenizerFast"),
+        "single_digits": (single_digits_split(), False, "PreTrainedTokenizerFast"),
         "bloom": (split(pretokenizer._BLOOM), False, "PreTrainedTokenizerFast"),
         "falcon": (falcon_split(), False, "PreTrainedTokenizerFast"),
     }[kind]
@@ -86,6 +92,10 @@ def test_a_family_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
     assert set(table.gather()) == {*table.FAMILIES, "newcomer"}
+
+
+def single_digits_split() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2_split()])
 
 
 def falcon_split() -> pre_tokenizers.PreTokenizer:
@@ -188,6 +198,17 @@ def test_f16_export_holds_the_weights_rounded_to_f16(run_of: RunOf, tmp_path: Pa
         assert np.array_equal(stored.weights, expected[stored.name]), stored.name
 
 
+def test_norms_of_each_head_stay_in_f32(run_of: RunOf, tmp_path: Path) -> None:
+    run = run_of(CONFIGS["cohere_query_norms"])
+    artifact = export(run, tmp_path / "f16.gguf", dtype="f16")
+    types = {row.name: row.type for row in read_tensors(artifact)}
+    assert types["blk.0.attn_q_norm.weight"] == types["blk.63.attn_k_norm.weight"] == "F32"
+    assert types["blk.0.attn_q.weight"] == "F16"
+    tokens = np.random.default_rng(0).integers(0, BASE["vocab_size"], 50).astype(np.int32)
+    with LlamaCppRuntime().open(artifact) as session:  # llama.cpp aborts at norms in f16
+        assert kld(torch_logits(run, tokens), session.logits(tokens)) <= 1e-3
+
+
 def test_tied_embeddings_are_written_once(run_of: RunOf, tmp_path: Path) -> None:
     run = run_of(CONFIGS["llama_tied_with_biases"])
     names = [row.name for row in read_tensors(export(run, tmp_path / "a.gguf"))]
@@ -282,6 +303,28 @@ PUBLISHED = {
             "rope_scaling": {"type": "longrope", "short_factor": [1.1] * 48, "long_factor": [2.0] * 48},
         },
         {"rope_type": "longrope", "original": 4096, "rotary_dims": 96},
+    ),
+    "allenai/Olmo-3-7B-Instruct": (
+        {
+            "model_type": "olmo3",
+            "max_position_embeddings": 65536,
+            "rope_theta": 500000,
+            "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192},
+            "sliding_window": 4096,
+        },
+        {"window_period": 4, "rope_type": "yarn", "rope_theta": 5e5, "original": 8192},
+    ),
+    "THUDM/GLM-4-9B-0414": (
+        {"model_type": "glm4", "head_dim": 128, "partial_rotary_factor": 0.5, "rope_theta": 10000.0},
+        {"rotary_dims": 64, "rope_theta": 1e4, "rope_type": "default"},
+    ),
+    "CohereForAI/c4ai-command-r-v01": (
+        {"model_type": "cohere", "max_position_embeddings": 8192, "model_max_length": 131072, "rope_theta": 8000000.0},
+        {"max_position_embeddings": 131072, "rope_theta": 8e6, "head_dim": 128},
+    ),
+    "nvidia/Nemotron-Mini-4B-Instruct": (
+        {"model_type": "nemotron", "head_dim": 128, "norm_eps": 1e-5, "rope_percent": 0.5, "rope_theta": 10000},
+        {"rotary_dims": 64, "rope_theta": 1e4, "hidden_act": "relu2"},
     ),
 }
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from signround_edge.model.config import write_config
+
 # Text models that transformers has no class of their own for → the architecture that they are as long as there is only
 # text: the three position numbers of a token are the same then. The source check shows that they are.
 _TEXT_ALONE = {
@@ -89,6 +91,4 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
 
 def save_text_config(model: Any, folder: Path) -> None:
     """Write the config of a language model that was built alone, so that it can be built again from `folder`."""
-    from signround_edge.model.config import write_config
-
     write_config(folder, {**model.config.to_dict(), "architectures": [type(model).__name__]})

@@ -88,8 +88,7 @@ def check_source(weights: ModelWeights, tokens: Tensor, device: torch.device, mo
             )
         if error >= worst:
             worst, at = error, place
-    found = SourceCheck(mode, tokens=sum(batch.numel() for batch in batches), error=worst, at=at)
-    return found
+    return SourceCheck(mode, tokens=sum(batch.numel() for batch in batches), error=worst, at=at)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -121,6 +121,11 @@ def test_a_text_that_brings_its_own_bos_gets_no_second_one(tokenizer: Any, tmp_p
     assert torch.equal(marked, calibration_tokens(written(tmp_path, {"text": text}), tokenizer, 1, 32))
 
 
+def test_half_a_surrogate_pair_is_no_text(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="line 1 holds half of a surrogate pair"):
+        calibration_tokens(written(tmp_path, {"text": "the \ud800 people " * 20}), tokenizer, 1, 32)
+
+
 def test_json_strings_may_hold_line_separators_and_the_file_a_bom(tokenizer: Any, tmp_path: Path) -> None:
     text = "We the people\u2028of the United\x85States. \x0c" * 20
     file = tmp_path / "texts.jsonl"

@@ -49,7 +49,10 @@ def _json_lines(path: Path, tokenizer: Any) -> Iterable[str]:
             row = json.loads(line)
         except ValueError as error:
             raise UserError(f"{where} is not JSON; give one JSON object a line") from error
-        yield row if isinstance(row, str) else _row_text(row, where, tokenizer)
+        text = row if isinstance(row, str) else _row_text(row, where, tokenizer)
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; repair it")
+        yield text
 
 
 def _dataset(name: str, tokenizer: Any) -> Iterable[str]:

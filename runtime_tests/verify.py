@@ -37,7 +37,7 @@ from signround_edge.evaluation.metrics import Windows
 from signround_edge.evaluation.perplexity import TorchSession, text_windows
 from signround_edge.evaluation.torch_models import load_run_model, load_source_model
 from signround_edge.files import is_disk_trouble
-from signround_edge.model.decoder import build_decoder
+from signround_edge.model.decoder import find_blocks
 from signround_edge.plugins import runtimes as runtimes_by_name
 from signround_edge.run_directory import RunDirectory
 
@@ -258,7 +258,7 @@ def _compare_layers(job: _Job, trials: Sequence[Trial], ours: TorchSession, log:
         return
     log("comparing hidden states, layer by layer")
     tokens = job.windows.tokens[0][:TOKENS]
-    points = torch_points(ours, tokens, build_decoder(job.run.config_dir).prefix)
+    points = torch_points(ours, tokens, find_blocks(ours.model)[0])
     for trial in shown:
         assert trial.open_float_graph is not None
         try:

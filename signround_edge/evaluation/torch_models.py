@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from signround_edge.errors import UserError
-from signround_edge.model.decoder import build_decoder, transformers_model
-from signround_edge.model.experts import fused_experts
+from signround_edge.errors import UserError, first_line
+from signround_edge.model.decoder import transformers_model
+from signround_edge.model.experts import fused_experts, replace_experts
 from signround_edge.model.language_model import whole_model_class
 from signround_edge.model.source import SourceModel
 from signround_edge.model.stored_quantized import dequantizing_settings
@@ -53,8 +53,9 @@ def load_source_model(
                 **options,
             )
     except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: transformers cannot load this model ({first}); check the folder's files") from error
+        raise UserError(
+            f"{path}: transformers cannot load this model ({first_line(error)[:200]}); check the folder's files"
+        ) from error
     _refuse_missing(path, info["missing_keys"])
     loaded: nn.Module = model.requires_grad_(False).eval()
     return loaded if offload is not None else loaded.to(device)
@@ -66,9 +67,10 @@ def load_run_model(run: RunDirectory, device: str = "cpu") -> nn.Module:
     Raises:
         UserError: the run lacks a tensor of the model, or has one that the model does not know.
     """
-    decoder = build_decoder(run.config_dir)
     model: Any = transformers_model(run.config_dir)
-    tensors = fused_experts(dict(run.state_dict()), decoder.experts, decoder.stored)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    parts = replace_experts(transformers_model(run.config_dir))  # of a second one, to learn where each belongs
+    tensors = fused_experts(dict(run.state_dict()), parts, shapes)
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     if unexpected:
         raise UserError(f"{run.path}: {type(model).__name__} has no tensor {unexpected[0]}; run `quantize` again")

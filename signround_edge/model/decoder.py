@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from signround_edge.errors import UserError
+from signround_edge.errors import UserError, first_line
 from signround_edge.model.config import read_config
 from signround_edge.model.experts import ExpertPart, Experts, replace_experts
 from signround_edge.model.language_model import decoder_of, reads_more_than_text, text_config, whole_model_class
@@ -175,10 +175,9 @@ def _said(config_dir: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{config_dir / 'config.json'}: transformers cannot build this architecture as a causal "
-            f"language model ({first}); update transformers, or use another model"
+            f"language model ({first_line(error)[:200]}); update transformers, or use another model"
         ) from error
 
 

@@ -71,8 +71,8 @@ def decoder_of(model: Any) -> nn.Module:
 def names_inside(whole: Any, text: Any) -> Callable[[str], str | None]:
     """From names of the whole model's tensors to those of its language model built alone; None: not part of it."""
     places = {
-        f"{_name_of(whole, whole.get_decoder())}.": f"{_name_of(text, text.get_decoder())}.",
-        f"{_name_of(whole, whole.get_output_embeddings())}.": f"{_name_of(text, text.get_output_embeddings())}.",
+        f"{name_of(whole, whole.get_decoder())}.": f"{name_of(text, text.get_decoder())}.",
+        f"{name_of(whole, whole.get_output_embeddings())}.": f"{name_of(text, text.get_output_embeddings())}.",
     }
 
     def translate(name: str) -> str | None:
@@ -84,7 +84,8 @@ def names_inside(whole: Any, text: Any) -> Callable[[str], str | None]:
     return translate
 
 
-def _name_of(model: nn.Module, module: nn.Module) -> str:
+def name_of(model: nn.Module, module: nn.Module) -> str:
+    """The name of a module in a model."""
     names: dict[nn.Module, str] = {found: name for name, found in model.named_modules()}
     return names[module]
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from signround_edge.errors import UserError
+from signround_edge.errors import UserError, first_line
 from signround_edge.model.decoder import Decoder, build_decoder, set_tensor, whole_model
 from signround_edge.model.language_model import names_inside, reads_more_than_text
 from signround_edge.model.source import SourceModel
@@ -223,7 +223,7 @@ class ModelWeights:
         except Exception as error:  # whatever transformers' operations raise on shapes that do not fit together
             raise UserError(
                 f"{self.source.path}: {keys[0]} and {len(keys) - 1} others cannot be made into {conversion.first} "
-                f"({error}); weights and config are not of the same model"
+                f"({first_line(error)}); weights and config are not of the same model"
             ) from error
         for whole_name, tensor in made.items():
             name = self._own_name(whole_name)

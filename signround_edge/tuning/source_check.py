@@ -19,9 +19,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from signround_edge.errors import UserError
+from signround_edge.errors import UserError, first_line
 from signround_edge.evaluation.torch_models import load_source_model
 from signround_edge.model.decoder import find_blocks, first_hidden, unload_parameters
+from signround_edge.model.language_model import name_of
 from signround_edge.model.weights import ModelWeights
 from signround_edge.tuning.calibration.block_call import Shared, tokens_first
 from signround_edge.tuning.calibration.shell import Shell
@@ -130,7 +131,7 @@ class _Recorded:
         except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
             raise UserError(
                 f"transformers {transformers.__version__} loads this {type(model).__name__} but cannot run it on text "
-                f"({error}); use another version of transformers, or another model"
+                f"({first_line(error)}); use another version of transformers, or another model"
             ) from error
         finally:
             for hook in hooks:
@@ -156,14 +157,11 @@ def _errors(
                 errors.append(relative_error(output.cpu(), their.hidden[index + 1]))
             unload_parameters(block)
             yield f"block {index} ({decoder.prefix}.{index})", max(errors)
-        yield "the output head", max(_logits_error(weights, shell, their) for their in theirs)
+        weights.load(decoder.head, f"{name_of(decoder.model, decoder.head)}.", torch.device("cpu"))
+        yield "the output head", max(_logits_error(shell, their) for their in theirs)
 
 
-def _logits_error(weights: ModelWeights, shell: Shell, theirs: _Recorded) -> float:
-    decoder = weights.decoder
-    name = next(n for n, module in decoder.model.named_modules() if module is decoder.head)
-    if decoder.head._parameters["weight"].device.type == "meta":  # type: ignore[union-attr]
-        weights.load(decoder.head, f"{name}.", torch.device("cpu"))
+def _logits_error(shell: Shell, theirs: _Recorded) -> float:
     logits = shell.logits(theirs.hidden[-1][:, -_LOGITS:].flatten(0, 1))
     return relative_error(logits, theirs.logits.flatten(0, 1))
 

@@ -18,17 +18,10 @@ from signround_edge.model.weights import ModelWeights
 from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
+from tests import support
 from tests.support import save_random_model
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 3072,
-    "initializer_range": 0.1,
-}
+SIZES: dict[str, Any] = {**support.SIZES, "vocab_size": 3072, "initializer_range": 0.1}
 ROUND = TuningSettings(steps=0, samples=4, seqlen=32, batch_size=2)
 
 

@@ -18,16 +18,10 @@ from signround_edge.evaluation.torch_models import load_source_model
 from signround_edge.model.decoder import build_decoder
 from signround_edge.model.source import SourceModel, model_name
 from signround_edge.model.weights import ModelWeights
+from tests import support
 from tests.support import save_random_model
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-}
+SIZES = {**support.SIZES, "vocab_size": 256}
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support import assert_same_files, save_random_model
+from support import SIZES, assert_same_files, save_random_model
 
 from signround_edge.errors import UserError
 from signround_edge.evaluation.torch_models import load_run_model, load_source_model
@@ -25,14 +25,7 @@ from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
 
 SMALL = TuningSettings(steps=20, samples=16, seqlen=32, batch_size=4, lr=0.02, compute_dtype="float32")
-LLAMA_LIKE = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 3072,
-}
+LLAMA_LIKE = {**SIZES, "vocab_size": 3072}
 CONFIGS: dict[str, transformers.PretrainedConfig] = {
     "llama": transformers.LlamaConfig(**LLAMA_LIKE),
     "qwen2": transformers.Qwen2Config(**LLAMA_LIKE),

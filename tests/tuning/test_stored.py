@@ -19,15 +19,9 @@ from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
+from tests import support
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 3072,
-}
+SIZES = {**support.SIZES, "vocab_size": 3072}
 SETTINGS = TuningSettings(steps=20, samples=16, seqlen=32, batch_size=4, lr=0.02, compute_dtype="float32")
 
 

@@ -73,7 +73,7 @@ def _provenance(facts: dict[str, str]) -> str:
     return (
         f"Graph: {facts['graph_builder']}. Integers and scales are those of the run whose manifest has the sha256 "
         f"`{facts['manifest_sha256']}`; `signround-edge verify RUN FOLDER --text FILE` checks that. "
-        f"{facts.get('source_check', 'source: not checked against transformers').capitalize()}."
+        f"{facts['source_check'].capitalize()}."
     )
 
 

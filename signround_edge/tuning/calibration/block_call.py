@@ -36,7 +36,12 @@ class BlockCall:
     def tensors(self) -> list[Tensor]:
         """All tensors in it, in a fixed order."""
         found: list[Tensor] = []
-        self._mapped(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+
+        def keep(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self._mapped(keep)
         return found
 
     def run(self, block: nn.Module, hidden: Tensor, shared: Shared | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from signround_edge.errors import UserError
-from signround_edge.model.decoder import Decoder
+from signround_edge.model.decoder import Decoder, weight_of
 from signround_edge.tuning.calibration.block_call import BlockCall, streams_first, tokens_first
 
 
@@ -59,7 +59,7 @@ class Shell:
     def depends_on_tokens(self, tokens: Tensor) -> bool:
         """Whether blocks are given something that depends on the tokens; found with these [n, seqlen] and others."""
         if self._depends_on_tokens is None:
-            vocabulary = len(self.decoder.embedding._parameters["weight"])  # type: ignore[arg-type]
+            vocabulary = len(weight_of(self.decoder.embedding))
             shape, found = tuple(tokens.shape), []
             for batch in (tokens, (tokens + 1) % vocabulary):
                 self.calls.pop(shape, None)

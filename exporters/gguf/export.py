@@ -13,13 +13,23 @@ from exporters.gguf.families.table import canonical_config, family_of
 from exporters.gguf.placement import builtin_placements
 from exporters.gguf.provenance import add_provenance, file_type, model_name, source_name
 from exporters.gguf.routes.template import export_with_template
-from exporters.gguf.tensors import f32_tensor, plan_tensor
+from exporters.gguf.tensors import f32_tensor, plan_tensor, say_floats
 from exporters.gguf.tokenizer.tokenizer import add_tokenizer
 from exporters.interface import ExportOptions
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 
-_ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight", "_norm.weight")  # as llama.cpp's converter has it
+# As `prepare_tensors` of llama.cpp's conversion/base.py has it, which also keeps all that is no ".weight".
+_ALWAYS_F32 = (
+    "position_embd.weight",
+    "ffn_gate_inp.weight",
+    "ffn_gate_inp_shexp.weight",
+    "_norm.weight",
+    "ssm_conv1d.weight",
+    "shortconv.conv.weight",
+    "altup_correct_coef.weight",
+    "altup_predict_coef.weight",
+)
 
 
 def export(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
@@ -34,17 +44,22 @@ def export(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.arch])
     writer.add_type(gguf.GGUFType.MODEL)
     placements = builtin_placements(run, config)
-    tensors = [plan_tensor(run, p, options.dtype, p.gguf_name.endswith(_ALWAYS_F32)) for p in placements]
+    tensors = [plan_tensor(run, p, options.dtype, _is_always_f32(p.gguf_name)) for p in placements]
     tensors += [f32_tensor(name, factors) for name, factors in factor_tensors(family, config).items()]
     embedding = next((p for p in placements if p.gguf_name == "token_embd.weight"), None)
     if embedding is None:
         raise UserError(f"{run.path} has no token embedding; run `quantize` again")
-    n_vocab = embedding.shape(run)[0]
+    n_vocab = embedding.shape[0]
     add_architecture(writer, family, config, n_vocab, options.log)
     tokens = add_tokenizer(writer, run.config_dir, n_vocab, options.log, source_name(run, config))
     writer.add_name(model_name(run, config, tokens))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(file_type(run, options.dtype))
     add_provenance(writer, run)
+    say_floats(run, placements, options)
     options.log(f"writing {path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:.1f} MB")
     return write_file(path, writer, tensors, options.split_max_bytes, inputs)
+
+
+def _is_always_f32(gguf_name: str) -> bool:
+    return gguf_name.endswith(_ALWAYS_F32) or not gguf_name.endswith(".weight")

@@ -1,15 +1,17 @@
-"""Where each parameter of a run lies in a GGUF file: its name there and the order of its rows."""
+"""Where the parameters of a run lie in a GGUF file: the tensor's name, and how its values follow from theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import gguf
 
-from exporters.gguf.families.family import TEMPLATE_HINT
+from exporters.gguf.families.family import TEMPLATE_HINT, Family, Stored
 from exporters.gguf.families.row_orders import Config, RowOrder
 from exporters.gguf.families.table import family_of, row_order
+from exporters.gguf.functions import ONE_PLUS, Function
 from signround_edge.errors import UserError
 from signround_edge.model.experts import stacks
 from signround_edge.run_directory import RunDirectory
@@ -19,26 +21,58 @@ _SUFFIXES = (".weight", ".bias")
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A parameter of the run, or some of its rows.
+
+    Attributes:
+        hf_name: its name in the run (for tied parameters: the one that holds the data).
+        rows: numbers of the rows in the order wanted, of a vector those of its values; None takes all as they are.
+    """
+
+    hf_name: str
+    rows: RowOrder | None = None
+
+
+@dataclass(frozen=True)
 class Placement:
-    """One tensor of the file, made of one parameter of the run, or of one matrix of each expert of a layer.
+    """One tensor of the file: the rows of its pieces one after the other, perhaps changed.
 
     Attributes:
         gguf_name: the tensor's name in the file.
-        hf_names: the parameter's name in the run (for tied parameters: the one that holds the data); several are
-            experts, stacked in this order.
-        rows: stored row i is the parameter's row rows[i]; None when the order is the same.
-        added: a constant that the file's convention adds (Gemma stores 1 + norm weight).
+        pieces: what it is made of; the matrices of a layer's experts are one tensor, for example.
+        shape: of the tensor, rows first: [n], [rows, values a row] or [matrices, rows, values a row].
+        columns: stored value j of each row is the parameter's value columns[j]; None when the order is the same.
+        transposed: the rows of the pieces are shape[0] matrices, each of which is stored transposed.
+        function: what is stored of each value x, where it is not x itself.
     """
 
     gguf_name: str
-    hf_names: tuple[str, ...]
-    rows: RowOrder | None = None
-    added: float = 0.0
+    pieces: tuple[Piece, ...]
+    shape: tuple[int, ...]
+    columns: RowOrder | None = None
+    transposed: bool = False
+    function: Function | None = None
 
-    def shape(self, run: RunDirectory) -> tuple[int, ...]:
-        """Shape of the tensor, rows first: [n], [rows, values a row] or [experts, rows, values a row]."""
-        one = run.entry(self.hf_names[0]).out_in_shape
-        return one if len(self.hf_names) == 1 else (len(self.hf_names), *one)
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        """The parameters that it is made of, each once."""
+        return tuple(dict.fromkeys(piece.hf_name for piece in self.pieces))
+
+
+def place(run: RunDirectory, hf_names: Sequence[str], stored: Stored) -> Placement:
+    """The placement of one parameter, or of one of each expert of a layer."""
+    one = run.entry(hf_names[0]).out_in_shape
+    if stored.rows is not None:
+        one = (len(stored.rows), *one[1:])
+    shape = one if len(hf_names) == 1 else (len(hf_names), *one)
+    return Placement(
+        stored.name,
+        tuple(Piece(name, stored.rows) for name in hf_names),
+        shape if stored.shape is None else stored.shape,
+        stored.columns,
+        stored.transposed,
+        stored.function,
+    )
 
 
 def builtin_placements(run: RunDirectory, config: Config) -> list[Placement]:
@@ -49,27 +83,52 @@ def builtin_placements(run: RunDirectory, config: Config) -> list[Placement]:
     """
     family = family_of(config)
     names = name_table(family.arch, int(config["num_hidden_layers"]))
-    placements = []
+    found: dict[str, Placement] = {}
     for stack, hf_names in stacks(run.names()).items():
-        hf_name = hf_names[0]
-        spellings = (names.get_name(spelling, try_suffixes=_SUFFIXES) for spelling in _spellings(stack))
-        gguf_name = next(filter(None, spellings), None)
-        if gguf_name is None or hf_name.endswith(family.without):
-            raise UserError(
-                f"parameter {hf_name} has no place in llama.cpp's {family.model_type} architecture; {TEMPLATE_HINT}"
-            )
-        rows = row_order(family, config, hf_name, run.entry(hf_name).out_in_shape[0])
-        added = family.norm_added if hf_name.endswith("norm.weight") else 0.0
-        placements.append(Placement(gguf_name, tuple(hf_names), rows, added))
-    return placements
+        shape = run.entry(hf_names[0]).out_in_shape
+        ways = family.stored(config, stack, shape)
+        if ways is None:
+            ways = (_as_named(family, config, names, stack, hf_names[0], shape[0]),)
+        for way in ways:
+            placed = place(run, hf_names, way)
+            before = found.get(placed.gguf_name)
+            found[placed.gguf_name] = placed if before is None else _joined(before, placed)
+    return list(found.values())
+
+
+def _as_named(
+    family: Family, config: Config, names: gguf.TensorNameMap, stack: str, hf_name: str, rows: int
+) -> Stored:
+    """Under the name that gguf's table has for it. UserError where it has none."""
+    spellings = (names.get_name(spelling, try_suffixes=_SUFFIXES) for spelling in _spellings(stack))
+    gguf_name = next(filter(None, spellings), None)
+    if gguf_name is None or hf_name.endswith(family.without):
+        raise UserError(
+            f"parameter {hf_name} has no place in llama.cpp's {family.model_type} architecture; {TEMPLATE_HINT}"
+        )
+    one_plus = ONE_PLUS if family.norm_added and hf_name.endswith("norm.weight") else None
+    return Stored(gguf_name, row_order(family, config, hf_name, rows), function=one_plus)
+
+
+def _joined(first: Placement, second: Placement) -> Placement:
+    """One tensor of two parameters, row after row; of the parameters of experts, one expert after the other."""
+    matrices = math.prod(first.shape[:-2])
+    a, b = len(first.pieces) // matrices, len(second.pieces) // matrices
+    pieces = [
+        piece
+        for i in range(matrices)
+        for piece in (*first.pieces[i * a : (i + 1) * a], *second.pieces[i * b : (i + 1) * b])
+    ]
+    shape = (*first.shape[:-2], first.shape[-2] + second.shape[-2], first.shape[-1])
+    return replace(first, pieces=tuple(pieces), shape=shape)
 
 
 def candidate_names(run: RunDirectory, block_count: int, arch: str) -> dict[str, tuple[str, ...]]:
-    """GGUF name → HF names (see `Placement`) that a template of architecture `arch` may use, tied ones included."""
+    """GGUF name → HF names (see `place`) that a template of architecture `arch` may use, tied ones included."""
     archs = [known for known, name in gguf.MODEL_ARCH_NAMES.items() if name == arch]
     maps = [name_table(known, block_count) for known in archs]
     found: dict[str, tuple[str, ...]] = {}
-    for stack, data_names in _with_tied(run):
+    for stack, data_names in with_tied(run):
         for names in maps:
             for spelling in _spellings(stack):
                 gguf_name = names.get_name(spelling, try_suffixes=_SUFFIXES)
@@ -78,10 +137,15 @@ def candidate_names(run: RunDirectory, block_count: int, arch: str) -> dict[str,
     return found
 
 
-def _with_tied(run: RunDirectory) -> Iterator[tuple[str, tuple[str, ...]]]:
+def with_tied(run: RunDirectory) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(name, names of the parameters that hold its data); for experts, the name without a number."""
     yield from ((stack, tuple(names)) for stack, names in stacks(run.names()).items())
     yield from ((name, (owner,)) for name, owner in run.manifest.tied.items())
+
+
+def names_of(placements: Iterable[Placement]) -> set[str]:
+    """The parameters that have a place."""
+    return {name for placement in placements for name in placement.hf_names}
 
 
 def _spellings(hf_name: str) -> list[str]:

@@ -15,7 +15,7 @@ from exporters.gguf.blocks.ggml_types import F16, GgmlType
 from exporters.gguf.container.reader import GgufFile
 from exporters.gguf.families.row_orders import RowOrder
 from exporters.gguf.families.table import FAMILIES, canonical_config
-from exporters.gguf.placement import Placement, builtin_placements
+from exporters.gguf.placement import Placement, builtin_placements, names_of
 from exporters.gguf.routes.template import match_by_value
 from exporters.gguf.tensors import dequantized
 from signround_edge.errors import CheckFailed, UserError
@@ -67,14 +67,14 @@ def name_map(run: RunDirectory, artifact: Path) -> list[MappedTensor]:
         CheckFailed: the file lacks a tensor for a parameter: it is not this run's, or not whole.
     """
     placements = _placements(run, GgufFile.open(artifact))
-    return [MappedTensor(hf_name, p.gguf_name, p.rows) for p in placements for hf_name in p.hf_names]
+    return [MappedTensor(piece.hf_name, p.gguf_name, piece.rows) for p in placements for piece in p.pieces]
 
 
 def iter_expected(run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]:
     """What each tensor of the file that stems from the run should hold, in the file's orientation and order of rows.
 
-    For tensors stored as F16 (`--dtype f16`) that is the run's weight rounded to fp16; for all others the weight as it
-    is, bit for bit. Raises as `name_map`.
+    For tensors stored as F16 (`--dtype f16`, or codes that cannot follow) that is the run's weight rounded to fp16; for
+    all others the weight as it is, bit for bit. Raises as `name_map`.
     """
     file = GgufFile.open(artifact)
     for placement in _placements(run, file):
@@ -100,7 +100,7 @@ def _placements(run: RunDirectory, file: GgufFile) -> list[Placement]:
             placements = builtin_placements(run, canonical_config(run.config))
     if placements is None:
         placements = match_by_value(run, file)
-    absent = set(run.names()) - {n for p in placements if p.gguf_name in file.tensors for n in p.hf_names}
+    absent = set(run.names()) - names_of(p for p in placements if p.gguf_name in file.tensors)
     if absent:
         raise CheckFailed(
             f"{file.path} has no tensor for {len(absent)} of the run's parameters (for example {min(absent)}); "

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,9 @@ from exporters.gguf.blocks.ggml_types import BF16, F16, F32, GgmlType
 from exporters.gguf.blocks.packing import pack, require_layout
 from exporters.gguf.container.writer import PlannedTensor
 from exporters.gguf.placement import Placement
+from exporters.interface import ExportOptions
 from signround_edge.errors import UserError
+from signround_edge.formats import get_grid
 from signround_edge.run_directory import RunDirectory
 
 _FLOATS = {"f32": F32, "f16": F16}
@@ -26,28 +27,46 @@ def plan_tensor(run: RunDirectory, placement: Placement, dtype: str | None, keep
     """Plan one tensor.
 
     Args:
-        dtype: None packs the codes; "f32" or "f16" stores the dequantized weights of matrices as floats.
+        dtype: None packs the codes; "f32" or "f16" stores the dequantized weights of matrices as floats. A matrix whose
+            codes cannot follow its placement (`codes_follow`) is stored as f16 then.
         keep_f32: the file's convention is f32 for this float tensor (a template says so).
     Raises:
         UserError: the parameter's grid has no GGUF type.
     """
-    shape, hf_name = placement.shape(run), placement.hf_names[0]
-    if dtype is None and run.is_quantized(hf_name):
-        layout = require_layout(_only_format(run, placement), hf_name)
-        ggml_type = layout.ggml_type
-        return PlannedTensor(
-            placement.gguf_name, ggml_type, shape, ggml_type.nbytes(shape), lambda: _packed(run, placement)
-        )
+    name, shape, hf_name = placement.gguf_name, placement.shape, placement.pieces[0].hf_name
+    if dtype is None and codes_follow(run, placement):
+        ggml_type = require_layout(_only_format(run, placement), hf_name).ggml_type
+        return PlannedTensor(name, ggml_type, shape, ggml_type.nbytes(shape), lambda: _packed(run, placement))
     ggml_type = F32
     if len(shape) > 1 and not keep_f32:
-        ggml_type = _FLOATS[dtype] if dtype else _own_float_type(run, hf_name)
-    return PlannedTensor(
-        placement.gguf_name,
-        ggml_type,
-        shape,
-        ggml_type.nbytes(shape),
-        lambda: _floats(run, placement, ggml_type),
-    )
+        rounded = F16 if run.is_quantized(hf_name) else _own_float_type(run, hf_name)
+        ggml_type = _FLOATS[dtype] if dtype else rounded
+    return PlannedTensor(name, ggml_type, shape, ggml_type.nbytes(shape), lambda: _floats(run, placement, ggml_type))
+
+
+def codes_follow(run: RunDirectory, placement: Placement) -> bool:
+    """Whether the tensor can hold codes of the run: its parameters are quantized, and only rows or whole blocks move."""
+    if not all(run.is_quantized(name) for name in placement.hf_names):
+        return False
+    if placement.function is not None or placement.transposed:
+        return False
+    if placement.columns is None:
+        return True
+    columns = torch.from_numpy(placement.columns)
+    formats = {run.entry(name).format for name in placement.hf_names}
+    return all(get_grid(str(name)).unit_order(columns) is not None for name in formats)
+
+
+def say_floats(run: RunDirectory, placements: Iterable[Placement], options: ExportOptions) -> None:
+    """Log which quantized parameters the file holds as f16, because their codes cannot follow."""
+    unable = [p for p in placements if options.dtype is None and not codes_follow(run, p)]
+    names = [name for p in unable for name in p.hf_names if run.is_quantized(name)]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        options.log(
+            f"{', '.join(names[:3])}{more}: llama.cpp stores another order of values, in which the blocks of their type "
+            "do not lie together, so the file has these weights as f16"
+        )
 
 
 def f32_tensor(name: str, values: NDArray[np.float32]) -> PlannedTensor:
@@ -58,21 +77,15 @@ def f32_tensor(name: str, values: NDArray[np.float32]) -> PlannedTensor:
 def dequantized(run: RunDirectory, placement: Placement) -> NDArray[np.float32]:
     """The weights as the file should hold them: f32 [rows, values a row].
 
-    A vector is one row; the rows of experts follow one another.
+    A vector is one row; the rows of several matrices follow one another.
     """
-    shape = placement.shape(run)
-    weights = np.empty((math.prod(shape[:-1]), shape[-1]), dtype=np.float32)
+    shape = placement.shape
+    weights = np.empty(math.prod(shape), dtype=np.float32)
     start = 0
     for piece in _pieces(run, placement):
-        weights[start : start + len(piece)] = piece
-        start += len(piece)
-    return weights
-
-
-def iter_dequantized(run: RunDirectory, placement: Placement) -> Iterator[NDArray[np.float32]]:
-    """The same, one parameter at a time."""
-    for hf_name in placement.hf_names:
-        yield dequantized(run, replace(placement, hf_names=(hf_name,)))
+        weights[start : start + piece.size] = piece.reshape(-1)
+        start += piece.size
+    return weights.reshape(-1, shape[-1])
 
 
 def _own_float_type(run: RunDirectory, hf_name: str) -> GgmlType:
@@ -81,19 +94,21 @@ def _own_float_type(run: RunDirectory, hf_name: str) -> GgmlType:
 
 
 def _only_format(run: RunDirectory, placement: Placement) -> str:
-    """The grid of a quantized tensor; UserError where experts that are to be one tensor have several."""
+    """The grid of a quantized tensor; UserError where parameters that are to be one tensor have several."""
     formats = {run.entry(name).format for name in placement.hf_names}
     if len(formats) > 1:
         raise UserError(
-            f"{run.path}: the experts of {placement.gguf_name} have several types, and they are one tensor in a GGUF "
-            "file; run `quantize` again"
+            f"{run.path}: the matrices of {placement.gguf_name} have several types, and they are one tensor in a GGUF "
+            "file; run `quantize` again, with one --tensor-type for all of them"
         )
     return str(formats.pop())
 
 
 def _packed(run: RunDirectory, placement: Placement) -> Iterator[NDArray[Any]]:
-    for hf_name in placement.hf_names:
-        yield from map(pack, run.quantized_rows(hf_name, placement.rows))
+    columns = None if placement.columns is None else torch.from_numpy(placement.columns)
+    for piece in placement.pieces:
+        for rows in run.quantized_rows(piece.hf_name, piece.rows):
+            yield pack(rows if columns is None else rows.take_columns(columns))
 
 
 def _floats(run: RunDirectory, placement: Placement, ggml_type: GgmlType) -> Iterator[NDArray[Any]]:
@@ -102,13 +117,24 @@ def _floats(run: RunDirectory, placement: Placement, ggml_type: GgmlType) -> Ite
 
 
 def _pieces(run: RunDirectory, placement: Placement) -> Iterator[NDArray[np.float32]]:
-    """The weights as the file should hold them, some rows at a time."""
-    for hf_name in placement.hf_names:
-        for weights in run.dequantized_rows(hf_name, placement.rows):
-            array: NDArray[np.float32] = weights.numpy()
-            if placement.added:
-                array = array + np.float32(placement.added)
-            yield array if array.ndim > 1 else array[None, :]
+    """The weights as the file should hold them, some of its values at a time."""
+    if placement.transposed:
+        yield from _transposed(run, placement)
+        return
+    for piece in placement.pieces:
+        for weights in run.dequantized_rows(piece.hf_name, piece.rows):
+            if placement.function is not None:
+                weights = placement.function.of(weights)
+            if placement.columns is not None:
+                weights = weights[..., torch.from_numpy(placement.columns)]
+            yield np.ascontiguousarray(weights.numpy())
+
+
+def _transposed(run: RunDirectory, placement: Placement) -> Iterator[NDArray[np.float32]]:
+    """All matrices at once: llama.cpp transposes small ones only."""
+    rows = torch.cat([rows for p in placement.pieces for rows in run.dequantized_rows(p.hf_name, p.rows)])
+    count, inputs, outputs = placement.shape
+    yield np.ascontiguousarray(rows.reshape(count, outputs, inputs).transpose(1, 2).numpy())
 
 
 def _halves(weights: NDArray[np.float32], ggml_type: GgmlType, name: str) -> NDArray[Any]:

@@ -212,6 +212,18 @@ class Grid(ABC):
         flat = codes.reshape(codes.shape[0], -1).to(self.code_dtype)
         return QuantizedTensor(self, flat, {k: v.contiguous() for k, v in fields.items()})
 
+    def unit_order(self, columns: Tensor) -> Tensor | None:
+        """The order of a row's blocks (super-blocks, where there are) when its values are put in the order `columns`.
+
+        None when blocks do not stay whole.
+        """
+        if len(columns) % self.row_multiple:
+            return None
+        units = columns.view(-1, self.row_multiple)
+        first = units[:, :1]
+        whole = (first % self.row_multiple == 0).all() and torch.equal(units, first + torch.arange(self.row_multiple))
+        return first[:, 0] // self.row_multiple if whole else None
+
     def stored_bytes(self, rows: int, cols: int) -> int:
         """Bytes of a [rows, cols] tensor in the target file."""
         return round(rows * cols * self.bits_per_weight / 8)
@@ -239,6 +251,18 @@ class QuantizedTensor:
     def take_rows(self, rows: slice | Tensor) -> QuantizedTensor:
         """Some rows (a view where `rows` is a slice) in the given order; rows are independent of one another."""
         return QuantizedTensor(self.grid, self.codes[rows], field_rows(self.fields, rows))
+
+    def take_columns(self, columns: Tensor) -> QuantizedTensor:
+        """The values of each row in the order `columns` [K], in which blocks stay whole (`Grid.unit_order`)."""
+        order = self.grid.unit_order(columns)
+        if order is None:
+            raise ValueError(f"blocks of {self.grid.name} do not stay whole in this order of columns")
+
+        def moved(values: Tensor) -> Tensor:
+            units = values.view(len(values), len(order), -1)
+            return units[:, order].reshape(values.shape)
+
+        return QuantizedTensor(self.grid, moved(self.codes), {k: moved(v) for k, v in self.fields.items()})
 
     def dequantize(self) -> Tensor:
         """Weights f32 [R, K], bit for bit what the runtime's own dequantizer returns."""

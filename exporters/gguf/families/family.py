@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import gguf
 
 from exporters.gguf.families.row_orders import Config, RowOrder, same_order
+from exporters.gguf.functions import Function
 
 SILU = ("silu", "swish")
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -30,6 +31,31 @@ def no_problems(config: Config) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """How a parameter is stored where it is not as it stands under the name that gguf's table has for it.
+
+    A parameter may be stored in several tensors; parameters that name the same tensor follow one another in it.
+
+    Attributes:
+        name: the tensor's name in the file.
+        rows, columns, shape, transposed, function: as in `placement.Piece` and `placement.Placement`; a shape of None
+            is the parameter's own, with the number of experts in front where it has one for each.
+    """
+
+    name: str
+    rows: RowOrder | None = None
+    columns: RowOrder | None = None
+    shape: tuple[int, ...] | None = None
+    transposed: bool = False
+    function: Function | None = None
+
+
+def as_named(config: Config, hf_name: str, shape: tuple[int, ...]) -> tuple[Stored, ...] | None:
+    """Every parameter of the family is stored under the name that gguf's table has for it."""
+    return None
+
+
+@dataclass(frozen=True)
 class Family:
     """One `model_type`. A config is given to its functions as `table.canonical_config` makes it.
 
@@ -37,6 +63,8 @@ class Family:
         model_type: `model_type` of config.json.
         arch: llama.cpp's architecture.
         order: in which order the rows of a projection are stored.
+        stored: how a parameter ([out, in] shape; of experts the name without a number) is stored, or None where it is
+            as it stands under the name that gguf's table has for it.
         derived: entries of the config under the names that Llama uses, for configs that spell them otherwise.
         keys: writes the metadata that only this family has.
         problems: what of a model llama.cpp's graph does not compute, each as a clause to follow the graph's name.
@@ -46,13 +74,14 @@ class Family:
         rope_scalings: kinds of scaled rotation that llama.cpp's graph computes, besides those that all graphs do.
         windows: llama.cpp's graph has sliding windows.
         activations: names of the feed-forward activation that llama.cpp's graph computes.
-        norm_added: what the file's norm weights hold on top of the model's (Gemma multiplies by 1 + weight).
+        norm_added: the file's norm weights hold 1 + the model's (Gemma's norms multiply by that).
         without: endings of parameters that have a GGUF name but no place in llama.cpp's graph.
     """
 
     model_type: str
     arch: gguf.MODEL_ARCH
     order: Callable[[Config, str, int], RowOrder | None] = same_order
+    stored: Callable[[Config, str, tuple[int, ...]], tuple[Stored, ...] | None] = as_named
     derived: Callable[[Config], Config] = lambda config: {}
     keys: Callable[[gguf.GGUFWriter, Config], None] = no_keys
     problems: Callable[[Config], Iterator[str]] = no_problems
@@ -62,7 +91,7 @@ class Family:
     rope_scalings: tuple[str, ...] = ()
     windows: bool = False
     activations: tuple[str, ...] = SILU
-    norm_added: float = 0.0
+    norm_added: bool = False
     without: tuple[str, ...] = ()
 
     @property

@@ -70,7 +70,7 @@ ROWS = (
         problems=_gemma2_problems,
         windows=True,
         activations=TANH_GELU,
-        norm_added=1.0,
+        norm_added=True,
         without=_NO_BIAS,
     ),
     Family(
@@ -81,7 +81,7 @@ ROWS = (
         problems=_gemma3_problems,
         windows=True,
         activations=TANH_GELU,
-        norm_added=1.0,
+        norm_added=True,
         without=_NO_BIAS,
     ),
 )

@@ -25,6 +25,6 @@ ROWS = (
         layer_norm=True,
         partial_rotary=True,
         activations=RELU_SQUARED,
-        norm_added=1.0,
+        norm_added=True,
     ),
 )

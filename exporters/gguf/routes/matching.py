@@ -7,11 +7,14 @@ leaves more than 0.8, other rows of a trained or random matrix are far below.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from exporters.gguf.families.row_orders import RowOrder, interleaved_rows
+from exporters.gguf.functions import FUNCTIONS, ONE_PLUS, Function
 
 Matrix = NDArray[np.float32]
 
@@ -20,6 +23,19 @@ _CLEAR = 0.98  # above it no better order is searched
 _SEARCH_COLUMNS = 512
 _SEARCH_ROWS = 1024
 _VECTOR_ERROR = 0.5
+_FUNCTION_ERROR = 0.01  # f16 keeps 0.0005
+
+
+class FoundVector(NamedTuple):
+    """Stored value i is function(our value order[i]); None means the same order, the value itself."""
+
+    order: RowOrder | None = None
+    function: Function | None = None
+
+    def applied(self, vector: Matrix) -> Matrix:
+        """What is stored of a vector [n]."""
+        ordered = vector if self.order is None else vector[self.order]
+        return ordered if self.function is None else self.function.of(torch.from_numpy(ordered)).numpy()
 
 
 def find_row_order(ours: Matrix, theirs: Matrix, heads: Iterable[int]) -> tuple[bool, RowOrder | None]:
@@ -51,26 +67,38 @@ def find_row_order(ours: Matrix, theirs: Matrix, heads: Iterable[int]) -> tuple[
     return best >= _SAME, order
 
 
-def find_vector(ours: Matrix, theirs: Matrix, orders: Iterable[RowOrder]) -> tuple[bool, RowOrder | None, float]:
-    """The same for vectors [n], with the orders of the weight they belong to as candidates.
+def find_vector(ours: Matrix, theirs: Matrix, orders: Iterable[RowOrder]) -> FoundVector | None:
+    """The same for vectors [n], with the orders of the weight they belong to as candidates, and functions of values.
 
     Returns:
-        (found, order, added): `added` is 1 where the file's convention stores 1 + the parameter (Gemma's norms).
+        None when `theirs` is another vector.
     """
     if ours.shape != theirs.shape:
-        return False, None, 0.0
-    candidates: list[tuple[RowOrder | None, float]] = [(None, 0.0)]
-    candidates += [(order, 0.0) for order in orders if len(order) == len(ours)]
-    candidates.append((None, 1.0))
-    errors = [
-        float(np.linalg.norm((ours if order is None else ours[order]) + added - theirs)) for order, added in candidates
-    ]
-    least = int(np.argmin(errors))
-    # An all-zero vector (a bias that was never trained) contradicts nothing.
+        return None
     size = float(np.linalg.norm(theirs))
-    found = errors[least] <= _VECTOR_ERROR * size or size == 0
-    order, added = candidates[least] if size else candidates[0]
-    return found, order, added
+    if size == 0:
+        return FoundVector()  # a bias that was never trained contradicts nothing
+    candidates = [FoundVector(), *(FoundVector(order) for order in orders if len(order) == len(ours))]
+    candidates += [FoundVector(order, function) for order in (None, *orders) for function in FUNCTIONS]
+    errors = [float(np.linalg.norm(found.applied(ours) - theirs)) for found in candidates]
+    least = int(np.argmin(np.nan_to_num(errors, nan=np.inf)))
+    # Transforms may have moved a vector a little; a function of it is met exactly or not at all.
+    allowed = _VECTOR_ERROR if candidates[least].function in (None, ONE_PLUS) else _FUNCTION_ERROR
+    return candidates[least] if errors[least] <= allowed * size else None
+
+
+def find_rows(ours: Matrix, theirs: Matrix) -> RowOrder | None:
+    """Which rows of `ours` [n, K] the rows of `theirs` [R, K] are, each of another one; None when some are not there.
+
+    For every row of theirs: stored row i is our row order[i].
+    """
+    if ours.shape[1] != theirs.shape[1] or len(theirs) > len(ours):
+        return None
+    unit_ours, unit_theirs = _unit_rows(ours), _unit_rows(theirs)
+    if len(ours) == len(theirs) and _mean_cosine(unit_ours, unit_theirs) >= _CLEAR:
+        return np.arange(len(ours), dtype=np.intp)
+    order = _assign(unit_ours, unit_theirs)
+    return order if order is not None and _mean_cosine(unit_ours[order], unit_theirs) >= _SAME else None
 
 
 def _unit_rows(matrix: Matrix) -> Matrix:

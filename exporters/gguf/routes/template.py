@@ -6,32 +6,35 @@ value, which also finds the order of rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gguf
 import numpy as np
-from gguf import quants
 from numpy.typing import NDArray
 
 from exporters.gguf.blocks.ggml_types import F32
 from exporters.gguf.container.reader import GgufFile, StoredTensorInfo, shown
 from exporters.gguf.container.writer import PlannedTensor, write_file
 from exporters.gguf.families.rope import rope_parameters, say_truncation
-from exporters.gguf.families.row_orders import RowOrder
-from exporters.gguf.placement import Placement, candidate_names
+from exporters.gguf.placement import Placement, candidate_names, names_of
 from exporters.gguf.provenance import PROVENANCE, add_provenance, file_type
-from exporters.gguf.routes.matching import find_row_order, find_vector
-from exporters.gguf.tensors import dequantized, iter_dequantized, plan_tensor
+from exporters.gguf.routes.recognition import Recognition, Stack
+from exporters.gguf.tensors import plan_tensor, say_floats
 from exporters.gguf.tokenizer.special_tokens import check_end_tokens
 from exporters.gguf.tokenizer.tokenizer import say_differences
 from exporters.interface import ExportOptions
 from signround_edge.errors import UserError
+from signround_edge.model.experts import stacks
 from signround_edge.model.tokenizer import end_tokens
 from signround_edge.run_directory import RunDirectory
 
+T = TypeVar("T")
+
+_OUR_BLOCK = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+_THEIR_BLOCK = re.compile(r"^blk\.(\d+)\.")
 _COPY_BYTES = 64 << 20
 _OWN_KEYS = ("general.architecture", "general.file_type", "general.quantization_version")
 _DROPPED_PREFIXES = ("split.", "quantize.imatrix.", f"{PROVENANCE}.")
@@ -45,7 +48,7 @@ def export_with_template(run: RunDirectory, path: Path, options: ExportOptions, 
     """
     source = GgufFile.open(template)
     placements = {p.gguf_name: p for p in match_by_value(run, source)}
-    missing = set(run.names()) - {name for p in placements.values() for name in p.hf_names}
+    missing = set(run.names()) - names_of(placements.values())
     if missing:
         raise UserError(
             f"{template} has no place for {len(missing)} of the run's parameters ({', '.join(sorted(missing)[:3])}"
@@ -59,6 +62,7 @@ def export_with_template(run: RunDirectory, path: Path, options: ExportOptions, 
     tensors = [
         _planned(run, source, info, placements.get(name), options.dtype) for name, info in source.tensors.items()
     ]
+    say_floats(run, placements.values(), options)
     writer = gguf.GGUFWriter(None, source.architecture)
     _copy_metadata(writer, source, options)
     say_truncation(rope_parameters(run.config.get("text_config") or run.config), options.log)
@@ -75,68 +79,43 @@ def export_with_template(run: RunDirectory, path: Path, options: ExportOptions, 
 
 
 def match_by_value(run: RunDirectory, file: GgufFile) -> list[Placement]:
-    """Placement of the run's parameters in a file of any architecture; those without a place are left out."""
-    arch = file.architecture
-    names = candidate_names(run, _block_count(file), arch)
-    heads = _head_counts(file)
-    orders: dict[str, RowOrder] = {}
-    placements = []
+    """Placement of the run's parameters in a file of any architecture; those without a place are left out.
+
+    Names decide first. What they leave is looked for among the other parameters of the same block, by values alone.
+    """
+    names = candidate_names(run, _block_count(file), file.architecture)
+    seen = Recognition(run, file, _head_counts(file), {})
+    found: dict[str, Placement] = {}
     # Weights first: a bias has the order of its weight's rows.
     for gguf_name in sorted(set(names) & set(file.tensors), key=lambda name: name.endswith(".bias")):
-        placement = _place(run, file, Placement(gguf_name, names[gguf_name]), heads, orders)
-        if placement is not None:
-            placements.append(placement)
-            if placement.rows is not None:
-                orders[placement.hf_names[0]] = placement.rows
-    return placements
+        _keep(seen, found, _safely(seen.same, gguf_name, names[gguf_name]))
+    left = stacks([name for name in run.names() if name not in names_of(found.values())])
+    by_block: dict[int | None, list[Stack]] = {}
+    for stack, members in left.items():
+        by_block.setdefault(_block(_OUR_BLOCK, stack), []).append(tuple(members))
+    for gguf_name in sorted(set(file.tensors) - set(found), key=lambda name: name.endswith(".bias")):
+        candidates = by_block.get(_block(_THEIR_BLOCK, gguf_name), [])
+        _keep(seen, found, _safely(seen.changed, gguf_name, candidates))
+    return list(found.values())
+
+
+def _keep(seen: Recognition, found: dict[str, Placement], placement: Placement | None) -> None:
+    if placement is not None:
+        found[placement.gguf_name] = placement
+        for piece in placement.pieces:
+            if piece.rows is not None:
+                seen.orders[piece.hf_name] = piece.rows
 
 
 @np.errstate(all="ignore")  # a damaged file may hold NaN and infinity; they match nothing
-def _place(
-    run: RunDirectory, file: GgufFile, candidate: Placement, heads: list[int], orders: dict[str, RowOrder]
-) -> Placement | None:
-    """The candidate with the order of rows that the file has; None when the file holds something else."""
-    if len(candidate.hf_names) > 1:
-        return candidate if _same_experts(run, file, candidate) else None
-    ours = dequantized(run, candidate)
-    theirs = float_rows(file, candidate.gguf_name)
-    if ours.shape != theirs.shape:
-        return None
-    if len(file.tensors[candidate.gguf_name].shape) > 1:
-        found, order = find_row_order(ours, theirs, heads)
-        return replace(candidate, rows=order) if found else None
-    weight = orders.get(candidate.hf_names[0].removesuffix(".bias") + ".weight")
-    found, order, added = find_vector(ours[0], theirs[0], [weight] if weight is not None else [])
-    return replace(candidate, rows=order, added=added) if found else None
+def _safely(look: Callable[[str, T], Placement | None], gguf_name: str, candidates: T) -> Placement | None:
+    return look(gguf_name, candidates)
 
 
-def _same_experts(run: RunDirectory, file: GgufFile, candidate: Placement) -> bool:
-    """Whether the file holds the same experts, rows in the same order, one expert in memory at a time."""
-    shape = candidate.shape(run)
-    if file.tensors[candidate.gguf_name].shape != shape:
-        return False
-    rows = shape[-2]
-    for expert, ours in enumerate(iter_dequantized(run, candidate)):
-        theirs = float_rows(file, candidate.gguf_name, slice(expert * rows, (expert + 1) * rows))
-        found, order = find_row_order(ours, theirs, [])
-        if not found or order is not None:
-            return False
-    return True
-
-
-def float_rows(file: GgufFile, name: str, rows: slice = slice(None)) -> NDArray[np.float32]:
-    """Rows of a stored tensor as f32 [rows, values a row], through gguf's dequantizer (numpy)."""
-    info = file.tensors[name]
-    try:
-        weights: NDArray[np.float32] = quants.dequantize(
-            file.raw(name)[rows], gguf.GGMLQuantizationType(info.ggml_type.number)
-        )
-    except (NotImplementedError, ValueError) as error:
-        raise UserError(
-            f"{file.path}: tensor {name} has type {info.ggml_type.name}, which cannot be read; "
-            "use an f16 or f32 template"
-        ) from error
-    return weights.reshape(-1, info.shape[-1])
+def _block(pattern: re.Pattern[str], name: str) -> int | None:
+    """Number of the decoder block that a tensor belongs to; None outside of the blocks."""
+    match = pattern.search(name)
+    return int(match[1]) if match else None
 
 
 def _block_count(file: GgufFile) -> int:
@@ -165,7 +144,7 @@ def _planned(
     if placement is None:
         return PlannedTensor(info.name, info.ggml_type, info.shape, info.nbytes, lambda: _copied(source, info.name))
     template_is_f32 = info.ggml_type is F32
-    keep_f32 = template_is_f32 and not run.is_quantized(placement.hf_names[0])
+    keep_f32 = template_is_f32 and not run.is_quantized(placement.pieces[0].hf_name)
     return plan_tensor(run, placement, dtype, keep_f32)
 
 

@@ -96,9 +96,7 @@ def builtin_placements(run: RunDirectory, config: Config) -> list[Placement]:
     return list(found.values())
 
 
-def _as_named(
-    family: Family, config: Config, names: gguf.TensorNameMap, stack: str, hf_name: str, rows: int
-) -> Stored:
+def _as_named(family: Family, config: Config, names: gguf.TensorNameMap, stack: str, hf_name: str, rows: int) -> Stored:
     """Under the name that gguf's table has for it. UserError where it has none."""
     spellings = (names.get_name(spelling, try_suffixes=_SUFFIXES) for spelling in _spellings(stack))
     gguf_name = next(filter(None, spellings), None)

@@ -45,7 +45,7 @@ def plan_tensor(run: RunDirectory, placement: Placement, dtype: str | None, keep
 
 
 def codes_follow(run: RunDirectory, placement: Placement) -> bool:
-    """Whether the tensor can hold codes of the run: its parameters are quantized, and only rows or whole blocks move."""
+    """Whether the tensor can hold codes: its parameters are quantized, and only rows or whole blocks move."""
     if not all(run.is_quantized(name) for name in placement.hf_names):
         return False
     if placement.function is not None or placement.transposed:
@@ -64,8 +64,8 @@ def say_floats(run: RunDirectory, placements: Iterable[Placement], options: Expo
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         options.log(
-            f"{', '.join(names[:3])}{more}: llama.cpp stores another order of values, in which the blocks of their type "
-            "do not lie together, so the file has these weights as f16"
+            f"{', '.join(names[:3])}{more}: llama.cpp stores their values in another order, in which the blocks of the "
+            "type do not stay whole, so the file has these weights as f16"
         )
 
 

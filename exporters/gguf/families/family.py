@@ -63,8 +63,6 @@ class Family:
         model_type: `model_type` of config.json.
         arch: llama.cpp's architecture.
         order: in which order the rows of a projection are stored.
-        stored: how a parameter ([out, in] shape; of experts the name without a number) is stored, or None where it is
-            as it stands under the name that gguf's table has for it.
         derived: entries of the config under the names that Llama uses, for configs that spell them otherwise.
         keys: writes the metadata that only this family has.
         problems: what of a model llama.cpp's graph does not compute, each as a clause to follow the graph's name.
@@ -76,12 +74,13 @@ class Family:
         activations: names of the feed-forward activation that llama.cpp's graph computes.
         norm_added: the file's norm weights hold 1 + the model's (Gemma's norms multiply by that).
         without: endings of parameters that have a GGUF name but no place in llama.cpp's graph.
+        stored: how a parameter ([out, in] shape; of experts the name without a number) is stored, or None where it is
+            as it stands under the name that gguf's table has for it.
     """
 
     model_type: str
     arch: gguf.MODEL_ARCH
     order: Callable[[Config, str, int], RowOrder | None] = same_order
-    stored: Callable[[Config, str, tuple[int, ...]], tuple[Stored, ...] | None] = as_named
     derived: Callable[[Config], Config] = lambda config: {}
     keys: Callable[[gguf.GGUFWriter, Config], None] = no_keys
     problems: Callable[[Config], Iterator[str]] = no_problems
@@ -93,6 +92,7 @@ class Family:
     activations: tuple[str, ...] = SILU
     norm_added: bool = False
     without: tuple[str, ...] = ()
+    stored: Callable[[Config, str, tuple[int, ...]], tuple[Stored, ...] | None] = as_named
 
     @property
     def name(self) -> str:

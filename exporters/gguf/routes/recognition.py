@@ -1,9 +1,9 @@
 """How a tensor of someone else's file follows from the run's parameters, found by its values.
 
 Tried in turn, with the parameters that may be meant (`candidates`): the parameter itself, its rows in another order, a
-function of its values (-exp of A_log), another shape of the same values; some of its rows, or rows of several (fused and
-split projections, stacks of matrices); matrices stored transposed; and its columns in another order. For the experts of a
-layer the first decides, and the others must agree.
+function of its values (-exp of A_log), another shape of the same values; some of its rows, or rows of several (fused
+and split projections, stacks of matrices); matrices stored transposed; and its columns in another order. For the
+experts of a layer the first decides, and the others must agree.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Recognition:
     orders: dict[str, RowOrder]
 
     def same(self, name: str, stack: Stack) -> Placement | None:
-        """The tensor as one parameter or one of each expert, rows perhaps in another order, values perhaps functions."""
+        """The tensor as one parameter or one of each expert, perhaps its rows in another order or a function of it."""
         plain = place(self.run, stack, Stored(name))
         stored = self.file.tensors[name]
         if math.prod(plain.shape) != math.prod(stored.shape):
@@ -105,9 +105,7 @@ class Recognition:
             found = self._rows_of(name, slice(rows // shape[0]), [stack[0] for stack in per_expert])
             if found is None:
                 return None
-            pieces = [
-                Piece(per_expert[which][expert], order) for expert in range(shape[0]) for which, order in found
-            ]
+            pieces = [Piece(per_expert[which][expert], order) for expert in range(shape[0]) for which, order in found]
             placement = Placement(name, tuple(pieces), shape)
             return placement if self._agrees(placement) else None
         found = self._rows_of(name, slice(rows), [stack[0] for stack in sources if len(stack) == 1])

@@ -11,10 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig
 
+from exporters.gguf.families.family import Stored
 from exporters.gguf.families.row_orders import interleaved_rows
-from exporters.gguf.placement import Placement
+from exporters.gguf.functions import FUNCTIONS, ONE_PLUS, Function
+from exporters.gguf.placement import place
 from exporters.gguf.reader import iter_expected, name_map, read_metadata, read_tensors
-from exporters.gguf.routes.matching import find_row_order, find_vector
+from exporters.gguf.routes.matching import FoundVector, find_row_order, find_vector
 from exporters.gguf.tensors import dequantized
 from exporters.gguf.tokenizer.tokenizer import add_tokenizer
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
@@ -232,14 +234,26 @@ def test_other_matrices_and_repeated_rows_are_not_matched() -> None:
 def test_vectors_take_the_order_of_their_weight_or_gemmas_offset() -> None:
     vector = np.random.default_rng(0).standard_normal(16).astype(np.float32) * 0.1
     order = np.roll(np.arange(16), 3)
-    assert find_vector(vector, vector, [order]) == (True, None, 0.0)
-    assert find_vector(vector, vector + 1, [order]) == (True, None, 1.0)
-    found, rows, added = find_vector(vector, vector[order], [order])
-    assert found
-    assert rows is order
-    assert added == 0.0
-    assert find_vector(vector, np.zeros(16, np.float32), [order]) == (True, None, 0.0)
-    assert find_vector(vector, -vector, [order])[0] is False
+    assert find_vector(vector, vector, [order]) == FoundVector()
+    assert find_vector(vector, vector + 1, [order]) == FoundVector(None, ONE_PLUS)
+    found = find_vector(vector, vector[order], [order])
+    assert found is not None
+    assert found.order is order
+    assert found.function is None
+    assert find_vector(vector, np.zeros(16, np.float32), [order]) == FoundVector()
+    assert find_vector(vector, np.random.default_rng(1).standard_normal(16).astype(np.float32), [order]) is None
+
+
+@pytest.mark.parametrize("function", [None, *FUNCTIONS])
+def test_a_function_of_a_vector_is_found_with_its_values_in_any_order(function: Function | None) -> None:
+    vector = np.random.default_rng(0).uniform(0, 2, 16).astype(np.float32)
+    order = np.random.default_rng(1).permutation(16)
+    stored = FoundVector(order, function).applied(vector)
+    found = find_vector(vector, stored, [])
+    assert found is not None
+    assert np.allclose(found.applied(vector), stored, rtol=1e-6)
+    assert found.order is not None
+    assert found.order.tolist() == order.tolist()
 
 
 def test_gemma_norms_are_written_with_their_offset(tmp_path: Path) -> None:
@@ -247,5 +261,5 @@ def test_gemma_norms_are_written_with_their_offset(tmp_path: Path) -> None:
     manifest = Manifest("gguf:q4_0", ["gguf"], {}, {}, {}, [OUTSIDE], {}, [entry])
     run = RunDirectory.create(tmp_path, manifest)
     run.write_part(OUTSIDE, {"norm.weight": torch.tensor([0.25, -0.5])}, {})
-    placement = Placement("blk.0.attn_norm.weight", ("norm.weight",), added=1.0)
+    placement = place(run, ["norm.weight"], Stored("blk.0.attn_norm.weight", function=ONE_PLUS))
     assert dequantized(run, placement).tolist() == [[1.25, 0.5]]

@@ -9,7 +9,7 @@ from signround_edge.errors import UserError
 from signround_edge.formats.ggml_codebook import CodebookFp16, SuperCodebook
 from signround_edge.formats.ggml_k_quants import SuperAffine, SuperSymmetric
 from signround_edge.formats.ggml_legacy import AffineFp16, SymmetricFp16
-from signround_edge.formats.grid import BlockScales, Grid, QuantizedTensor
+from signround_edge.formats.grid import BlockScales, Grid, QuantizedTensor, joined
 from signround_edge.formats.matmul_nbits import (
     ONNX_BITS,
     ONNX_BLOCKS,
@@ -18,7 +18,7 @@ from signround_edge.formats.matmul_nbits import (
     matmul_nbits_grid,
 )
 
-__all__ = ["GRIDS", "BlockScales", "Grid", "NBitsView", "QuantizedTensor", "as_matmul_nbits", "get_grid"]
+__all__ = ["GRIDS", "BlockScales", "Grid", "NBitsView", "QuantizedTensor", "as_matmul_nbits", "get_grid", "joined"]
 
 _ROWS: tuple[Grid, ...] = (
     SymmetricFp16("Q4_0", bits=4),

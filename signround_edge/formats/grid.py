@@ -298,3 +298,9 @@ class QuantizedTensor:
         ):
             return f"codes leave the range {self.grid.code_min}..{self.grid.code_max}"
         return None
+
+
+def joined(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """One tensor of several on the same grid, row after row."""
+    fields = {name: torch.cat([part.fields[name] for part in parts]) for name in parts[0].fields}
+    return QuantizedTensor(parts[0].grid, torch.cat([part.codes for part in parts]), fields)

@@ -30,6 +30,8 @@ class Decoder:
         blocks: the list of decoder blocks.
         prefix: name of that list in the model ("model.layers").
         embedding: the token embedding.
+        lookups: parameter name → module of every table that is looked up by token: the token embedding first, and
+            others beside it (the per-layer embeddings of Gemma 3n and 4).
         head: the output head.
         stored: name → shape of what transformers saves and loads of this model, parameters and buffers, under its own
             names: those of the model, but for experts.
@@ -41,6 +43,7 @@ class Decoder:
     blocks: nn.ModuleList
     prefix: str
     embedding: nn.Module
+    lookups: dict[str, nn.Module]
     head: nn.Module
     stored: dict[str, tuple[int, ...]]
     experts: dict[str, ExpertPart]
@@ -121,9 +124,21 @@ def build_decoder(config_dir: Path) -> Decoder:
     experts = replace_experts(model)
     prefix, blocks = find_blocks(model)
     matrices = matrices_of(model, blocks, prefix)
-    return Decoder(
-        model, blocks, prefix, model.get_input_embeddings(), model.get_output_embeddings(), stored, experts, matrices
-    )
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    lookups = find_lookups(model, embedding, set(blocks.modules()))
+    return Decoder(model, blocks, prefix, embedding, lookups, head, stored, experts, matrices)
+
+
+def find_lookups(model: nn.Module, embedding: nn.Module, blocks: set[nn.Module]) -> dict[str, nn.Module]:
+    """The token embedding, and what else outside the blocks has a row for each token (learned positions have not)."""
+    config: Any = model.config
+    rows = {len(weight_of(embedding)), getattr(config, "vocab_size_per_layer_input", None)}
+    every = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.num_embeddings in rows and module not in blocks
+    }
+    return dict(sorted(every.items(), key=lambda item: item[1] is not embedding))
 
 
 def transformers_model(config_dir: Path) -> nn.Module:

@@ -19,7 +19,7 @@ from signround_edge.model.weights import ModelWeights
 from signround_edge.run_directory import dtype_name
 from signround_edge.schemes.gguf_names import gguf_name
 from signround_edge.schemes.gguf_presets import Place, Role
-from signround_edge.schemes.roles import model_traits, role_of
+from signround_edge.schemes.roles import columns_together, model_traits, role_of, stays_in_floats
 from signround_edge.schemes.scheme import Scheme, after_fallback
 
 
@@ -32,15 +32,21 @@ class Plan:
         parts: part names in the order in which they are written.
         tied: alias → owner of shared parameters.
         target: whose bytes are counted: the scheme's first target.
-        embedding, head: parameter names of the token embedding and the output head; the same name when they are tied.
+        lookups: parameter names of the tables that are looked up by token; the token embedding is the first.
+        head: parameter name of the output head, which is the token embedding's where they are tied.
     """
 
     tensors: list[TensorEntry]
     parts: list[str]
     tied: dict[str, str]
     target: str
-    embedding: str
+    lookups: tuple[str, ...]
     head: str
+
+    @property
+    def embedding(self) -> str:
+        """Parameter name of the token embedding."""
+        return self.lookups[0]
 
     def of_part(self, part: str) -> list[TensorEntry]:
         """The entries of one part."""
@@ -95,9 +101,13 @@ def make_plan(weights: ModelWeights, scheme: Scheme, float_fallback: bool) -> Pl
     places: dict[int, tuple[Place, bool]] = {}
     for index in range(layers):
         for name, module in decoder.matrices(index).items():
-            role = role_of(gguf_name(name, config.model_type))
+            known = gguf_name(name, config.model_type)
+            if stays_in_floats(known):
+                continue
+            role = role_of(known)
             places[id(module._parameters["weight"])] = (Place(role, index), is_transposed(module))
-    places[id(embedding)] = (Place(Role.EMBEDDING), False)
+    for module in decoder.lookups.values():
+        places[id(module._parameters["weight"])] = (Place(Role.EMBEDDING), False)
     places[id(head)] = (Place(Role.OUTPUT), False)  # overrides EMBEDDING where both are one parameter
     known_names: list[tuple[str, ...]] = []
     tensors: list[TensorEntry] = []
@@ -109,13 +119,15 @@ def make_plan(weights: ModelWeights, scheme: Scheme, float_fallback: bool) -> Pl
             known_as = (name, gguf_name(name, config.model_type) or name)
             known_names.append(known_as)
             cols = entry.shape[0] if entry.transposed else entry.shape[1]
-            _choose_format(entry, scheme.asked_for(known_as, place, traits, cols), cols, scheme, float_fallback)
+            asked, together = scheme.asked_for(known_as, place, traits, cols), columns_together(name, config)
+            _choose_format(entry, asked, after_fallback(asked, cols, scheme.targets, together), scheme, float_fallback)
         tensors.append(entry)
     scheme.check_overrides(known_names)
     _check_experts(tensors)
     parts = [part_of_block(i) for i in range(len(decoder.blocks))] + [OUTSIDE]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return Plan(tensors, parts, tied, scheme.targets[0], names[id(embedding)], names[id(head)])
+    lookups = tuple(names[id(module._parameters["weight"])] for module in decoder.lookups.values())
+    return Plan(tensors, parts, tied, scheme.targets[0], lookups, names[id(head)])
 
 
 def _part_of(name: str, decoder: Decoder) -> str:
@@ -124,12 +136,11 @@ def _part_of(name: str, decoder: Decoder) -> str:
     return OUTSIDE
 
 
-def _choose_format(entry: TensorEntry, asked: Grid, cols: int, scheme: Scheme, float_fallback: bool) -> None:
-    grid = after_fallback(asked, cols, scheme.targets)
+def _choose_format(entry: TensorEntry, asked: Grid, grid: Grid | None, scheme: Scheme, float_fallback: bool) -> None:
     if grid is None and not float_fallback:
         raise UserError(
-            f"tensor {entry.name} has rows of {cols} values, which no block size of --scheme {scheme.text} divides; "
-            "add --float-fallback to keep such tensors in 16-bit floats"
+            f"tensor {entry.name} has rows of {entry.out_in_shape[-1]} values, which no block size of --scheme "
+            f"{scheme.text} divides; add --float-fallback to keep such tensors in 16-bit floats"
         )
     entry.format = None if grid is None else grid.name
     entry.fallback_from = None if entry.format == asked.name else asked.name
@@ -160,6 +171,10 @@ def listing(plan: Plan) -> list[str]:
         lines.append(f"{kind:>10}  {counts[kind]:5d} tensors  {size:15,d} bytes")
     lines.append(f"{'total':>10}  {len(plan.tensors):5d} tensors  {plan.tensor_bytes():15,d} bytes")
     lines[-1] += f"  {plan.bits_per_weight():.3f} bits/weight as {plan.target.upper()}"
+    for entry in plan.tensors:
+        if entry.name in plan.lookups[1:]:
+            size, kind = entry_bytes(entry, plan.target), entry.format or entry.dtype
+            lines.append(f"looked up by token: {entry.name} {entry.shape} {kind}, {size:,d} bytes")
     entries = {entry.name: entry for entry in plan.tensors if entry.fallback_from}
     for stack, names in stacks(list(entries)).items():
         entry = entries[names[0]]

@@ -19,6 +19,27 @@ _ROLES = (
 )
 
 
+# Four to some dozen values a row, of Gemma 3n, which llama-quantize leaves alone too (`tensor_allows_quantization`).
+_TOO_SMALL = ("altup", "laurel")
+
+
+def stays_in_floats(gguf_name: str | None) -> bool:
+    """Whether a decoder block's matrix is too small to be worth rounding."""
+    return any(part in (gguf_name or "") for part in _TOO_SMALL)
+
+
+def columns_together(name: str, config: Any) -> int | None:
+    """How many values of a row stay together in llama.cpp's order of a matrix's columns; None where none moves.
+
+    Qwen3.5's value heads are repeated for its key heads in another order there (`_reorder_v_heads` in llama.cpp's
+    conversion/qwen.py).
+    """
+    if not config.model_type.startswith("qwen3_5") or not name.endswith("linear_attn.out_proj.weight"):
+        return None
+    moves = config.linear_num_value_heads != config.linear_num_key_heads
+    return int(config.linear_value_head_dim) if moves else None
+
+
 def role_of(gguf_name: str | None) -> Role:
     """The role of a decoder block's matrix."""
     return next((role for part, role in _ROLES if part in (gguf_name or "")), Role.OTHER)

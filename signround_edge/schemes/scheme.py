@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -113,10 +114,17 @@ class Scheme:
         return replace(self, head=self.head or self.embedding)
 
 
-def after_fallback(grid: Grid, cols: int, targets: tuple[str, ...] = ("gguf",)) -> Grid | None:
-    """The grid for rows of `cols` values: this one or what it falls back to; None when no block size divides them."""
+def after_fallback(
+    grid: Grid, cols: int, targets: tuple[str, ...] = ("gguf",), together: int | None = None
+) -> Grid | None:
+    """The grid for rows of `cols` values: this one or what it falls back to; None when no block size divides them.
+
+    Args:
+        together: how many values stay together where GGUF has a matrix's columns in another order; blocks stay whole.
+    """
+    whole = cols if together is None or "gguf" not in targets else math.gcd(cols, together)
     name: str | None = grid.name
-    while name is not None and cols % get_grid(name).row_multiple:
+    while name is not None and whole % get_grid(name).row_multiple:
         name = fallback(_AS_MATMUL_NBITS.get(name, name) if targets == ("onnx",) else name)
     return None if name is None else get_grid(name)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from signround_edge.formats import QuantizedTensor
+from signround_edge.formats import QuantizedTensor, joined
 from signround_edge.manifest import OUTSIDE
 from signround_edge.model.decoder import set_tensor, set_weight, unload_parameters, weight_of
 from signround_edge.model.weights import ModelWeights
@@ -17,6 +17,8 @@ from signround_edge.tuning.calibration.activations import Stream, equal_weights
 from signround_edge.tuning.calibration.input_moments import SecondMoments
 from signround_edge.tuning.calibration.shell import Shell, block_returns_tuple
 from signround_edge.tuning.job import CPU, Job
+
+_VALUES_AT_ONCE = 1 << 28  # 1 GB as f32; the token embedding of most models is below
 
 
 def open_shell(weights: ModelWeights, tokens: Tensor) -> Shell:
@@ -41,33 +43,47 @@ def embed(job: Job, shell: Shell) -> Stream:
     return Stream(torch.cat([shell.embed(part) for part in job.tokens.split(job.settings.batch_size)]))
 
 
-def quantize_embedding(job: Job, shell: Shell) -> QuantizedTensor | None:
-    """Round the token embedding and install it; None where it stays in floats."""
-    name = job.plan.embedding
-    if not job.run.is_quantized(name):
-        return None
-    grid, weight = job.grid(name), weight_of(job.decoder.embedding)
-    importance = job.importance.given.get(name, torch.ones(weight.shape[1]))
-    tensor = grid.quantize(weight, initial_scales(grid, weight, importance, "search"))
-    if shell.depends_on_tokens(job.tokens[:1]):
-        shell.exact_embedding = job.decoder.embedding._parameters["weight"]
-    set_weight(job.decoder.embedding, tensor.dequantize())
-    return tensor
+def quantize_lookups(job: Job, shell: Shell) -> dict[str, QuantizedTensor]:
+    """Round the embeddings and install them; parameter name → codes and scales of those that are quantized."""
+    depends = shell.depends_on_tokens(job.tokens[:1])
+    found: dict[str, QuantizedTensor] = {}
+    for name, module in zip(job.plan.lookups, job.decoder.lookups.values(), strict=True):
+        if not job.run.is_quantized(name):
+            continue
+        grid, weight = job.grid(name), weight_of(module)
+        importance = job.importance.given.get(name, torch.ones(weight.shape[1]))
+        # Row by row nothing depends on another: a table of per-layer embeddings is too large to search at once.
+        step = max(1, _VALUES_AT_ONCE // weight.shape[1])
+        parts = [
+            grid.quantize(rows, initial_scales(grid, rows, importance, "search"))
+            for rows in (part.float() for part in weight.split(step))
+        ]
+        found[name] = joined(parts)
+        if depends:
+            shell.exact_lookups[module] = module._parameters["weight"]
+        set_weight(module, _dequantized(parts, weight, name == job.plan.embedding))
+    return found
+
+
+def _dequantized(parts: list[QuantizedTensor], weight: Tensor, exactly: bool) -> Tensor:
+    """The rounded weights; of all but the token embedding in the source's dtype, since they may be most of a model."""
+    rounded = torch.empty_like(weight, dtype=torch.float32 if exactly else weight.dtype)
+    for part, rows in zip(parts, rounded.split(len(parts[0].codes)), strict=True):
+        rows.copy_(part.dequantize())
+    return rounded
 
 
 def write_outside(
-    job: Job, shell: Shell, embedding: QuantizedTensor | None, quantized: Tensor, transforming: Transforming | None
+    job: Job, shell: Shell, lookups: dict[str, QuantizedTensor], quantized: Tensor, transforming: Transforming | None
 ) -> None:
     """Round the output head by weighted search, and write the part that is outside the blocks.
 
     Args:
-        embedding: as `quantize_embedding` gave it.
+        lookups: as `quantize_lookups` gave them.
         quantized: what leaves the quantized model's last block, f32 [samples, seqlen, hidden].
     """
     name, head = job.plan.head, job.decoder.head
-    tensors: dict[str, Tensor | QuantizedTensor] = dict(job.floats(OUTSIDE))
-    if embedding is not None:
-        tensors[job.plan.embedding] = embedding
+    tensors: dict[str, Tensor | QuantizedTensor] = {**job.floats(OUTSIDE), **lookups}
     to_quantize = {} if name in tensors else {name: head}
     untied = {} if name == job.plan.embedding else {name: head}
     moments = SecondMoments(equal_weights)

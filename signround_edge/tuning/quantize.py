@@ -37,7 +37,7 @@ from signround_edge.tuning.cpu.attention import use_blocked_attention
 from signround_edge.tuning.cpu.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.job import Job
 from signround_edge.tuning.lock import locked
-from signround_edge.tuning.outside import embed, open_shell, quantize_embedding, write_outside
+from signround_edge.tuning.outside import embed, open_shell, quantize_lookups, write_outside
 from signround_edge.tuning.resume import create, to_continue, versions
 from signround_edge.tuning.settings import DEVICES, TuningSettings
 from signround_edge.tuning.source_check import check_source
@@ -154,13 +154,13 @@ def _execute(job: Job) -> None:
     if job.settings.transforms:
         compares = run.manifest.whole_model is None
         transforming = Transforming.start(shell, job.tokens, job.device, job.progress, compares)
-    embedding = quantize_embedding(job, shell)
-    if embedding is not None:
+    lookups = quantize_lookups(job, shell)
+    if lookups:
         quantized = embed(job, shell)
     for index in range(blocks):
         exact, quantized = _block(job, shell, transforming, index, exact, quantized)
         job.progress.parts(index + 1, len(parts))
-    write_outside(job, shell, embedding, quantized.hidden, transforming)
+    write_outside(job, shell, lookups, quantized.hidden, transforming)
     job.progress.parts(len(parts), len(parts))
     if run.manifest.state != "complete":
         revise_whole_model(job, shell, exact.hidden)

@@ -46,10 +46,10 @@ class Transforming:
     def start(
         cls, shell: Shell, tokens: Tensor, device: torch.device, progress: Progress, compares: bool
     ) -> Transforming:
-        """For a model whose embedding is loaded in full precision; `tokens` [samples, seqlen] are the calibration's."""
+        """For a model whose embeddings are in full precision; `tokens` [samples, seqlen] are the calibration's."""
         few = tokens[:1, :CHECK_TOKENS]
         made = cls(replace(shell, calls={}, latest=None), few, device, progress, compares)
-        made.shell.exact_embedding = shell.decoder.embedding._parameters["weight"]
+        made.shell.exact_lookups = {m: m._parameters["weight"] for m in shell.decoder.lookups.values()}
         made.original = made.transformed = made.shell.embed(few).to(device)
         return made
 

@@ -77,8 +77,8 @@ class Importance:
 def given_importance(source: ImportanceSource, plan: Plan, scale_init: str, progress: Progress) -> dict[str, Tensor]:
     """What `source` holds of the run's matrices: parameter name → E[x²] f32 [in features].
 
-    Matrices that it lacks keep the calibration's own figure, and the user is told. The token embedding has none (its
-    input is a token number) and takes equal weights unless the source holds some.
+    Matrices that it lacks keep the calibration's own figure, and the user is told. Embeddings have none (their input
+    is a token number) and take equal weights unless the source holds some.
 
     Raises:
         UserError: a vector of the wrong length, no matrix of this model at all, or scales that no search looks for.
@@ -96,9 +96,9 @@ def given_importance(source: ImportanceSource, plan: Plan, scale_init: str, prog
         vector = source.of(entry.name, entry.shape[0] if entry.transposed else entry.shape[1])
         if vector is not None:
             found[entry.name] = vector
-        elif entry.name != plan.embedding:
+        elif entry.name not in plan.lookups:
             lacking.append(entry.name)
-    if not set(found) - {plan.embedding}:
+    if not set(found) - set(plan.lookups):
         raise UserError(
             f"--imatrix {source.label} holds no matrix of this model; give an importance matrix of the same model"
         )

@@ -28,14 +28,15 @@ class Shell:
     on its tokens (per-layer embeddings), for each batch.
 
     Attributes:
-        exact_embedding: where the arguments depend on tokens and the embedding has been rounded, its original weight.
+        exact_lookups: where the arguments depend on tokens, tables by token that have been rounded, with their original
+            weights.
         calls: how blocks are called, by the shape of a batch.
         latest: the batch whose tokens `calls` is for, where it depends on them.
     """
 
     decoder: Decoder
     returns_tuple: bool
-    exact_embedding: nn.Parameter | None = None
+    exact_lookups: dict[nn.Module, nn.Parameter | None] = field(default_factory=dict)
     calls: dict[tuple[int, ...], list[BlockCall]] = field(default_factory=dict)
     latest: Tensor | None = None
     _depends_on_tokens: bool | None = None
@@ -73,16 +74,21 @@ class Shell:
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[None]:
-        """Within, arguments of blocks are those of the original model, also when the embedding has been rounded."""
-        if self.exact_embedding is None:
+        """Within, arguments of blocks are those of the original model, also when embeddings have been rounded."""
+        if not self.exact_lookups:
             yield
             return
-        rounded = self.decoder.embedding._parameters["weight"]
-        self.decoder.embedding._parameters["weight"], self.latest = self.exact_embedding, None
+        rounded = {module: module._parameters["weight"] for module in self.exact_lookups}
+        self._install(self.exact_lookups)
         try:
             yield
         finally:
-            self.decoder.embedding._parameters["weight"], self.latest = rounded, None
+            self._install(rounded)
+
+    def _install(self, lookups: dict[nn.Module, nn.Parameter | None]) -> None:
+        for module, weight in lookups.items():
+            module._parameters["weight"] = weight
+        self.latest = None
 
     def head_input(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """What the output head receives for the last block's output `hidden` [n, seqlen, hidden]."""

@@ -27,7 +27,7 @@ from signround_edge.tuning.block.loss import held_out_loss
 from signround_edge.tuning.block.transforming import Transforming, stored_transform, transformed_matrix
 from signround_edge.tuning.block.tune import TunedUnit, compute_context, tune_unit
 from signround_edge.tuning.block.unit import Matrix, Unit
-from signround_edge.tuning.block.units import block_matrices, block_unit, layer_unit, run_all
+from signround_edge.tuning.block.units import FEWEST_TOKENS, block_matrices, block_unit, layer_unit, run_all
 from signround_edge.tuning.calibration.activations import Stream
 from signround_edge.tuning.calibration.importance import Importance, ImportanceSink, ImportanceSource, given_importance
 from signround_edge.tuning.calibration.input_moments import SecondMoments
@@ -180,7 +180,7 @@ def _block(
     chosen = {name: module for name, module in every.items() if job.run.is_quantized(name)}
     with shell.exact(), moments.watching(block, job.importance.to_collect(every, chosen)):
         target = run_all(job, shell, index, exact, moments)
-    matrices = block_matrices(job, index, job.importance.settle(moments.result(), job.device))
+    matrices = block_matrices(job, index, moments)
     transform, found = BlockTransform(), None
     if transforming is not None:
         untuned = block_unit(job, shell, index, matrices, quantized, target.hidden)
@@ -191,6 +191,7 @@ def _block(
         for matrix in matrices:
             matrix.install(job.run.quantized(matrix.name).dequantize().to(job.device))
     else:
+        _say_seldom(job, index, matrices)
         tuned = _tune(job, shell, index, matrices, quantized, target.hidden)
         tensors = {name: tensor for unit in tuned.values() for name, tensor in unit.tensors.items()}
         floats = {**job.floats(part), **{prefix + name: vector for name, vector in transform.vectors.items()}}
@@ -207,6 +208,16 @@ def _block(
     following = run_all(job, shell, index, quantized)
     unload_parameters(block)
     return target, following
+
+
+def _say_seldom(job: Job, index: int, matrices: list[Matrix]) -> None:
+    names = [m.name for m in matrices if m.seldom]
+    if names and job.settings.steps:
+        job.progress.line(
+            f"note: {len(names)} matrices of block {index + 1} belong to experts that fewer than {FEWEST_TOKENS:.1%} "
+            f"of the tokens came to ({names[0]}{', …' if len(names) > 1 else ''}); they are rounded on searched "
+            "scales and not tuned; more calibration text (--samples) reaches more of them"
+        )
 
 
 def _transform(

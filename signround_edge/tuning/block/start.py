@@ -32,7 +32,8 @@ class Start:
         rounded: their loss on the held-out samples.
         states, tensors: what is tuned, and its codes and scales at first: `nearest`, or GPTQ's.
         loss: that of `tensors`.
-        settled: matrices that lie on the grid already: there is nothing to tune.
+        settled: matrices that are not tuned: they lie on the grid already, or belong to experts that too few tokens
+            came to.
     """
 
     nearest: dict[str, QuantizedTensor]
@@ -45,12 +46,13 @@ class Start:
 
 @dataclass(frozen=True)
 class _GptqTarget:
-    """One matrix as GPTQ gets it: what to round, f32 [R, K], on which scales, and the hessian f32 [K, K]."""
+    """One matrix as GPTQ gets it: what to round, f32 [R, K], on which scales, the hessian f32 [K, K], least damping."""
 
     grid: Grid
     weight: Tensor
     scales: BlockScales
     hessian: Tensor
+    damping: float
 
     @property
     def codes(self) -> int:
@@ -59,6 +61,7 @@ class _GptqTarget:
 
     def state(self, settings: TuningSettings, damping: float) -> RoundingState:
         """What is tuned, at GPTQ's codes."""
+        damping = max(damping, self.damping)
         weight = compensated(self.weight, self.hessian, self.grid, self.grid.store(self.scales), damping)
         return RoundingState.start(self.grid, weight, self.scales, settings.positions)
 
@@ -67,7 +70,7 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
     """Round to nearest, and take GPTQ's codes instead where they are wanted and better; what is taken is installed.
 
     GPTQ is tried with each damping, the safest first; the unit's modules hold the exact weights before. Matrices that
-    lie on the grid already keep their codes.
+    lie on the grid already keep their codes, and those of experts that are seldom used the nearest ones.
     """
     states: dict[str, RoundingState] = {}
     for m in unit.matrices:
@@ -77,7 +80,7 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
     if settings.start == "gptq" and settings.steps:
         targets, inherited = _gptq_targets(unit, states, settings, autocast)  # needs the exact weights in the modules
     nearest = quantized(states)
-    settled = frozenset(m.name for m in unit.matrices if lies_on_grid(m.weight, nearest[m.name]))
+    settled = frozenset(m.name for m in unit.matrices if lies_on_grid(m.weight, nearest[m.name]) or m.seldom)
     targets = {name: target for name, target in targets.items() if name not in settled}
     unit.install(nearest)
     rounded = held_out_loss(unit, settings, autocast)
@@ -113,7 +116,8 @@ def _gptq_targets(
         if m.name in found.weights:
             weight = found.weights[m.name]
             scales = initial_scales(m.grid, weight, m.importance, settings.scale_init)
-        targets[m.name] = _GptqTarget(m.grid, weight, scales, found.hessians[m.name])
+        damping = DAMPING[0] if m.underdetermined else 0.0
+        targets[m.name] = _GptqTarget(m.grid, weight, scales, found.hessians[m.name], damping)
     return targets, found.loss
 
 

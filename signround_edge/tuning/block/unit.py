@@ -22,6 +22,8 @@ class Matrix:
         weight: original weight f32 [out, in].
         importance: E[x²] f32 [in].
         writes_to_stream: whether its output is added to the residual stream as it is.
+        seldom: it is an expert's that hardly any token came to: tuning would fit these few, so it is left out.
+        underdetermined: it is an expert's that fewer tokens came to than it has inputs.
     """
 
     name: str
@@ -30,6 +32,8 @@ class Matrix:
     weight: Tensor
     importance: Tensor
     writes_to_stream: bool = False
+    seldom: bool = False
+    underdetermined: bool = False
 
     def install(self, weight: Tensor) -> None:
         """Put a weight f32 [out, in] into the module."""

@@ -8,21 +8,25 @@ import torch
 from torch import Tensor
 
 from signround_edge.model.decoder import out_in
+from signround_edge.model.experts import split_expert
 from signround_edge.schemes.roles import writes_to_stream
 from signround_edge.tuning.block.tune import compute_context
 from signround_edge.tuning.block.unit import Matrix, Unit
 from signround_edge.tuning.calibration.activations import Stream, run_block
-from signround_edge.tuning.calibration.input_moments import InputMoments
+from signround_edge.tuning.calibration.input_moments import InputMoments, SecondMoments
 from signround_edge.tuning.calibration.shell import Shell
 from signround_edge.tuning.job import Job
 
+FEWEST_TOKENS = 0.005  # of the calibration's, that an expert must have seen to be tuned
 
-def block_matrices(job: Job, index: int, importance: dict[str, Tensor]) -> list[Matrix]:
+
+def block_matrices(job: Job, index: int, moments: SecondMoments) -> list[Matrix]:
     """The quantized matrices of a loaded block, with the weights that are in it.
 
     Args:
-        importance: parameter name → E[x²] f32 [in features].
+        moments: of their inputs in the exact model.
     """
+    importance = job.importance.settle(moments.result(), job.device)
     model_type = str(getattr(job.decoder.model.config, "model_type", ""))
     return [
         Matrix(
@@ -32,10 +36,18 @@ def block_matrices(job: Job, index: int, importance: dict[str, Tensor]) -> list[
             out_in(module).contiguous(),
             importance[name],
             writes_to_stream(name, model_type),
+            _is_below(moments, name, FEWEST_TOKENS * job.tokens.numel()),
+            _is_below(moments, name, len(importance[name])),
         )
         for name, module in job.decoder.matrices(index).items()
         if job.run.is_quantized(name)
     ]
+
+
+def _is_below(moments: SecondMoments, name: str, tokens: float) -> bool:
+    """Whether fewer tokens than that came to the expert that the matrix belongs to, where they were counted."""
+    seen = moments.tokens(name)
+    return split_expert(name)[1] is not None and seen is not None and seen < tokens
 
 
 def block_unit(job: Job, shell: Shell, index: int, matrices: list[Matrix], inputs: Stream, target: Tensor) -> Unit:

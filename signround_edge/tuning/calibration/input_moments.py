@@ -99,6 +99,10 @@ class SecondMoments(InputMoments):
                 found |= self._of_experts(names)
         return found
 
+    def tokens(self, name: str) -> int | None:
+        """How many tokens came to a matrix; None where it was not watched."""
+        return self._tokens.get(name, 0) if name in self._watched else None
+
     def _of_experts(self, names: list[str]) -> dict[str, Tensor]:
         """The same for one matrix of all experts of a layer."""
         seen = [name for name in names if name in self._sums]

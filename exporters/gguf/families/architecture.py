@@ -37,7 +37,7 @@ def add_architecture(
     writer.add_feed_forward_length(int(config["intermediate_size"]))
     writer.add_head_count(heads)
     writer.add_head_count_kv(int(config["num_key_value_heads"]))
-    if dim * heads != int(config["hidden_size"]):
+    if config["states_head_dim"] or dim * heads != int(config["hidden_size"]):
         writer.add_key_length(dim)
         writer.add_value_length(dim)
     if family.layer_norm:

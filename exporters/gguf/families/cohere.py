@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import gguf
 
 from exporters.gguf.families.family import NO_OUTPUT_BIAS, Family
+from exporters.gguf.families.rope import say_unscaled
 from exporters.gguf.families.row_orders import Config
 
 _LAYERS_WITH_NORMS = 64  # llama.cpp tells Command R+, whose queries and keys have norms, by its number of layers
@@ -20,6 +21,7 @@ def _derived(config: Config) -> Config:
 
 def _keys(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_logit_scale(float(config["logit_scale"]))
+    say_unscaled(writer, config)
 
 
 def _problems(config: Config) -> Iterator[str]:

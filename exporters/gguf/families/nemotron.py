@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import gguf
 
 from exporters.gguf.families.family import RELU_SQUARED, Family
+from exporters.gguf.families.rope import say_unscaled
 from exporters.gguf.families.row_orders import Config
 
 
@@ -21,6 +22,7 @@ ROWS = (
     Family(
         "nemotron",
         gguf.MODEL_ARCH.NEMOTRON,
+        keys=say_unscaled,
         problems=_problems,
         layer_norm=True,
         partial_rotary=True,

@@ -9,9 +9,17 @@ import gguf
 from exporters.gguf.families.family import Family
 from exporters.gguf.families.rope import rope_parameters
 from exporters.gguf.families.row_orders import Config
-from exporters.gguf.families.windows import add_windows, window_period
+from exporters.gguf.families.windows import window_period
 
 _NO_BIAS = (".q_proj.bias", ".k_proj.bias", ".v_proj.bias", ".o_proj.bias")
+
+
+def _olmo3_keys(writer: gguf.GGUFWriter, config: Config) -> None:
+    if not config["sliding_window"]:
+        return
+    writer.add_sliding_window(int(config["sliding_window"]))
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    writer.add_rope_freq_base_swa(float(config["rope_parameters"]["sliding_attention"]["rope_theta"]))
 
 
 def _problems(config: Config) -> Iterator[str]:
@@ -37,7 +45,7 @@ ROWS = (
     Family(
         "olmo3",
         gguf.MODEL_ARCH.OLMO2,
-        keys=add_windows,
+        keys=_olmo3_keys,
         problems=_olmo3_problems,
         windows=True,
         without=_NO_BIAS,

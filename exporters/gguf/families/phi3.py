@@ -7,12 +7,15 @@ from collections.abc import Iterator
 import gguf
 
 from exporters.gguf.families.family import Family, sliding_window
+from exporters.gguf.families.rope import rope_parameters
 from exporters.gguf.families.row_orders import Config
 
 
 def _keys(writer: gguf.GGUFWriter, config: Config) -> None:
     if sliding_window(config) is None:
         writer.add_sliding_window(0)  # older llama.cpp assumes a window of its own where the key is missing
+    if rope_parameters(config)["rope_type"] == "default":  # a scaling writes it itself
+        writer.add_rope_scaling_orig_ctx_len(int(config["original_max_position_embeddings"]))
 
 
 def _problems(config: Config) -> Iterator[str]:

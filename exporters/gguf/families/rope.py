@@ -97,6 +97,12 @@ def add_rope(writer: gguf.GGUFWriter, family: Family, config: Config, log: Calla
     # Of llama3 all is in its tensor.
 
 
+def say_unscaled(writer: gguf.GGUFWriter, config: Config) -> None:
+    """What the converter writes for some families: that the rotation is not scaled."""
+    if rope_parameters(config)["rope_type"] == "default":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+
+
 def _add_yarn(writer: gguf.GGUFWriter, config: Config, rope: Config, log: Callable[[str], None]) -> None:
     factor = float(rope["factor"])
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)

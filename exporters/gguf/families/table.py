@@ -42,6 +42,8 @@ def family_of(config: dict[str, Any]) -> Family:
 def canonical_config(config: dict[str, Any]) -> Config:
     """A built-in family's config under one set of names: Llama's, and `norm_eps`, `head_dim`, `num_key_value_heads`.
 
+    `states_head_dim` says whether the config itself has a `head_dim`.
+
     Missing entries and the older spellings of published configs are read as transformers reads them, since its model is
     what was tuned.
 
@@ -60,6 +62,7 @@ def canonical_config(config: dict[str, Any]) -> Config:
     full |= {name: full[spelling] for name, spelling in known.attribute_map.items() if spelling in full}
     full |= family.derived(full)
     full["num_key_value_heads"] = int(full.get("num_key_value_heads") or full["num_attention_heads"])
+    full["states_head_dim"] = full.get("head_dim") is not None
     full["head_dim"] = head_dim(full)
     if "norm_eps" not in full:
         full["norm_eps"] = full["rms_norm_eps"]

@@ -20,7 +20,7 @@ def window_period(config: Config) -> int | None:
 
 
 def add_windows(writer: gguf.GGUFWriter, config: Config) -> None:
-    """The keys of the window, where a layer has one."""
+    """The keys of the window, where a layer has one: the pattern as a period, which Gemma's graphs read."""
     period = window_period(config)
     if period is not None and period > 1:
         writer.add_sliding_window(int(config["sliding_window"]))

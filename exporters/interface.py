@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from signround_edge.errors import UserError
 from signround_edge.inspection import TensorInfo
@@ -92,6 +92,20 @@ class Exporter(Protocol):
         Raises:
             UserError: the artifact is damaged.
             CheckFailed: it lacks a parameter of the run.
+        """
+        ...
+
+
+@runtime_checkable
+class KnowsItsWay(Protocol):
+    """An exporter that can say, before anything heavy, how it would export a model."""
+
+    def way(self, config: Mapping[str, Any], parameters: Sequence[str]) -> str:
+        """In a few words, how a run of the model gets its file; UserError where it needs a template, or gets none.
+
+        Args:
+            config: config.json of the language model.
+            parameters: names of the parameters that a run of it has.
         """
         ...
 

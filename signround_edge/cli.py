@@ -309,6 +309,25 @@ def inspect(path: Path, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("model", required=False)
+@_json
+def models(model: str | None, as_json: bool) -> None:
+    """What will work for MODEL, a folder in Hugging Face layout; without it, which families were tried, and how far."""
+    from signround_edge.terminal.models import render_outlook, render_tested
+
+    if model is None:
+        from signround_edge.tested_models import TestedModels
+
+        tested = TestedModels.read()
+        _print_json(tested.to_json()) if as_json else _render(render_tested(tested))
+        return
+    from signround_edge.outlook import outlook
+
+    found = outlook(model)
+    _print_json(found.to_json()) if as_json else _render(render_outlook(found))
+
+
+@main.command()
 @_run
 @click.option("--out", type=_PATH, help="Folder for pictures, page and analysis.json.")
 @_json

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from exporters.interface import ExpectedTensor, ExportOptions
 from signround_edge.inspection import TensorInfo
@@ -44,6 +45,15 @@ class GgufExporter:
         from exporters.gguf.export import export
 
         return export(run, out, options)
+
+    def way(self, config: Mapping[str, Any], parameters: Sequence[str]) -> str:
+        """Built in; UserError for models that need a template."""
+        from exporters.gguf.families.architecture import refuse_what_differs
+        from exporters.gguf.families.table import canonical_config, family_of
+
+        family = family_of(dict(config))
+        refuse_what_differs(family, canonical_config(dict(config)))
+        return f"built in, as llama.cpp's {family.name}"
 
     def iter_expected(self, run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]:
         """What each tensor of the file that stems from the run should hold; see `exporters.gguf.reader`."""

@@ -6,9 +6,9 @@ Inside this package the name `onnx` always means the installed package; its own 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from exporters.interface import ExportOptions
 from exporters.onnx.options import OnnxOptions
@@ -48,6 +48,17 @@ class OnnxExporter:
         from exporters.onnx.export import export_folder
 
         return export_folder(run, out, OnnxOptions.of(options))
+
+    def way(self, config: Mapping[str, Any], parameters: Sequence[str]) -> str:
+        """By the builder or by tracing; UserError for what neither takes."""
+        from exporters.onnx.builder_names import builder_knows, check_rope, check_traceable
+
+        known, source = dict(config), "config.json"
+        if builder_knows(known):
+            check_rope(known, source)
+            return "by onnxruntime-genai's builder, with a key-value cache"
+        check_traceable(known, list(parameters), source)
+        return "traced by torch, without a key-value cache"
 
     def iter_expected(self, run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]:
         """What each tensor of the folder that stems from the run should hold; see `exporters.onnx.artifact.reader`."""

@@ -1,0 +1,109 @@
+"""One model from its checkpoint to files that run, stage by stage: what worked, with its figure, or why it did not."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from exporters.gguf import GgufExporter
+from exporters.interface import ExportOptions
+from exporters.onnx import OnnxExporter
+from exporters.onnx.artifact.sidecar import Sidecar
+from runtime_tests.verify import verify
+from signround_edge.demo import calibration_text_path, evaluation_text_path
+from signround_edge.errors import CheckFailed, UserError
+from signround_edge.run_directory import RunDirectory
+from signround_edge.schemes.scheme import parse_scheme
+from signround_edge.tuning.quantize import quantize
+from signround_edge.tuning.settings import TuningSettings
+
+SCHEME = "gguf:q4_0,onnx:w4g32"  # one run for both formats
+SETTINGS = TuningSettings(steps=2, samples=4, seqlen=64, batch_size=2, lr=0.02)
+WINDOW, WINDOWS = 128, 2
+
+# In the order of the table's columns.
+STAGES = ("source check", "tune", "GGUF built in", "GGUF template", "llama.cpp", "ONNX", "KV cache")
+
+Convert = Callable[[Path, Path], Path]
+Found = dict[str, str]  # stage → "yes", a figure, or "no: " and the reason
+
+
+def run_stages(model: Path, work: Path, convert: Convert | None, with_onnx: bool) -> Found:
+    """What becomes of the model in the folder `model`.
+
+    Args:
+        work: an empty folder for everything that is made.
+        convert: llama.cpp's converter, (model, file to write) → file; None leaves out the template route.
+        with_onnx: also export to ONNX, which takes longest.
+    """
+    found: Found = dict.fromkeys(STAGES, "")
+    try:
+        run = quantize(
+            model, parse_scheme(SCHEME), work / "run", str(calibration_text_path()), SETTINGS, float_fallback=True
+        )
+    except UserError as error:
+        found["source check"] = found["tune"] = f"no: {_short(error)}"
+        return found
+    check = run.manifest.source_check
+    found["source check"] = "not done" if check is None or check["error"] is None else f"{check['error']:.0e}"
+    found["tune"] = "yes"
+    ways = {"GGUF built in": None, "GGUF template": convert and (lambda: convert(model, work / "template.gguf"))}
+    for stage, make_template in ways.items():
+        if stage == "GGUF template" and make_template is None:
+            continue
+        try:
+            template = None if make_template is None else make_template()
+            options = ExportOptions(template=template, log=lambda line: None)
+            file = GgufExporter().export(run, work / f"{stage.replace(' ', '-')}.gguf", options)
+        except (UserError, CheckFailed, ConverterRefused) as error:
+            found[stage] = f"no: {_short(error)}"
+            continue
+        found[stage], figure = _verified(run, file)
+        if found["llama.cpp"] in ("", "no"):
+            found["llama.cpp"] = figure
+    if with_onnx:
+        found |= _onnx(run, work)
+    return found
+
+
+class ConverterRefused(Exception):
+    """llama.cpp's converter does not take the model."""
+
+
+def _onnx(run: RunDirectory, work: Path) -> Found:
+    try:
+        folder = OnnxExporter().export(run, work / "onnx", ExportOptions(log=lambda line: None))
+    except (UserError, CheckFailed) as error:
+        return {"ONNX": f"no: {_short(error)}"}
+    sidecar = Sidecar.read(folder)
+    return {"ONNX": _verified(run, folder)[0], "KV cache": "yes" if sidecar.kv_cache else "no"}
+
+
+def _verified(run: RunDirectory, artifact: Path) -> tuple[str, str]:
+    """("yes", or what failed; the mean KL of the runtime in floats, "no" where there is none)."""
+    text = evaluation_text_path()
+    report = verify(run, [artifact], text, n_ctx=WINDOW, max_windows=WINDOWS, log=lambda line: None)
+    (weights,), (runtime,) = report.artifacts, report.runtimes
+    scores = runtime.control or runtime.parity
+    figure = "no" if scores is None or scores.kld_mean is None else f"{scores.kld_mean:.0e}"
+    if report.passed:
+        return "yes", figure
+    return f"no: {_shortened(weights.reason or runtime.reason or 'it failed')}", figure
+
+
+def _short(error: Exception) -> str:
+    return _shortened(str(error))
+
+
+def _shortened(text: str) -> str:
+    """The first clause, without the names of temporary files."""
+    text = re.sub(r"\S*/(\S+)", r"\1", text)
+    return text.partition("; ")[0].replace("|", "/")[:300]
+
+
+def to_json(results: dict[str, Found], versions: dict[str, Any]) -> str:
+    """The file of all results."""
+    return json.dumps({"versions": versions, "models": results}, indent=1) + "\n"

@@ -9,7 +9,7 @@ the first eighth of the down projections Q4_1 or Q5_1, against a failure of its 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from signround_edge.formats import get_grid
@@ -29,10 +29,16 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Place:
-    """A matrix's role and, for those of decoder blocks, the block's index. Every expert's matrix has the same place."""
+    """A matrix's role, and where rules count it. Every expert's matrix has the same place.
+
+    Attributes:
+        layer: for those of decoder blocks, the block's index; where `layers` is given, its number among so many of its
+            role: not every block of a hybrid model has one.
+    """
 
     role: Role
     layer: int = 0
+    layers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class ModelTraits:
 
     Attributes:
         layers: number of decoder blocks.
-        query_groups: query heads that share one key head.
+        query_groups: query heads that share one key head; 0 where the first block has no attention.
         falcon: whether it is a Falcon, which has rules of its own.
         experts: experts a block; 0 where there are none. Eight of them (Mixtral) have rules of their own.
     """
@@ -132,7 +138,8 @@ class Preset:
         if model.experts == 8 and place.role in (Role.ATTENTION_K, Role.ATTENTION_V):
             return "Q8_0"  # small beside eight experts
         rule = self.rules.get(place.role)
-        name = (rule(place.layer, model) if rule else None) or base
+        counted = model if place.layers is None else replace(model, layers=place.layers)
+        name = (rule(place.layer, counted) if rule else None) or base
         if place.role is Role.ATTENTION_V and model.llama_70b and name in ("Q3_K", "Q4_K"):
             return "Q5_K"
         return name

@@ -19,7 +19,7 @@ from signround_edge.model.weights import ModelWeights
 from signround_edge.run_directory import dtype_name
 from signround_edge.schemes.gguf_names import gguf_name
 from signround_edge.schemes.gguf_presets import Place, Role
-from signround_edge.schemes.roles import columns_together, model_traits, role_of, stays_in_floats
+from signround_edge.schemes.roles import columns_together, model_traits, places_of, stays_in_floats
 from signround_edge.schemes.scheme import Scheme, after_fallback
 
 
@@ -99,13 +99,11 @@ def make_plan(weights: ModelWeights, scheme: Scheme, float_fallback: bool) -> Pl
     config: Any = model.config
     traits, layers = model_traits(config), len(decoder.blocks)
     places: dict[int, tuple[Place, bool]] = {}
-    for index in range(layers):
-        for name, module in decoder.matrices(index).items():
-            known = gguf_name(name, config.model_type)
-            if stays_in_floats(known):
-                continue
-            role = role_of(known)
-            places[id(module._parameters["weight"])] = (Place(role, index), is_transposed(module))
+    matrices = {name: (index, module) for index in range(layers) for name, module in decoder.matrices(index).items()}
+    for name, place in places_of([(name, index) for name, (index, _) in matrices.items()], config).items():
+        if not stays_in_floats(gguf_name(name, config.model_type)):
+            module = matrices[name][1]
+            places[id(module._parameters["weight"])] = (place, is_transposed(module))
     for module in decoder.lookups.values():
         places[id(module._parameters["weight"])] = (Place(Role.EMBEDDING), False)
     places[id(head)] = (Place(Role.OUTPUT), False)  # overrides EMBEDDING where both are one parameter

@@ -6,7 +6,7 @@ from typing import Any
 
 from signround_edge.model.experts import split_expert
 from signround_edge.schemes.gguf_names import gguf_name
-from signround_edge.schemes.gguf_presets import ModelTraits, Role
+from signround_edge.schemes.gguf_presets import ModelTraits, Place, Role
 
 # The order is llama.cpp's (`tensor_get_category`): attn_qkv holds V.
 _ROLES = (
@@ -18,6 +18,11 @@ _ROLES = (
     ("ffn_down", Role.FFN_DOWN),
 )
 
+
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+# Whose kv_b_proj is stored as two tensors, neither of which llama-quantize takes for V.
+_SPLIT_KEYS_AND_VALUES = ("deepseek", "glm4_moe_lite")
 
 # Four to some dozen values a row, of Gemma 3n, which llama-quantize leaves alone too (`tensor_allows_quantization`).
 _TOO_SMALL = ("altup", "laurel")
@@ -38,6 +43,32 @@ def columns_together(name: str, config: Any) -> int | None:
         return None
     moves = config.linear_num_value_heads != config.linear_num_key_heads
     return int(config.linear_value_head_dim) if moves else None
+
+
+def places_of(names: list[tuple[str, int]], config: Any) -> dict[str, Place]:
+    """Parameter name → place, of all matrices of decoder blocks.
+
+    llama.cpp counts matrices that hold V as they come, and down projections, too, where there are no experts
+    (`llama_tensor_get_type_impl` in its llama-quant.cpp).
+
+    Args:
+        names: (parameter name, index of the block), in the order of blocks.
+    """
+    known = {name: gguf_name(name, config.model_type) for name, _ in names}
+    roles = {name: role_of(known[name]) for name, _ in names}
+    if config.model_type.startswith(_SPLIT_KEYS_AND_VALUES):
+        roles |= {name: Role.OTHER for name in roles if name.endswith("kv_b_proj.weight")}
+    counted = {Role.ATTENTION_V} if model_traits(config).experts > 1 else {Role.ATTENTION_V, Role.FFN_DOWN}
+    numbers: dict[Role, list[str | None]] = {role: [] for role in counted}
+    for name, role in roles.items():
+        if role in counted and known[name] not in numbers[role]:
+            numbers[role].append(known[name])
+    return {
+        name: Place(role, numbers[role].index(known[name]), len(numbers[role]) if role is Role.ATTENTION_V else None)
+        if (role := roles[name]) in counted
+        else Place(role, index)
+        for name, index in names
+    }
 
 
 def role_of(gguf_name: str | None) -> Role:
@@ -62,8 +93,17 @@ def model_traits(config: Any) -> ModelTraits:
         elif config.multi_query:
             key_heads = 1
         return ModelTraits(config.num_hidden_layers, heads // key_heads, falcon=True)
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
-    return ModelTraits(config.num_hidden_layers, heads // key_heads, experts=experts)
+    experts = next(filter(None, (getattr(config, name, None) for name in _EXPERT_COUNTS)), 0)
+    groups = heads // key_heads if _first_block_attends(config) else 0
+    return ModelTraits(config.num_hidden_layers, groups, experts=experts)
+
+
+def _first_block_attends(config: Any) -> bool:
+    """Whether the file's count of key heads is not zero for block 0; Qwen's hybrids have one count for all blocks."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if not kinds or config.model_type.startswith("qwen3"):
+        return True
+    return "attention" in kinds[0] and kinds[0] != "linear_attention"
 
 
 def head_size(config: Any) -> int:

@@ -15,10 +15,11 @@ _NO_BIAS = (".q_proj.bias", ".k_proj.bias", ".v_proj.bias", ".o_proj.bias")
 
 
 def _olmo3_keys(writer: gguf.GGUFWriter, config: Config) -> None:
-    if not config["sliding_window"]:
+    in_windows = [kind == "sliding_attention" for kind in config["layer_types"]]
+    if not any(in_windows):  # llama.cpp aborts where it is told of windows and no layer has one
         return
     writer.add_sliding_window(int(config["sliding_window"]))
-    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    writer.add_sliding_window_pattern(in_windows)
     writer.add_rope_freq_base_swa(float(config["rope_parameters"]["sliding_attention"]["rope_theta"]))
 
 

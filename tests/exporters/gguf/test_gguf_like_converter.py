@@ -64,6 +64,10 @@ DIFFERENT: dict[str, dict[str, str]] = {
         "tokenizer.ggml.padding_token_id": "the converter writes 0, whatever the tokenizer says",
         "tokenizer.ggml.unknown_token_id": "the converter writes 1, whatever the tokenizer says",
     },
+    "olmo3_without_windows": dict.fromkeys(
+        ("*.attention.sliding_window", "*.attention.sliding_window_pattern", "*.rope.freq_base_swa"),
+        "llama.cpp aborts at the file of the converter: it has windows, and no layer with one",
+    ),
     "qwen2_yarn_attention": {
         "*.rope.scaling.attn_factor": "llama.cpp reads this one for all graphs, as a factor on top of its own",
         "*.rope.scaling.yarn_attn_factor": "llama.cpp does not read it for this graph",

@@ -1,6 +1,7 @@
 """A file of the built-in route is what llama.cpp's own converter writes: metadata, tensors, and every value.
 
-Both get the same weights: the run's, dequantized, are the model that the converter is given.
+Both get the same weights: the run's, dequantized, are the model that the converter is given. And the converter's file as
+a template leads to the same tensors as the built-in route.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import pytest
 from gguf import TokenType
 from transformers import AutoTokenizer, PretrainedConfig
 
+from benchmarks.llama_converter import ConversionFailed, Converter, OutType, why_unavailable
 from exporters.gguf.container.reader import GgufFile, MetadataValue
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.gguf.conftest import export
-from tests.exporters.gguf.converter import ConversionFailed, Converter, OutType, why_unavailable
 from tests.exporters.gguf.family_table import FAMILIES, VARIANTS, Row
 from tests.exporters.gguf.test_gguf_families import tokenizer_folder
 from tests.support import dequantized_model
@@ -115,12 +116,18 @@ def test_a_built_in_file_is_the_converters(
     run = run_of(config, "gguf:q8_0", tokenizer=folder)
     model = write_dequantized(run, tmp_path / "hf", CONFIG_EDITS.get(name, {}))
     ours = GgufFile.open(export(run, tmp_path / "ours.gguf", dtype=dtype))
-    theirs = GgufFile.open(converter.convert(model, tmp_path / "theirs.gguf", dtype, pre=row.pre))
+    template = converter.convert(model, tmp_path / "theirs.gguf", dtype, pre=row.pre)
+    theirs = GgufFile.open(template)
     found, allowed = differing_keys(ours, theirs), DIFFERENT.get(name, {})
     assert found <= {*allowed, *ALWAYS}
     assert set(allowed) <= found, "differences that are no more"
     assert shapes_and_types(ours) == shapes_and_types(theirs)
     assert [t for t in ours.tensors if not same_values(ours, theirs, t)] == []
+    # As a template, it gives the integers the places that the built-in route gives them.
+    direct = GgufFile.open(export(run, tmp_path / "direct.gguf"))
+    through = GgufFile.open(export(run, tmp_path / "through.gguf", template=template))
+    assert shapes_and_types(direct) == shapes_and_types(through)
+    assert [t for t in direct.tensors if not same_values(direct, through, t)] == []
 
 
 def add_glms_token(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The converter's process (`converter.py`): `python -I run_converter.py FOLDER`, one JSON job a line on its input.
+"""The converter's process (see `llama_converter`): `python -I llama_converter_process.py FOLDER`, a JSON job a line.
 
 Each job is answered by a line: null, or what went wrong. Three things are other than in llama.cpp's program: the family
 classes are loaded once for all jobs; a tokenizer whose hash is unknown, as that of every newly trained one, gets the

@@ -25,7 +25,7 @@ from signround_edge.files import sha256_of
 BUILD = VERSION.rpartition(".")[2]
 SHA256 = "c17ee1163006f70726abb9f72137830818f3d8cb60bfc34cb232d08428eaa22b"  # of the source archive
 _TAKEN = ("LICENSE", "convert_hf_to_gguf.py", "conversion/", "gguf-py/")
-_RUNNER = Path(__file__).with_name("run_converter.py")
+_RUNNER = Path(__file__).with_name("llama_converter_process.py")
 
 OutType = Literal["f32", "f16", "bf16", "q8_0"]
 

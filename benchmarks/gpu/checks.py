@@ -167,7 +167,7 @@ def _state(grid: Grid, rows: int) -> tuple[RoundingState, list[Tensor]]:
     weight = torch.randn(shape, generator=generator)
     scales = initial_scales(grid, weight, torch.ones(shape[1]), "search")
     state = RoundingState.start(grid, weight, scales)
-    state.v.uniform_(-0.4, 0.4, generator=generator)
+    state.v = torch.empty_like(state.blocks).uniform_(-0.4, 0.4, generator=generator)
     return state, [torch.randn(shape, generator=generator).bfloat16() for _ in range(_STEPS)]
 
 

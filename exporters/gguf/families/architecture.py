@@ -24,7 +24,8 @@ def add_architecture(
     """All `<arch>.*` keys. UserError for what llama.cpp's graph of the family cannot compute.
 
     Args:
-        config: as `canonical_config` gives it.
+        config: as `canonical_config` gives it. Where layers differ, `key_heads_by_layer` and `feed_forward_by_layer`
+            have a number for each.
     """
     refuse_what_differs(family, config)
     if config.get("hidden_act") == "gelu":
@@ -34,9 +35,9 @@ def add_architecture(
     writer.add_block_count(int(config["num_hidden_layers"]))
     writer.add_context_length(int(config["max_position_embeddings"]))
     writer.add_embedding_length(int(config["hidden_size"]))
-    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_feed_forward_length(config.get("feed_forward_by_layer") or int(config["intermediate_size"]))
     writer.add_head_count(heads)
-    writer.add_head_count_kv(int(config["num_key_value_heads"]))
+    writer.add_head_count_kv(config.get("key_heads_by_layer") or int(config["num_key_value_heads"]))
     if dim * heads != int(config["hidden_size"]):
         writer.add_key_length(dim)
         writer.add_value_length(dim)

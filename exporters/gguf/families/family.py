@@ -37,12 +37,12 @@ class Stored:
     A parameter may be stored in several tensors; parameters that name the same tensor follow one another in it.
 
     Attributes:
-        name: the tensor's name in the file.
+        name: the tensor's name in the file; None: the name that gguf's table has for the parameter.
         rows, columns, shape, transposed, function: as in `placement.Piece` and `placement.Placement`; a shape of None
             is the parameter's own, with the number of experts in front where it has one for each.
     """
 
-    name: str
+    name: str | None = None
     rows: RowOrder | None = None
     columns: RowOrder | None = None
     shape: tuple[int, ...] | None = None
@@ -76,6 +76,7 @@ class Family:
         without: endings of parameters that have a GGUF name but no place in llama.cpp's graph.
         stored: how a parameter ([out, in] shape; of experts the name without a number) is stored, or None where it is
             as it stands under the name that gguf's table has for it.
+        respelled: (part of a parameter's name, how gguf's table spells it), for names that the table lacks.
     """
 
     model_type: str
@@ -93,6 +94,7 @@ class Family:
     norm_added: bool = False
     without: tuple[str, ...] = ()
     stored: Callable[[Config, str, tuple[int, ...]], tuple[Stored, ...] | None] = as_named
+    respelled: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:

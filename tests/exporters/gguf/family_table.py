@@ -17,6 +17,8 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -80,6 +82,8 @@ _QWEN3_MOE = {**_SHARED, "head_dim": 32, "moe_intermediate_size": 96, "num_exper
 _GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0}
 _OLMO3 = {**_SHARED, "num_hidden_layers": 5, "sliding_window": 32}
 _OLMO3_ROPE = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": YARN}
+_LFM2 = {**_SHARED, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+_LFM2_MOE = {**_LFM2, "num_dense_layers": 1, "moe_intermediate_size": 96, "num_experts": 8, "num_experts_per_tok": 3}
 _BLOOM = {"hidden_size": 96, "n_layer": 2, "vocab_size": VOCAB, "initializer_range": 0.2}
 
 
@@ -122,6 +126,8 @@ FAMILIES = {
     "arcee": Row(ArceeConfig(**_SHARED), "llama3", "llama-bpe"),
     "cohere": Row(CohereConfig(**_SHARED, logit_scale=0.5), "single_digits", "smollm"),
     "nemotron": Row(NemotronConfig(**_SHARED), "sentencepiece", "default"),
+    "lfm2": Row(Lfm2Config(**_LFM2, block_multiple_of=32), "llama3", "llama-bpe"),
+    "lfm2_moe": Row(Lfm2MoeConfig(**_LFM2_MOE), "llama3", "llama-bpe"),
 }
 
 # Other models of these families: settings that change the metadata, the order of rows or the tensors.
@@ -173,6 +179,7 @@ VARIANTS: dict[str, PretrainedConfig] = {
         **{**_SHARED, "num_hidden_layers": 64, "initializer_range": 0.1}, use_qk_norm=True
     ),
     "nemotron_with_biases": NemotronConfig(**_SHARED, attention_bias=True, mlp_bias=True),
+    "lfm2_untied": Lfm2Config(**_LFM2, conv_L_cache=4, block_auto_adjust_ff_dim=False, tie_word_embeddings=False),
 }
 
 LONG_PHI3 = Phi3Config(
@@ -248,5 +255,11 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
     "cohere_query_norms": (CohereConfig(**_SHARED, use_qk_norm=True), "use_qk_norm.*--template"),
     "cohere_untied": (CohereConfig(**_SHARED, tie_word_embeddings=False), r"lm_head\.weight.*--template"),
     "nemotron_wide_heads": (NemotronConfig(**_SHARED, head_dim=32), "as wide as the model.*--template"),
+    "lfm2_bias": (Lfm2Config(**_LFM2, conv_bias=True), r"conv\.bias has no place.*--template"),
+    "lfm2_single_tokens": (Lfm2Config(**_LFM2, conv_L_cache=1), "at least two tokens.*--template"),
+    "lfm2_wide_heads": (Lfm2Config(**_LFM2, head_dim=32), "as wide as the model.*--template"),
+    "lfm2_moe_bias": (Lfm2MoeConfig(**_LFM2_MOE, use_expert_bias=False), "use_expert_bias.*--template"),
+    "lfm2_moe_weights": (Lfm2MoeConfig(**_LFM2_MOE, norm_topk_prob=False), "norm_topk_prob.*--template"),
+    "lfm2_moe_scale": (Lfm2MoeConfig(**_LFM2_MOE, routed_scaling_factor=2.5), "times 2.5.*--template"),
     "nemotron_tied": (NemotronConfig(**_SHARED, tie_word_embeddings=True), "output head.*--template"),
 }

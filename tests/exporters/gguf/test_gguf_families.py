@@ -52,7 +52,7 @@ RARE = (
     "glm4_without_biases",
     "arcee_yarn",
 )
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "lfm2_moe")
 NFC = ("qwen2", "gpt_neox")  # tokenizers that compose characters first, which llama.cpp does not
 
 
@@ -321,6 +321,18 @@ PUBLISHED = {
     "CohereForAI/c4ai-command-r-v01": (
         {"model_type": "cohere", "max_position_embeddings": 8192, "model_max_length": 131072, "rope_theta": 8000000.0},
         {"max_position_embeddings": 131072, "rope_theta": 8e6, "head_dim": 128},
+    ),
+    "LiquidAI/LFM2-1.2B": (
+        {
+            "model_type": "lfm2",
+            "hidden_size": 2048,
+            "num_hidden_layers": 4,
+            "block_ff_dim": 12288,
+            "block_auto_adjust_ff_dim": True,
+            "full_attn_idxs": [2],
+            "rope_theta": 1000000.0,
+        },
+        {"intermediate_size": 8192, "key_heads_by_layer": [0, 0, 8, 0], "rope_theta": 1e6, "head_dim": 64},
     ),
     "nvidia/Nemotron-Mini-4B-Instruct": (
         {"model_type": "nemotron", "head_dim": 128, "norm_eps": 1e-5, "rope_percent": 0.5, "rope_theta": 10000},

@@ -25,7 +25,7 @@ def add_architecture(
 
     Args:
         config: as `canonical_config` gives it. Where layers differ, `key_heads_by_layer` and `feed_forward_by_layer`
-            have a number for each.
+            have a number for each. `intermediate_size` may be absent where experts are all there is.
     """
     refuse_what_differs(family, config)
     if config.get("hidden_act") == "gelu":
@@ -35,7 +35,9 @@ def add_architecture(
     writer.add_block_count(int(config["num_hidden_layers"]))
     writer.add_context_length(int(config["max_position_embeddings"]))
     writer.add_embedding_length(int(config["hidden_size"]))
-    writer.add_feed_forward_length(config.get("feed_forward_by_layer") or int(config["intermediate_size"]))
+    feed_forward = config.get("feed_forward_by_layer") or config.get("intermediate_size")
+    if feed_forward is not None:
+        writer.add_feed_forward_length(feed_forward)
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.get("key_heads_by_layer") or int(config["num_key_value_heads"]))
     if dim * heads != int(config["hidden_size"]):

@@ -110,6 +110,13 @@ def sliding_window(config: Config) -> int | None:
     return int(window) if int(window) < int(config["max_position_embeddings"]) else None
 
 
+def add_shared_expert(writer: gguf.GGUFWriter, config: Config) -> None:
+    """Sizes of experts as Qwen's configs spell them: those chosen from, and the one that every token is given to."""
+    add_expert_counts(writer, config)
+    writer.add_expert_feed_forward_length(int(config["moe_intermediate_size"]))
+    writer.add_expert_shared_feed_forward_length(int(config["shared_expert_intermediate_size"]))
+
+
 def add_expert_counts(writer: gguf.GGUFWriter, config: Config) -> None:
     """How many experts a layer has, and how many of them a token is given to."""
     writer.add_expert_count(int(config["num_experts"]))

@@ -28,8 +28,12 @@ from transformers import (
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
 )
 
@@ -79,6 +83,18 @@ _GEMMA3_ROPE = {
 }
 _MIXTRAL = {**_SHARED, "num_local_experts": 8, "sliding_window": None}
 _QWEN3_MOE = {**_SHARED, "head_dim": 32, "moe_intermediate_size": 96, "num_experts": 16, "num_experts_per_tok": 4}
+_QWEN2_MOE = {**_SHARED, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 128, "num_experts": 8}
+_DELTA_NET = {
+    **_SHARED,
+    "head_dim": 32,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}
+_DELTA_NET_MOE = {**_DELTA_NET, **_QWEN2_MOE, "num_hidden_layers": 3, "num_experts_per_tok": 3}
 _GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0}
 _OLMO3 = {**_SHARED, "num_hidden_layers": 5, "sliding_window": 32}
 _OLMO3_ROPE = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": YARN}
@@ -126,6 +142,10 @@ FAMILIES = {
     "arcee": Row(ArceeConfig(**_SHARED), "llama3", "llama-bpe"),
     "cohere": Row(CohereConfig(**_SHARED, logit_scale=0.5), "single_digits", "smollm"),
     "nemotron": Row(NemotronConfig(**_SHARED), "sentencepiece", "default"),
+    "qwen2_moe": Row(Qwen2MoeConfig(**_QWEN2_MOE, num_experts_per_tok=3), "qwen2", "qwen2"),
+    "qwen3_next": Row(Qwen3NextConfig(**_DELTA_NET_MOE), "qwen2", "qwen2"),
+    "qwen3_5": Row(Qwen3_5TextConfig(**_DELTA_NET), "qwen3_5", "qwen35"),
+    "qwen3_5_moe": Row(Qwen3_5MoeTextConfig(**_DELTA_NET_MOE), "qwen3_5", "qwen35"),
     "lfm2": Row(Lfm2Config(**_LFM2, block_multiple_of=32), "llama3", "llama-bpe"),
     "lfm2_moe": Row(Lfm2MoeConfig(**_LFM2_MOE), "llama3", "llama-bpe"),
 }
@@ -179,6 +199,14 @@ VARIANTS: dict[str, PretrainedConfig] = {
         **{**_SHARED, "num_hidden_layers": 64, "initializer_range": 0.1}, use_qk_norm=True
     ),
     "nemotron_with_biases": NemotronConfig(**_SHARED, attention_bias=True, mlp_bias=True),
+    "qwen2_moe_without_biases": Qwen2MoeConfig(**_QWEN2_MOE, num_experts_per_tok=3, qkv_bias=False),
+    "qwen3_next_more_value_heads": Qwen3NextConfig(**{**_DELTA_NET_MOE, "linear_num_value_heads": 4}),
+    "qwen3_5_more_value_heads": Qwen3_5TextConfig(**{**_DELTA_NET, "linear_num_value_heads": 6}),
+    "qwen3_5_other_layers": Qwen3_5TextConfig(
+        **{**_DELTA_NET, "layer_types": ["full_attention", "linear_attention", "linear_attention"]},
+        rope_parameters={**YARN, "partial_rotary_factor": 0.5},
+        tie_word_embeddings=True,
+    ),
     "lfm2_untied": Lfm2Config(**_LFM2, conv_L_cache=4, block_auto_adjust_ff_dim=False, tie_word_embeddings=False),
 }
 
@@ -255,6 +283,18 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
     "cohere_query_norms": (CohereConfig(**_SHARED, use_qk_norm=True), "use_qk_norm.*--template"),
     "cohere_untied": (CohereConfig(**_SHARED, tie_word_embeddings=False), r"lm_head\.weight.*--template"),
     "nemotron_wide_heads": (NemotronConfig(**_SHARED, head_dim=32), "as wide as the model.*--template"),
+    "qwen2_moe_weights": (Qwen2MoeConfig(**_QWEN2_MOE, norm_topk_prob=True), "norm_topk_prob.*--template"),
+    "qwen2_moe_tied": (Qwen2MoeConfig(**_QWEN2_MOE, tie_word_embeddings=True), "output head.*--template"),
+    "qwen2_moe_dense_layer": (
+        Qwen2MoeConfig(**_QWEN2_MOE, mlp_only_layers=[1]),
+        r"layers\.1\.mlp\.gate_proj\.weight has no place.*--template",
+    ),
+    "qwen3_next_weights": (Qwen3NextConfig(**_DELTA_NET_MOE, norm_topk_prob=False), "norm_topk_prob.*--template"),
+    "qwen3_5_head_sizes": (
+        Qwen3_5TextConfig(**{**_DELTA_NET, "linear_value_head_dim": 16}),
+        "same size.*--template",
+    ),
+    "qwen3_5_bias": (Qwen3_5TextConfig(**_DELTA_NET, attention_bias=True), r"o_proj\.bias.*--template"),
     "lfm2_bias": (Lfm2Config(**_LFM2, conv_bias=True), r"conv\.bias has no place.*--template"),
     "lfm2_single_tokens": (Lfm2Config(**_LFM2, conv_L_cache=1), "at least two tokens.*--template"),
     "lfm2_wide_heads": (Lfm2Config(**_LFM2, head_dim=32), "as wide as the model.*--template"),

@@ -19,7 +19,7 @@ from exporters.gguf.families.family import sliding_window
 from exporters.gguf.families.rope import rope_frequency_factors, rope_parameters, rotary_dims
 from exporters.gguf.families.row_orders import grouped_rows, interleaved_rows
 from exporters.gguf.families.table import canonical_config
-from exporters.gguf.families.windows import window_period
+from exporters.gguf.families.windows import full_attention_period, window_period
 from exporters.gguf.reader import iter_expected, name_map, read_metadata, read_tensors
 from exporters.gguf.tokenizer import pretokenizer
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
@@ -52,8 +52,9 @@ RARE = (
     "glm4_without_biases",
     "arcee_yarn",
 )
-MIXTURES = ("mixtral", "qwen3_moe", "lfm2_moe")
-NFC = ("qwen2", "gpt_neox")  # tokenizers that compose characters first, which llama.cpp does not
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "qwen3_next", "qwen3_5_moe", "lfm2_moe")
+SPLIT = {"qwen3_next": 2}  # how many parameters are stored in two tensors
+NFC = ("qwen2", "qwen3_5", "gpt_neox")  # tokenizers that compose characters first, which llama.cpp does not
 
 
 def tokenizer_folder(kind: str, request: pytest.FixtureRequest, folder: Path) -> Path:
@@ -65,6 +66,7 @@ def tokenizer_folder(kind: str, request: pytest.FixtureRequest, folder: Path) ->
         "gpt2": (gpt2_split(), False, "GPT2Tokenizer"),
         "gpt_neox": (gpt2_split(), False, "GPTNeoXTokenizer"),
         "qwen2": (split(pretokenizer._QWEN2), False, "Qwen2Tokenizer"),
+        "qwen3_5": (split(pretokenizer._QWEN35), False, "Qwen3_5Tokenizer"),
         "llama3": (split(pretokenizer._LLAMA3), True, "PreTrainedTokenizerFast"),
         "olmo2": (split(pretokenizer._LLAMA3), False, "PreTrainedTokenizerFast"),
         "single_digits": (single_digits_split(), False, "PreTrainedTokenizerFast"),
@@ -167,7 +169,7 @@ def test_llama_cpp_dequantizes_the_runs_own_weights(name: str, scheme: str, run_
     run = run_of(CONFIGS[name], scheme)
     artifact = export(run, tmp_path / "packed.gguf")
     expected = {tensor.gguf_name: tensor.weights() for tensor in iter_expected(run, artifact)}
-    assert len(expected) == len(stacks(run.names()))  # the experts of a layer are one tensor
+    assert len(expected) == len(stacks(run.names())) + SPLIT.get(name, 0)  # the experts of a layer are one tensor
     for stored in LlamaCppRuntime().stored_tensors(artifact):
         assert np.array_equal(stored.weights.view(np.uint32), expected.pop(stored.name).view(np.uint32)), stored.name
     assert not expected
@@ -334,6 +336,32 @@ PUBLISHED = {
         },
         {"intermediate_size": 8192, "key_heads_by_layer": [0, 0, 8, 0], "rope_theta": 1e6, "head_dim": 64},
     ),
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": (
+        {
+            "model_type": "qwen3_next",
+            "full_attention_interval": 4,
+            "head_dim": 256,
+            "num_hidden_layers": 48,
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+        },
+        {"linear_period": 4, "rotary_dims": 64, "rope_theta": 1e7, "norm_topk_prob": True},
+    ),
+    "Qwen/Qwen3.5-35B-A3B's text": (
+        {
+            "model_type": "qwen3_5_moe_text",
+            "head_dim": 256,
+            "num_hidden_layers": 40,
+            "rope_parameters": {
+                "mrope_interleaved": True,
+                "mrope_section": [11, 11, 10],
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 10000000,
+                "rope_type": "default",
+            },
+        },
+        {"linear_period": 4, "rotary_dims": 64, "rope_theta": 1e7, "num_experts": 256},
+    ),
     "nvidia/Nemotron-Mini-4B-Instruct": (
         {"model_type": "nemotron", "head_dim": 128, "norm_eps": 1e-5, "rope_percent": 0.5, "rope_theta": 10000},
         {"rotary_dims": 64, "rope_theta": 1e4, "hidden_act": "relu2"},
@@ -353,6 +381,7 @@ def test_published_spellings_of_configs_are_understood(name: str) -> None:
         "rope_type": rope["rope_type"],
         "original": rope.get("original_max_position_embeddings"),
         "window_period": window_period(config) if config.get("layer_types") else None,
+        "linear_period": full_attention_period(config, "linear_attention") if config.get("layer_types") else None,
     }
     assert {key: known[key] for key in expected} == expected
 

@@ -76,6 +76,7 @@ class Family:
         without: endings of parameters that have a GGUF name but no place in llama.cpp's graph.
         stored: how a parameter ([out, in] shape; of experts the name without a number) is stored, or None where it is
             as it stands under the name that gguf's table has for it.
+        elsewhere: the row for models of this type that llama.cpp has another architecture for, None for all others.
         respelled: (part of a parameter's name, how gguf's table spells it), for names that the table lacks.
     """
 
@@ -95,6 +96,7 @@ class Family:
     without: tuple[str, ...] = ()
     stored: Callable[[Config, str, tuple[int, ...]], tuple[Stored, ...] | None] = as_named
     respelled: tuple[tuple[str, str], ...] = ()
+    elsewhere: Callable[[Config], Family | None] = lambda config: None
 
     @property
     def name(self) -> str:
@@ -119,5 +121,6 @@ def add_shared_expert(writer: gguf.GGUFWriter, config: Config) -> None:
 
 def add_expert_counts(writer: gguf.GGUFWriter, config: Config) -> None:
     """How many experts a layer has, and how many of them a token is given to."""
-    writer.add_expert_count(int(config["num_experts"]))
+    count = config["num_experts"] if "num_experts" in config else config["num_local_experts"]
+    writer.add_expert_count(int(count))
     writer.add_expert_used_count(int(config["num_experts_per_tok"]))

@@ -17,6 +17,9 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    GraniteMoeConfig,
+    GraniteMoeHybridConfig,
+    GraniteMoeSharedConfig,
     Lfm2Config,
     Lfm2MoeConfig,
     LlamaConfig,
@@ -96,6 +99,16 @@ _DELTA_NET = {
 }
 _DELTA_NET_MOE = {**_DELTA_NET, **_QWEN2_MOE, "num_hidden_layers": 3, "num_experts_per_tok": 3}
 _GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0}
+_GRANITE_MOE = {**_SHARED, **_GRANITE, "intermediate_size": 96, "num_local_experts": 8, "num_experts_per_tok": 3}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_chunk_size": 64}
+_GRANITE_HYBRID = {
+    **_GRANITE_MOE,
+    **_MAMBA,
+    "shared_intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+_WITHOUT_EXPERTS = {"num_local_experts": 0, "num_experts_per_tok": 0}
 _OLMO3 = {**_SHARED, "num_hidden_layers": 5, "sliding_window": 32}
 _OLMO3_ROPE = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": YARN}
 _LFM2 = {**_SHARED, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
@@ -137,6 +150,11 @@ FAMILIES = {
     "olmo2": Row(Olmo2Config(**_SHARED), "olmo2", "smaug-bpe"),
     "olmo3": Row(Olmo3Config(**_OLMO3), "olmo2", "smaug-bpe"),
     "granite": Row(GraniteConfig(**_SHARED, **_GRANITE), "single_digits", "smollm"),
+    "granitemoe": Row(GraniteMoeConfig(**_GRANITE_MOE), "single_digits", "smollm"),
+    "granitemoeshared": Row(
+        GraniteMoeSharedConfig(**_GRANITE_MOE, shared_intermediate_size=128), "single_digits", "smollm"
+    ),
+    "granitemoehybrid": Row(GraniteMoeHybridConfig(**_GRANITE_HYBRID), "llama3", "llama-bpe"),
     "ernie4_5": Row(Ernie4_5Config(**_SHARED, head_dim=32), "sentencepiece", "default"),
     "glm4": Row(Glm4Config(**_SHARED, head_dim=32), "llama3", "llama-bpe"),
     "arcee": Row(ArceeConfig(**_SHARED), "llama3", "llama-bpe"),
@@ -191,6 +209,17 @@ VARIANTS: dict[str, PretrainedConfig] = {
         **_SHARED, **_GRANITE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
     ),
     "granite_llama3_rope": GraniteConfig(**_SHARED, **_GRANITE, rope_parameters=LLAMA3_ROPE),
+    "granitemoehybrid_dense": GraniteMoeHybridConfig(
+        **{**_GRANITE_HYBRID, **_WITHOUT_EXPERTS}, position_embedding_type="rope", attention_bias=True
+    ),
+    "granitemoehybrid_without_mamba": GraniteMoeHybridConfig(
+        **{**_GRANITE_HYBRID, **_WITHOUT_EXPERTS, "layer_types": ["full_attention"] * 3},
+        position_embedding_type="rope",
+        tie_word_embeddings=True,
+    ),
+    "granitemoehybrid_experts_without_mamba": GraniteMoeHybridConfig(
+        **{**_GRANITE_HYBRID, "layer_types": ["full_attention"] * 3}, position_embedding_type="rope"
+    ),
     "ernie4_5_untied": Ernie4_5Config(**_SHARED, head_dim=16, tie_word_embeddings=False),
     "glm4_without_biases": Glm4Config(**_SHARED, head_dim=16, attention_bias=False, tie_word_embeddings=True),
     "arcee_wide_heads": ArceeConfig(**_SHARED, head_dim=32, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
@@ -277,6 +306,26 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
     "olmo3_window_scaling": (
         Olmo3Config(**_OLMO3, rope_parameters={**_OLMO3_ROPE, "sliding_attention": LINEAR}),
         "unscaled rotation.*--template",
+    ),
+    "granitemoehybrid_bias": (
+        GraniteMoeHybridConfig(**_GRANITE_HYBRID, mamba_proj_bias=True),
+        r"mamba\.in_proj\.bias has no place.*--template",
+    ),
+    "granitemoehybrid_conv_bias": (
+        GraniteMoeHybridConfig(**_GRANITE_HYBRID, mamba_conv_bias=False),
+        "biases of its convolutions.*--template",
+    ),
+    "granitemoehybrid_width": (
+        GraniteMoeHybridConfig(**{**_GRANITE_HYBRID, "mamba_d_head": 64}, mamba_expand=4),
+        "twice the hidden size.*have 4 times.*--template",
+    ),
+    "granitemoehybrid_positions": (
+        GraniteMoeHybridConfig(**{**_GRANITE_HYBRID, "layer_types": ["full_attention"] * 3}),
+        "granitemoe has rotary positions.*--template",
+    ),
+    "granitemoehybrid_time_steps": (
+        GraniteMoeHybridConfig(**_GRANITE_HYBRID, time_step_limit=(0.001, float("inf"))),
+        "no limits for time steps.*0.001–inf.*--template",
     ),
     "ernie4_5_bias": (Ernie4_5Config(**_SHARED, use_bias=True), r"_proj\.bias.*--template"),
     "arcee_bias": (ArceeConfig(**_SHARED, mlp_bias=True), r"_proj\.bias.*--template"),

@@ -18,7 +18,7 @@ from exporters.gguf.families import table
 from exporters.gguf.families.family import sliding_window
 from exporters.gguf.families.rope import rope_frequency_factors, rope_parameters, rotary_dims
 from exporters.gguf.families.row_orders import grouped_rows, interleaved_rows
-from exporters.gguf.families.table import canonical_config
+from exporters.gguf.families.table import canonical_config, family_of
 from exporters.gguf.families.windows import full_attention_period, window_period
 from exporters.gguf.reader import iter_expected, name_map, read_metadata, read_tensors
 from exporters.gguf.tokenizer import pretokenizer
@@ -53,7 +53,8 @@ RARE = (
     "arcee_yarn",
 )
 MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "qwen3_next", "qwen3_5_moe", "lfm2_moe")
-SPLIT = {"qwen3_next": 2}  # how many parameters are stored in two tensors
+MIXTURES += ("granitemoe", "granitemoeshared", "granitemoehybrid")
+SPLIT = {"qwen3_next": 2, "granitemoeshared": 2, "granitemoehybrid": 3}  # how many parameters are stored in two tensors
 NFC = ("qwen2", "qwen3_5", "gpt_neox")  # tokenizers that compose characters first, which llama.cpp does not
 
 
@@ -362,6 +363,30 @@ PUBLISHED = {
         },
         {"linear_period": 4, "rotary_dims": 64, "rope_theta": 1e7, "num_experts": 256},
     ),
+    "ibm-granite/granite-4.0-h-tiny": (
+        {
+            "model_type": "granitemoehybrid",
+            "hidden_size": 1536,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "mamba_n_heads": 48,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "position_embedding_type": "nope",
+        },
+        {"key_heads_by_layer": [0, 4, 0], "max_position_embeddings": 2**20, "mamba_d_head": 64},
+    ),
+    "ibm-granite/granite-4.0-micro": (
+        {
+            "model_type": "granitemoehybrid",
+            "layer_types": ["attention"] * 2,
+            "num_hidden_layers": 2,
+            "num_local_experts": 0,
+            "position_embedding_type": "rope",
+            "max_position_embeddings": 131072,
+            "shared_intermediate_size": 8192,
+        },
+        {"architecture": "granite", "intermediate_size": 8192, "max_position_embeddings": 131072},
+    ),
     "nvidia/Nemotron-Mini-4B-Instruct": (
         {"model_type": "nemotron", "head_dim": 128, "norm_eps": 1e-5, "rope_percent": 0.5, "rope_theta": 10000},
         {"rotary_dims": 64, "rope_theta": 1e4, "hidden_act": "relu2"},
@@ -376,6 +401,7 @@ def test_published_spellings_of_configs_are_understood(name: str) -> None:
     rope = rope_parameters(config)
     known = {
         **config,
+        "architecture": family_of(config).name,
         "rotary_dims": rotary_dims(config),
         "rope_theta": rope["rope_theta"],
         "rope_type": rope["rope_type"],

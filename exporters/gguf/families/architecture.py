@@ -39,8 +39,9 @@ def add_architecture(
     if feed_forward is not None:
         writer.add_feed_forward_length(feed_forward)
     writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("key_heads_by_layer") or int(config["num_key_value_heads"]))
-    if dim * heads != int(config["hidden_size"]):
+    if heads:
+        writer.add_head_count_kv(config.get("key_heads_by_layer") or int(config["num_key_value_heads"]))
+    if heads and dim * heads != int(config["hidden_size"]):
         writer.add_key_length(dim)
         writer.add_value_length(dim)
     if family.layer_norm:
@@ -52,6 +53,8 @@ def add_architecture(
     if not family.windows:
         _add_ignored_window(writer, config, log)
     family.keys(writer, config)
+    for note in family.notes(config):
+        log(f"llama.cpp's {family.name} {note}; results may differ from the original")
 
 
 def refuse_what_differs(family: Family, config: Config) -> None:

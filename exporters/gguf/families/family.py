@@ -26,7 +26,7 @@ def no_keys(writer: gguf.GGUFWriter, config: Config) -> None:
 
 
 def no_problems(config: Config) -> Iterator[str]:
-    """llama.cpp computes every model of the family."""
+    """llama.cpp computes every model of the family, and as the model does."""
     return iter(())
 
 
@@ -66,6 +66,7 @@ class Family:
         derived: entries of the config under the names that Llama uses, for configs that spell them otherwise.
         keys: writes the metadata that only this family has.
         problems: what of a model llama.cpp's graph does not compute, each as a clause to follow the graph's name.
+        notes: what of a model llama.cpp's graph computes nearly as the model does, each as such a clause.
         layer_norm: LayerNorm rather than RMSNorm.
         rotary: positions enter by rotation.
         partial_rotary: llama.cpp's graph can rotate the first part of a head only.
@@ -86,6 +87,7 @@ class Family:
     derived: Callable[[Config], Config] = lambda config: {}
     keys: Callable[[gguf.GGUFWriter, Config], None] = no_keys
     problems: Callable[[Config], Iterator[str]] = no_problems
+    notes: Callable[[Config], Iterator[str]] = no_problems
     layer_norm: bool = False
     rotary: bool = True
     partial_rotary: bool = False

@@ -12,12 +12,11 @@ import numpy as np
 
 from exporters.gguf.families.family import Family, Stored, add_expert_counts
 from exporters.gguf.families.llama import interleaved_order
-from exporters.gguf.families.mamba2 import RESPELLED, Mamba, mamba_problems
+from exporters.gguf.families.mamba2 import ANY_LENGTH, RESPELLED, heads_by_layer, mamba_problems, prefixed_sizes
 from exporters.gguf.families.row_orders import Config
 
 _EXPERTS = ((".block_sparse_moe.experts.", ".mlp.experts."), (".block_sparse_moe.router.", ".block_sparse_moe.gate."))
 _NO_BIAS = (".mamba.in_proj.bias", ".mamba.out_proj.bias")
-_UNROTATED_CONTEXT = 2**20  # what the converter writes where nothing limits the length
 
 
 def _keys(writer: gguf.GGUFWriter, config: Config) -> None:
@@ -45,21 +44,11 @@ def _attention_keys(writer: gguf.GGUFWriter, config: Config) -> None:
 
 def _hybrid_keys(writer: gguf.GGUFWriter, config: Config) -> None:
     _attention_keys(writer, config)
-    _mamba(config).add_keys(writer)
+    prefixed_sizes(config).add_keys(writer)
 
 
 def _is_rotated(config: Config) -> bool:
     return bool(config["position_embedding_type"] == "rope")
-
-
-def _mamba(config: Config) -> Mamba:
-    return Mamba(
-        int(config["mamba_d_conv"]),
-        int(config["mamba_d_state"]),
-        int(config["mamba_n_groups"]),
-        int(config["mamba_n_heads"]),
-        int(config["mamba_expand"] * config["hidden_size"]),
-    )
 
 
 def _attention_derived(config: Config) -> Config:
@@ -67,22 +56,16 @@ def _attention_derived(config: Config) -> Config:
     if not config["num_local_experts"]:
         found["intermediate_size"] = config["shared_intermediate_size"]
     if not _is_rotated(config):
-        found["max_position_embeddings"] = _UNROTATED_CONTEXT
+        found["max_position_embeddings"] = ANY_LENGTH
     return found
 
 
 def _hybrid_derived(config: Config) -> Config:
-    return {**_attention_derived(config), **heads_by_layer(config)}
-
-
-def heads_by_layer(config: Config) -> Config:
-    """The layers without key heads are those of Mamba-2."""
-    heads = int(config["num_key_value_heads"])
-    return {"key_heads_by_layer": [heads if kind == "full_attention" else 0 for kind in config["layer_types"]]}
+    return {**_attention_derived(config), **heads_by_layer(config["layer_types"], config)}
 
 
 def _hybrid_problems(config: Config) -> Iterator[str]:
-    yield from mamba_problems(config, config["mamba_conv_bias"])
+    yield from mamba_problems(config["mamba_conv_bias"], tuple(config["time_step_limit"]))
     if config["mamba_expand"] != 2:
         yield f"has Mamba layers of twice the hidden size, this model's have {config['mamba_expand']} times"
 
@@ -105,7 +88,7 @@ def _shared_stored(config: Config, name: str, shape: tuple[int, ...]) -> tuple[S
 
 
 def _hybrid_stored(config: Config, name: str, shape: tuple[int, ...]) -> tuple[Stored, ...] | None:
-    return _shared_stored(config, name, shape) or _mamba(config).stored(name, shape)
+    return _shared_stored(config, name, shape) or prefixed_sizes(config).stored(name, shape)
 
 
 def _only_attention(config: Config) -> Family | None:

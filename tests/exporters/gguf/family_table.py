@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import (
     ArceeConfig,
+    BambaConfig,
     BloomConfig,
     CohereConfig,
     Ernie4_5Config,
@@ -20,12 +21,15 @@ from transformers import (
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
     GraniteMoeSharedConfig,
+    HunYuanDenseV1Config,
     Lfm2Config,
     Lfm2MoeConfig,
     LlamaConfig,
+    Mamba2Config,
     MistralConfig,
     MixtralConfig,
     NemotronConfig,
+    NemotronHConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
@@ -108,6 +112,23 @@ _GRANITE_HYBRID = {
     "num_hidden_layers": 3,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
+_BAMBA = {**_SHARED, **_MAMBA, "num_hidden_layers": 3, "attn_layer_indices": [1]}
+_MAMBA2 = {"num_heads": 4, "head_dim": 32, "state_size": 16, "n_groups": 2, "chunk_size": 64}
+_MAMBA2 |= {key: _TINY[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size", "initializer_range")}
+_NEMOTRON_H = {
+    **{key: value for key, value in _SHARED.items() if key != "num_hidden_layers"},
+    **{"mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 64},
+    "head_dim": 32,
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
+}
+_NEMOTRON_H_MOE = {
+    **_NEMOTRON_H,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+    "moe_intermediate_size": 96,
+    "moe_shared_expert_intermediate_size": 128,
+    "num_experts_per_tok": 3,
+}
+_HUNYUAN = {**_SHARED, "head_dim": 32}
 _WITHOUT_EXPERTS = {"num_local_experts": 0, "num_experts_per_tok": 0}
 _OLMO3 = {**_SHARED, "num_hidden_layers": 5, "sliding_window": 32}
 _OLMO3_ROPE = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": YARN}
@@ -164,6 +185,11 @@ FAMILIES = {
     "qwen3_next": Row(Qwen3NextConfig(**_DELTA_NET_MOE), "qwen2", "qwen2"),
     "qwen3_5": Row(Qwen3_5TextConfig(**_DELTA_NET), "qwen3_5", "qwen35"),
     "qwen3_5_moe": Row(Qwen3_5MoeTextConfig(**_DELTA_NET_MOE), "qwen3_5", "qwen35"),
+    "bamba": Row(BambaConfig(**_BAMBA), "llama3", "llama-bpe"),
+    "mamba2": Row(Mamba2Config(**_MAMBA2), "gpt_neox", "gpt-2"),
+    "nemotron_h": Row(NemotronHConfig(**_NEMOTRON_H), "llama3", "llama-bpe"),
+    "nemotron_h_moe": Row(NemotronHConfig(**_NEMOTRON_H_MOE), "llama3", "llama-bpe"),
+    "hunyuan_v1_dense": Row(HunYuanDenseV1Config(**_HUNYUAN), "qwen2", "qwen2"),
     "lfm2": Row(Lfm2Config(**_LFM2, block_multiple_of=32), "llama3", "llama-bpe"),
     "lfm2_moe": Row(Lfm2MoeConfig(**_LFM2_MOE), "llama3", "llama-bpe"),
 }
@@ -236,6 +262,19 @@ VARIANTS: dict[str, PretrainedConfig] = {
         rope_parameters={**YARN, "partial_rotary_factor": 0.5},
         tie_word_embeddings=True,
     ),
+    "bamba_tied_with_biases": BambaConfig(**_BAMBA, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "mamba2_tied": Mamba2Config(**_MAMBA2, tie_word_embeddings=True, conv_kernel=3),
+    "nemotron_h_with_biases": NemotronHConfig(**_NEMOTRON_H, mlp_bias=True, tie_word_embeddings=True),
+    "nemotron_h_moe_groups": NemotronHConfig(
+        **{**_NEMOTRON_H_MOE, "norm_topk_prob": False},
+        n_group=2,
+        moe_latent_size=32,
+        routed_scaling_factor=2.5,
+    ),
+    "hunyuan_alpha": HunYuanDenseV1Config(
+        **_HUNYUAN, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
+    ),
+    "hunyuan_tied_yarn": HunYuanDenseV1Config(**_HUNYUAN, tie_word_embeddings=True, rope_parameters=YARN),
     "lfm2_untied": Lfm2Config(**_LFM2, conv_L_cache=4, block_auto_adjust_ff_dim=False, tie_word_embeddings=False),
 }
 
@@ -344,6 +383,25 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
         "same size.*--template",
     ),
     "qwen3_5_bias": (Qwen3_5TextConfig(**_DELTA_NET, attention_bias=True), r"o_proj\.bias.*--template"),
+    "bamba_conv_bias": (BambaConfig(**_BAMBA, mamba_conv_bias=False), "biases of its convolutions.*--template"),
+    "bamba_width": (
+        BambaConfig(**{**_BAMBA, "mamba_d_head": 64}, mamba_expand=4),
+        "twice the hidden size.*have 4 times.*--template",
+    ),
+    "mamba2_conv_bias": (Mamba2Config(**_MAMBA2, use_conv_bias=False), "biases of its convolutions.*--template"),
+    "mamba2_bias": (Mamba2Config(**_MAMBA2, use_bias=True), r"in_proj\.bias has no place.*--template"),
+    "mamba2_time_steps": (
+        Mamba2Config(**_MAMBA2, time_step_limit=(0.0, 0.5)),
+        "no limits for time steps.*0.0–0.5.*--template",
+    ),
+    "nemotron_h_bias": (NemotronHConfig(**_NEMOTRON_H, use_bias=True), r"in_proj\.bias has no place.*--template"),
+    "nemotron_h_mixed": (
+        NemotronHConfig(
+            **{**_NEMOTRON_H_MOE, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]}
+        ),
+        "in all feed-forward layers or in none.*--template",
+    ),
+    "hunyuan_bias": (HunYuanDenseV1Config(**_HUNYUAN, attention_bias=True), r"o_proj\.bias.*--template"),
     "lfm2_bias": (Lfm2Config(**_LFM2, conv_bias=True), r"conv\.bias has no place.*--template"),
     "lfm2_single_tokens": (Lfm2Config(**_LFM2, conv_L_cache=1), "at least two tokens.*--template"),
     "lfm2_wide_heads": (Lfm2Config(**_LFM2, head_dim=32), "as wide as the model.*--template"),

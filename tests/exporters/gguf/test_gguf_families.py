@@ -53,7 +53,7 @@ RARE = (
     "arcee_yarn",
 )
 MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "qwen3_next", "qwen3_5_moe", "lfm2_moe")
-MIXTURES += ("granitemoe", "granitemoeshared", "granitemoehybrid")
+MIXTURES += ("granitemoe", "granitemoeshared", "granitemoehybrid", "nemotron_h_moe")
 SPLIT = {"qwen3_next": 2, "granitemoeshared": 2, "granitemoehybrid": 3}  # how many parameters are stored in two tensors
 NFC = ("qwen2", "qwen3_5", "gpt_neox")  # tokenizers that compose characters first, which llama.cpp does not
 
@@ -387,6 +387,45 @@ PUBLISHED = {
         },
         {"architecture": "granite", "intermediate_size": 8192, "max_position_embeddings": 131072},
     ),
+    "nvidia/Nemotron-H-8B-Base-8K": (
+        {
+            "model_type": "nemotron_h",
+            "hybrid_override_pattern": "M-M*-",
+            "intermediate_size": 21504,
+            "num_hidden_layers": 5,
+            "mamba_num_heads": 128,
+            "mamba_head_dim": 64,
+        },
+        {
+            "architecture": "nemotron_h",
+            "key_heads_by_layer": [0, 0, 0, 8, 0],
+            "feed_forward_by_layer": [0, 21504, 0, 0, 21504],
+        },
+    ),
+    "ibm-ai-platform/Bamba-9B-v1": (
+        {"model_type": "bamba", "attn_layer_indices": [1], "attn_rotary_emb": 64, "num_hidden_layers": 3},
+        {"architecture": "granitehybrid", "key_heads_by_layer": [0, 8, 0], "rotary_dims": 64},
+    ),
+    "tencent/Hunyuan-7B-Instruct": (
+        {
+            "model_type": "hunyuan_v1_dense",
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"},
+            "rope_theta": 10000.0,
+        },
+        {"max_position_embeddings": 262144, "rope_type": "default", "rope_theta": 1e4 * 1000 ** (128 / 126)},
+    ),
+    "mistralai/Mamba-Codestral-7B-v0.1": (
+        {
+            "model_type": "mamba2",
+            "head_dim": 64,
+            "n_groups": 8,
+            "time_step_limit": [0.0, float("inf")],
+            "num_heads": 128,
+        },
+        {"num_attention_heads": 0, "max_position_embeddings": 2**20, "intermediate_size": 0},
+    ),
     "nvidia/Nemotron-Mini-4B-Instruct": (
         {"model_type": "nemotron", "head_dim": 128, "norm_eps": 1e-5, "rope_percent": 0.5, "rope_theta": 10000},
         {"rotary_dims": 64, "rope_theta": 1e4, "hidden_act": "relu2"},
@@ -399,10 +438,11 @@ def test_published_spellings_of_configs_are_understood(name: str) -> None:
     published, expected = PUBLISHED[name]
     config = canonical_config(published)
     rope = rope_parameters(config)
+    heads = config["num_attention_heads"]
     known = {
         **config,
         "architecture": family_of(config).name,
-        "rotary_dims": rotary_dims(config),
+        "rotary_dims": rotary_dims(config) if heads else None,
         "rope_theta": rope["rope_theta"],
         "rope_type": rope["rope_type"],
         "original": rope.get("original_max_position_embeddings"),
@@ -500,6 +540,12 @@ def test_a_sliding_window_is_written_and_said_aloud(
     artifact = export(run_of(config), tmp_path / "a.gguf", log=lines.append)
     assert read_metadata(artifact)[key] == 64
     assert any("sliding window of 64" in line for line in lines)
+
+
+def test_what_llama_cpp_computes_nearly_the_same_is_said(run_of: RunOf, tmp_path: Path) -> None:
+    lines: list[str] = []
+    export(run_of(CONFIGS["nemotron_h"]), tmp_path / "a.gguf", log=lines.append)
+    assert [line for line in lines if "least time step" in line and "0.001; results may differ" in line]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -51,6 +51,14 @@ RARE = (
     "ernie4_5_untied",
     "glm4_without_biases",
     "arcee_yarn",
+    "qwen2_moe_without_biases",
+    "qwen3_next_more_value_heads",
+    "granitemoehybrid_experts_without_mamba",
+    "bamba_tied_with_biases",
+    "mamba2_tied",
+    "nemotron_h_with_biases",
+    "hunyuan_tied_yarn",
+    "lfm2_untied",
 )
 MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "qwen3_next", "qwen3_5_moe", "lfm2_moe")
 MIXTURES += ("granitemoe", "granitemoeshared", "granitemoehybrid", "nemotron_h_moe")

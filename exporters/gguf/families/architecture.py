@@ -24,7 +24,8 @@ def add_architecture(
     """All `<arch>.*` keys. UserError for what llama.cpp's graph of the family cannot compute.
 
     Args:
-        config: as `canonical_config` gives it.
+        config: as `canonical_config` gives it. Where layers differ, `key_heads_by_layer` and `feed_forward_by_layer`
+            have a number for each. `intermediate_size` may be absent where experts are all there is.
     """
     refuse_what_differs(family, config)
     if config.get("hidden_act") == "gelu":
@@ -34,10 +35,13 @@ def add_architecture(
     writer.add_block_count(int(config["num_hidden_layers"]))
     writer.add_context_length(int(config["max_position_embeddings"]))
     writer.add_embedding_length(int(config["hidden_size"]))
-    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    feed_forward = config.get("feed_forward_by_layer") or config.get("intermediate_size")
+    if feed_forward is not None:
+        writer.add_feed_forward_length(feed_forward)
     writer.add_head_count(heads)
-    writer.add_head_count_kv(int(config["num_key_value_heads"]))
-    if config["states_head_dim"] or dim * heads != int(config["hidden_size"]):
+    if heads:
+        writer.add_head_count_kv(config.get("key_heads_by_layer") or int(config["num_key_value_heads"]))
+    if heads and (config["states_head_dim"] or dim * heads != int(config["hidden_size"])):
         writer.add_key_length(dim)
         writer.add_value_length(dim)
     if family.layer_norm:
@@ -49,6 +53,8 @@ def add_architecture(
     if not family.windows:
         _add_ignored_window(writer, config, log)
     family.keys(writer, config)
+    for note in family.notes(config):
+        log(f"llama.cpp's {family.name} {note}; results may differ from the original")
 
 
 def refuse_what_differs(family: Family, config: Config) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import (
     ArceeConfig,
+    BambaConfig,
     BloomConfig,
     CohereConfig,
     Ernie4_5Config,
@@ -17,17 +18,29 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    GraniteMoeConfig,
+    GraniteMoeHybridConfig,
+    GraniteMoeSharedConfig,
+    HunYuanDenseV1Config,
+    Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
+    Mamba2Config,
     MistralConfig,
     MixtralConfig,
     NemotronConfig,
+    NemotronHConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
 )
 
@@ -77,9 +90,50 @@ _GEMMA3_ROPE = {
 }
 _MIXTRAL = {**_SHARED, "num_local_experts": 8, "sliding_window": None}
 _QWEN3_MOE = {**_SHARED, "head_dim": 32, "moe_intermediate_size": 96, "num_experts": 16, "num_experts_per_tok": 4}
+_QWEN2_MOE = {**_SHARED, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 128, "num_experts": 8}
+_DELTA_NET = {
+    **_SHARED,
+    "head_dim": 32,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}
+_DELTA_NET_MOE = {**_DELTA_NET, **_QWEN2_MOE, "num_hidden_layers": 3, "num_experts_per_tok": 3}
 _GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0}
+_GRANITE_MOE = {**_SHARED, **_GRANITE, "intermediate_size": 96, "num_local_experts": 8, "num_experts_per_tok": 3}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_chunk_size": 64}
+_GRANITE_HYBRID = {
+    **_GRANITE_MOE,
+    **_MAMBA,
+    "shared_intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+_BAMBA = {**_SHARED, **_MAMBA, "num_hidden_layers": 3, "attn_layer_indices": [1]}
+_MAMBA2 = {"num_heads": 4, "head_dim": 32, "state_size": 16, "n_groups": 2, "chunk_size": 64}
+_MAMBA2 |= {key: _TINY[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size", "initializer_range")}
+_NEMOTRON_H = {
+    **{key: value for key, value in _SHARED.items() if key != "num_hidden_layers"},
+    **{"mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 64},
+    "head_dim": 32,
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
+}
+_NEMOTRON_H_MOE = {
+    **_NEMOTRON_H,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+    "moe_intermediate_size": 96,
+    "moe_shared_expert_intermediate_size": 128,
+    "num_experts_per_tok": 3,
+}
+_HUNYUAN = {**_SHARED, "head_dim": 32}
+_WITHOUT_EXPERTS = {"num_local_experts": 0, "num_experts_per_tok": 0}
 _OLMO3 = {**_SHARED, "num_hidden_layers": 5, "sliding_window": 32}
 _OLMO3_ROPE = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": YARN}
+_LFM2 = {**_SHARED, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+_LFM2_MOE = {**_LFM2, "num_dense_layers": 1, "moe_intermediate_size": 96, "num_experts": 8, "num_experts_per_tok": 3}
 _BLOOM = {"hidden_size": 96, "n_layer": 2, "vocab_size": VOCAB, "initializer_range": 0.2}
 
 
@@ -117,11 +171,27 @@ FAMILIES = {
     "olmo2": Row(Olmo2Config(**_SHARED), "olmo2", "smaug-bpe"),
     "olmo3": Row(Olmo3Config(**_OLMO3), "olmo2", "smaug-bpe"),
     "granite": Row(GraniteConfig(**_SHARED, **_GRANITE), "single_digits", "smollm"),
+    "granitemoe": Row(GraniteMoeConfig(**_GRANITE_MOE), "single_digits", "smollm"),
+    "granitemoeshared": Row(
+        GraniteMoeSharedConfig(**_GRANITE_MOE, shared_intermediate_size=128), "single_digits", "smollm"
+    ),
+    "granitemoehybrid": Row(GraniteMoeHybridConfig(**_GRANITE_HYBRID), "llama3", "llama-bpe"),
     "ernie4_5": Row(Ernie4_5Config(**_SHARED, head_dim=32), "sentencepiece", "default"),
     "glm4": Row(Glm4Config(**_SHARED, head_dim=32), "llama3", "llama-bpe"),
     "arcee": Row(ArceeConfig(**_SHARED), "llama3", "llama-bpe"),
     "cohere": Row(CohereConfig(**_SHARED, logit_scale=0.5), "single_digits", "smollm"),
     "nemotron": Row(NemotronConfig(**_SHARED), "sentencepiece", "default"),
+    "qwen2_moe": Row(Qwen2MoeConfig(**_QWEN2_MOE, num_experts_per_tok=3), "qwen2", "qwen2"),
+    "qwen3_next": Row(Qwen3NextConfig(**_DELTA_NET_MOE), "qwen2", "qwen2"),
+    "qwen3_5": Row(Qwen3_5TextConfig(**_DELTA_NET), "qwen3_5", "qwen35"),
+    "qwen3_5_moe": Row(Qwen3_5MoeTextConfig(**_DELTA_NET_MOE), "qwen3_5", "qwen35"),
+    "bamba": Row(BambaConfig(**_BAMBA), "llama3", "llama-bpe"),
+    "mamba2": Row(Mamba2Config(**_MAMBA2), "gpt_neox", "gpt-2"),
+    "nemotron_h": Row(NemotronHConfig(**_NEMOTRON_H), "llama3", "llama-bpe"),
+    "nemotron_h_moe": Row(NemotronHConfig(**_NEMOTRON_H_MOE), "llama3", "llama-bpe"),
+    "hunyuan_v1_dense": Row(HunYuanDenseV1Config(**_HUNYUAN), "qwen2", "qwen2"),
+    "lfm2": Row(Lfm2Config(**_LFM2, block_multiple_of=32), "llama3", "llama-bpe"),
+    "lfm2_moe": Row(Lfm2MoeConfig(**_LFM2_MOE), "llama3", "llama-bpe"),
 }
 
 # Other models of these families: settings that change the metadata, the order of rows or the tensors.
@@ -165,6 +235,17 @@ VARIANTS: dict[str, PretrainedConfig] = {
         **_SHARED, **_GRANITE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
     ),
     "granite_llama3_rope": GraniteConfig(**_SHARED, **_GRANITE, rope_parameters=LLAMA3_ROPE),
+    "granitemoehybrid_dense": GraniteMoeHybridConfig(
+        **{**_GRANITE_HYBRID, **_WITHOUT_EXPERTS}, position_embedding_type="rope", attention_bias=True
+    ),
+    "granitemoehybrid_without_mamba": GraniteMoeHybridConfig(
+        **{**_GRANITE_HYBRID, **_WITHOUT_EXPERTS, "layer_types": ["full_attention"] * 3},
+        position_embedding_type="rope",
+        tie_word_embeddings=True,
+    ),
+    "granitemoehybrid_experts_without_mamba": GraniteMoeHybridConfig(
+        **{**_GRANITE_HYBRID, "layer_types": ["full_attention"] * 3}, position_embedding_type="rope"
+    ),
     "ernie4_5_untied": Ernie4_5Config(**_SHARED, head_dim=16, tie_word_embeddings=False),
     "glm4_without_biases": Glm4Config(**_SHARED, head_dim=16, attention_bias=False, tie_word_embeddings=True),
     "arcee_wide_heads": ArceeConfig(**_SHARED, head_dim=32, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
@@ -173,6 +254,28 @@ VARIANTS: dict[str, PretrainedConfig] = {
         **{**_SHARED, "num_hidden_layers": 64, "initializer_range": 0.1}, use_qk_norm=True
     ),
     "nemotron_with_biases": NemotronConfig(**_SHARED, attention_bias=True, mlp_bias=True),
+    "qwen2_moe_without_biases": Qwen2MoeConfig(**_QWEN2_MOE, num_experts_per_tok=3, qkv_bias=False),
+    "qwen3_next_more_value_heads": Qwen3NextConfig(**{**_DELTA_NET_MOE, "linear_num_value_heads": 4}),
+    "qwen3_5_more_value_heads": Qwen3_5TextConfig(**{**_DELTA_NET, "linear_num_value_heads": 6}),
+    "qwen3_5_other_layers": Qwen3_5TextConfig(
+        **{**_DELTA_NET, "layer_types": ["full_attention", "linear_attention", "linear_attention"]},
+        rope_parameters={**YARN, "partial_rotary_factor": 0.5},
+        tie_word_embeddings=True,
+    ),
+    "bamba_tied_with_biases": BambaConfig(**_BAMBA, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "mamba2_tied": Mamba2Config(**_MAMBA2, tie_word_embeddings=True, conv_kernel=3),
+    "nemotron_h_with_biases": NemotronHConfig(**_NEMOTRON_H, mlp_bias=True, tie_word_embeddings=True),
+    "nemotron_h_moe_groups": NemotronHConfig(
+        **{**_NEMOTRON_H_MOE, "norm_topk_prob": False},
+        n_group=2,
+        moe_latent_size=32,
+        routed_scaling_factor=2.5,
+    ),
+    "hunyuan_alpha": HunYuanDenseV1Config(
+        **_HUNYUAN, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
+    ),
+    "hunyuan_tied_yarn": HunYuanDenseV1Config(**_HUNYUAN, tie_word_embeddings=True, rope_parameters=YARN),
+    "lfm2_untied": Lfm2Config(**_LFM2, conv_L_cache=4, block_auto_adjust_ff_dim=False, tie_word_embeddings=False),
 }
 
 LONG_PHI3 = Phi3Config(
@@ -243,10 +346,67 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
         Olmo3Config(**_OLMO3, rope_parameters={**_OLMO3_ROPE, "sliding_attention": LINEAR}),
         "unscaled rotation.*--template",
     ),
+    "granitemoehybrid_bias": (
+        GraniteMoeHybridConfig(**_GRANITE_HYBRID, mamba_proj_bias=True),
+        r"mamba\.in_proj\.bias has no place.*--template",
+    ),
+    "granitemoehybrid_conv_bias": (
+        GraniteMoeHybridConfig(**_GRANITE_HYBRID, mamba_conv_bias=False),
+        "biases of its convolutions.*--template",
+    ),
+    "granitemoehybrid_width": (
+        GraniteMoeHybridConfig(**{**_GRANITE_HYBRID, "mamba_d_head": 64}, mamba_expand=4),
+        "twice the hidden size.*have 4 times.*--template",
+    ),
+    "granitemoehybrid_positions": (
+        GraniteMoeHybridConfig(**{**_GRANITE_HYBRID, "layer_types": ["full_attention"] * 3}),
+        "granitemoe has rotary positions.*--template",
+    ),
+    "granitemoehybrid_time_steps": (
+        GraniteMoeHybridConfig(**_GRANITE_HYBRID, time_step_limit=(0.001, float("inf"))),
+        "no limits for time steps.*0.001–inf.*--template",
+    ),
     "ernie4_5_bias": (Ernie4_5Config(**_SHARED, use_bias=True), r"_proj\.bias.*--template"),
     "arcee_bias": (ArceeConfig(**_SHARED, mlp_bias=True), r"_proj\.bias.*--template"),
     "cohere_query_norms": (CohereConfig(**_SHARED, use_qk_norm=True), "use_qk_norm.*--template"),
     "cohere_untied": (CohereConfig(**_SHARED, tie_word_embeddings=False), r"lm_head\.weight.*--template"),
     "nemotron_wide_heads": (NemotronConfig(**_SHARED, head_dim=32), "as wide as the model.*--template"),
+    "qwen2_moe_weights": (Qwen2MoeConfig(**_QWEN2_MOE, norm_topk_prob=True), "norm_topk_prob.*--template"),
+    "qwen2_moe_tied": (Qwen2MoeConfig(**_QWEN2_MOE, tie_word_embeddings=True), "output head.*--template"),
+    "qwen2_moe_dense_layer": (
+        Qwen2MoeConfig(**_QWEN2_MOE, mlp_only_layers=[1]),
+        r"layers\.1\.mlp\.gate_proj\.weight has no place.*--template",
+    ),
+    "qwen3_next_weights": (Qwen3NextConfig(**_DELTA_NET_MOE, norm_topk_prob=False), "norm_topk_prob.*--template"),
+    "qwen3_5_head_sizes": (
+        Qwen3_5TextConfig(**{**_DELTA_NET, "linear_value_head_dim": 16}),
+        "same size.*--template",
+    ),
+    "qwen3_5_bias": (Qwen3_5TextConfig(**_DELTA_NET, attention_bias=True), r"o_proj\.bias.*--template"),
+    "bamba_conv_bias": (BambaConfig(**_BAMBA, mamba_conv_bias=False), "biases of its convolutions.*--template"),
+    "bamba_width": (
+        BambaConfig(**{**_BAMBA, "mamba_d_head": 64}, mamba_expand=4),
+        "twice the hidden size.*have 4 times.*--template",
+    ),
+    "mamba2_conv_bias": (Mamba2Config(**_MAMBA2, use_conv_bias=False), "biases of its convolutions.*--template"),
+    "mamba2_bias": (Mamba2Config(**_MAMBA2, use_bias=True), r"in_proj\.bias has no place.*--template"),
+    "mamba2_time_steps": (
+        Mamba2Config(**_MAMBA2, time_step_limit=(0.0, 0.5)),
+        "no limits for time steps.*0.0–0.5.*--template",
+    ),
+    "nemotron_h_bias": (NemotronHConfig(**_NEMOTRON_H, use_bias=True), r"in_proj\.bias has no place.*--template"),
+    "nemotron_h_mixed": (
+        NemotronHConfig(
+            **{**_NEMOTRON_H_MOE, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]}
+        ),
+        "in all feed-forward layers or in none.*--template",
+    ),
+    "hunyuan_bias": (HunYuanDenseV1Config(**_HUNYUAN, attention_bias=True), r"o_proj\.bias.*--template"),
+    "lfm2_bias": (Lfm2Config(**_LFM2, conv_bias=True), r"conv\.bias has no place.*--template"),
+    "lfm2_single_tokens": (Lfm2Config(**_LFM2, conv_L_cache=1), "at least two tokens.*--template"),
+    "lfm2_wide_heads": (Lfm2Config(**_LFM2, head_dim=32), "as wide as the model.*--template"),
+    "lfm2_moe_bias": (Lfm2MoeConfig(**_LFM2_MOE, use_expert_bias=False), "use_expert_bias.*--template"),
+    "lfm2_moe_weights": (Lfm2MoeConfig(**_LFM2_MOE, norm_topk_prob=False), "norm_topk_prob.*--template"),
+    "lfm2_moe_scale": (Lfm2MoeConfig(**_LFM2_MOE, routed_scaling_factor=2.5), "times 2.5.*--template"),
     "nemotron_tied": (NemotronConfig(**_SHARED, tie_word_embeddings=True), "output head.*--template"),
 }

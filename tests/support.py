@@ -38,14 +38,15 @@ TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 def save_random_model(config: PretrainedConfig, out: Path, tokenizer_from: Path | None = None, seed: int = 0) -> Path:
     """Save a randomly initialised model (f32) in Hugging Face layout, with another model's tokenizer files beside it.
 
-    Norm weights and biases are drawn too (their initial values, all 1 and all 0, would hide errors in a mapping).
+    Norm weights, biases and stored buffers are drawn too (their initial values, all 1 and all 0, would hide errors in a
+    mapping).
     """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 or name.endswith("norm.weight"):
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, tensor in model.state_dict().items():
+            if tensor.ndim == 1 or name.endswith("norm.weight"):
+                tensor.add_(torch.randn_like(tensor) * 0.1)
     model.save_pretrained(out)
     if tokenizer_from is not None:
         for file in tokenizer_from.iterdir():
@@ -69,7 +70,9 @@ def make_run(model_dir: Path, out: Path, scheme: str | Scheme) -> RunDirectory:
     entries: list[TensorEntry] = []
     parts: dict[str, dict[str, Tensor | QuantizedTensor]] = {f"{i:04d}": {} for i in range(len(blocks))}
     parts[OUTSIDE] = {}
-    for name, parameter in model.named_parameters():
+    stored = model.state_dict()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
+    for name, parameter in [*model.named_parameters(), *buffers]:
         owner = modules[name.rpartition(".")[0]]
         part = OUTSIDE
         if name.startswith(blocks_name + "."):

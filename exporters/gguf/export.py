@@ -51,7 +51,8 @@ def export(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
         raise UserError(f"{run.path} has no token embedding; run `quantize` again")
     n_vocab = embedding.shape[0]
     add_architecture(writer, family, config, n_vocab, options.log)
-    tokens = add_tokenizer(writer, run.config_dir, n_vocab, options.log, source_name(run, config))
+    source = source_name(run, config)
+    tokens = add_tokenizer(writer, run.config_dir, n_vocab, options.log, source, family.tokenizer)
     writer.add_name(model_name(run, config, tokens))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(file_type(run, options.dtype))

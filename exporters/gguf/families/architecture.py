@@ -34,9 +34,9 @@ def add_architecture(
     writer.add_block_count(int(config["num_hidden_layers"]))
     writer.add_context_length(int(config["max_position_embeddings"]))
     writer.add_embedding_length(int(config["hidden_size"]))
-    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_feed_forward_length(_counts(config["intermediate_size"]))
     writer.add_head_count(heads)
-    writer.add_head_count_kv(int(config["num_key_value_heads"]))
+    writer.add_head_count_kv(_counts(config["num_key_value_heads"]))
     if dim * heads != int(config["hidden_size"]):
         writer.add_key_length(dim)
         writer.add_value_length(dim)
@@ -49,6 +49,13 @@ def add_architecture(
     if not family.windows:
         _add_ignored_window(writer, config, log)
     family.keys(writer, config)
+
+
+def _counts(value: int | list[int]) -> int | list[int]:
+    """A count that layers share, or one for each layer where they differ."""
+    if not isinstance(value, list):
+        return int(value)
+    return value[0] if len(set(value)) == 1 else value
 
 
 def refuse_what_differs(family: Family, config: Config) -> None:

@@ -76,6 +76,7 @@ class Family:
         without: endings of parameters that have a GGUF name but no place in llama.cpp's graph.
         stored: how a parameter ([out, in] shape; of experts the name without a number) is stored, or None where it is
             as it stands under the name that gguf's table has for it.
+        tokenizer: llama.cpp's kind of tokenizer, where the architecture has one of its own.
     """
 
     model_type: str
@@ -93,6 +94,7 @@ class Family:
     norm_added: bool = False
     without: tuple[str, ...] = ()
     stored: Callable[[Config, str, tuple[int, ...]], tuple[Stored, ...] | None] = as_named
+    tokenizer: str | None = None
 
     @property
     def name(self) -> str:

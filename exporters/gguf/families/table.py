@@ -43,7 +43,8 @@ def canonical_config(config: dict[str, Any]) -> Config:
     """A built-in family's config under one set of names: Llama's, and `norm_eps`, `head_dim`, `num_key_value_heads`.
 
     Missing entries and the older spellings of published configs are read as transformers reads them, since its model is
-    what was tuned.
+    what was tuned. `num_key_value_heads` and `intermediate_size` are lists, a value for each layer, where a family's
+    `derived` says so.
 
     Raises:
         UserError: a family that is not built in, or a config that transformers refuses.
@@ -59,7 +60,7 @@ def canonical_config(config: dict[str, Any]) -> Config:
     full: Config = {**config, **known.to_dict()}
     full |= {name: full[spelling] for name, spelling in known.attribute_map.items() if spelling in full}
     full |= family.derived(full)
-    full["num_key_value_heads"] = int(full.get("num_key_value_heads") or full["num_attention_heads"])
+    full["num_key_value_heads"] = full.get("num_key_value_heads") or full["num_attention_heads"]
     full["head_dim"] = head_dim(full)
     if "norm_eps" not in full:
         full["norm_eps"] = full["rms_norm_eps"]

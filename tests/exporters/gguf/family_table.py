@@ -13,6 +13,7 @@ from transformers import (
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -75,6 +76,23 @@ _GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
 }
+# Attention is scaled by 1 here, so that small weights are enough; with large ones the f16 table of GELU shows.
+_GEMMA4 = {
+    **_SHARED,
+    "num_hidden_layers": 4,
+    "initializer_range": 0.05,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "sliding_window": 32,
+    "hidden_size_per_layer_input": 0,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+_GEMMA4_E2B = {**_GEMMA4, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB}
+_GEMMA4_MOE = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 96}
+_GEMMA4_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1e5, "factor": 4.0},
+}
 _MIXTRAL = {**_SHARED, "num_local_experts": 8, "sliding_window": None}
 _QWEN3_MOE = {**_SHARED, "head_dim": 32, "moe_intermediate_size": 96, "num_experts": 16, "num_experts_per_tok": 4}
 _GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0}
@@ -90,12 +108,12 @@ class Row:
     Attributes:
         config: a small model.
         tokenizer: name of a kind in test_gguf_families.tokenizer_folder.
-        pre: what tokenizer.ggml.pre must be.
+        pre: what tokenizer.ggml.pre must be; None where the kind of tokenizer has none.
     """
 
     config: PretrainedConfig
     tokenizer: str
-    pre: str
+    pre: str | None
 
 
 FAMILIES = {
@@ -114,6 +132,7 @@ FAMILIES = {
     "phi3": Row(Phi3Config(**_SHARED), "sentencepiece", "default"),
     "gemma2": Row(Gemma2Config(**_GEMMA), "gemma", "default"),
     "gemma3": Row(Gemma3TextConfig(**{**_GEMMA, "num_hidden_layers": 7}), "gemma", "default"),
+    "gemma4": Row(Gemma4TextConfig(**_GEMMA4), "gemma4", None),
     "olmo2": Row(Olmo2Config(**_SHARED), "olmo2", "smaug-bpe"),
     "olmo3": Row(Olmo3Config(**_OLMO3), "olmo2", "smaug-bpe"),
     "granite": Row(GraniteConfig(**_SHARED, **_GRANITE), "single_digits", "smollm"),
@@ -154,6 +173,12 @@ VARIANTS: dict[str, PretrainedConfig] = {
     "gemma3_without_windows": Gemma3TextConfig(**_GEMMA, layer_types=["full_attention"] * 2),
     "gemma3_rope": Gemma3TextConfig(**{**_GEMMA, "num_hidden_layers": 7}, rope_parameters=_GEMMA3_ROPE),
     "gemma3_soft_cap": Gemma3TextConfig(**_GEMMA, final_logit_softcapping=5.0),
+    "gemma4_e2b": Gemma4TextConfig(**_GEMMA4_E2B, num_kv_shared_layers=2, use_double_wide_mlp=True),
+    "gemma4_moe": Gemma4TextConfig(**_GEMMA4, **_GEMMA4_MOE),
+    "gemma4_keys_as_values": Gemma4TextConfig(
+        **_GEMMA4, attention_k_eq_v=True, num_global_key_value_heads=1, final_logit_softcapping=5.0
+    ),
+    "gemma4_rope": Gemma4TextConfig(**_GEMMA4, rope_parameters=_GEMMA4_ROPE),
     "olmo2_yarn": Olmo2Config(**_SHARED, rope_parameters=YARN),
     "olmo3_yarn_window_period_2": Olmo3Config(
         **{**_OLMO3, "num_hidden_layers": 4},
@@ -225,6 +250,17 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
         "layer_types.*--template",
     ),
     "gemma3_bias": (Gemma3TextConfig(**_GEMMA, attention_bias=True), r"_proj\.bias.*--template"),
+    "gemma4_shared": (
+        Gemma4TextConfig(
+            **{
+                **_GEMMA4_E2B,
+                "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            },
+            num_kv_shared_layers=1,
+        ),
+        "last two layers that have their own.*--template",
+    ),
+    "gemma4_bias": (Gemma4TextConfig(**_GEMMA4, attention_bias=True), r"_proj\.bias.*--template"),
     "olmo2_tied": (Olmo2Config(**_SHARED, tie_word_embeddings=True), "output head.*--template"),
     "olmo2_wide_heads": (Olmo2Config(**_SHARED, head_dim=32), "as wide as the model.*--template"),
     "olmo2_bias": (Olmo2Config(**_SHARED, attention_bias=True), r"_proj\.bias.*--template"),

@@ -1,0 +1,70 @@
+"""What our file of a family holds beside what llama.cpp's own converter writes of the same model: keys and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exporters.gguf.container.reader import GgufFile
+from signround_edge.run_directory import RunDirectory
+from tests.exporters.gguf.conftest import export
+from tests.exporters.gguf.converter import Converter, why_unavailable
+from tests.exporters.gguf.family_table import FAMILIES, VARIANTS
+from tests.support import dequantized_model
+
+RunOf = Callable[..., RunDirectory]
+
+CONFIGS = {name: row.config for name, row in FAMILIES.items()} | VARIANTS
+
+# Row or variant → keys that we write otherwise.
+COMPARED: dict[str, tuple[str, ...]] = {
+    "gemma4": (),
+    "gemma4_e2b": (),
+    "gemma4_moe": (),
+}
+
+# Said of every architecture by us; by the converter of some, and llama.cpp's default is the same.
+OURS = ("vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length")
+
+
+@pytest.fixture(scope="module")
+def converter() -> Iterator[Converter]:
+    reason = why_unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    with Converter() as process:
+        yield process
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_file_holds_what_the_converters_does(
+    name: str, converter: Converter, run_of: RunOf, sentencepiece_folder: Path, tmp_path: Path
+) -> None:
+    run = run_of(CONFIGS[name], tokenizer=sentencepiece_folder)
+    folder = tmp_path / "dequantized"
+    dequantized_model(run).save_pretrained(folder)
+    for file in sentencepiece_folder.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    theirs = GgufFile.open(converter.convert(folder, tmp_path / "theirs.gguf", pre="default"))
+    ours = GgufFile.open(export(run, tmp_path / "ours.gguf", dtype="f32"))
+    assert differing_keys(ours, theirs) == set(COMPARED[name])
+    assert types_and_shapes(ours) == types_and_shapes(theirs)
+    assert [tensor for tensor in theirs.tensors if not np.array_equal(ours.raw(tensor), theirs.raw(tensor))] == []
+
+
+def differing_keys(ours: GgufFile, theirs: GgufFile) -> set[str]:
+    """Keys of the architecture whose values differ, without its name."""
+    values = [
+        {key.removeprefix(prefix): entry for key, entry in file.metadata.items() if key.startswith(prefix)}
+        for file, prefix in ((file, f"{file.architecture}.") for file in (ours, theirs))
+    ]
+    named = set(values[0]) | set(values[1])
+    both = set(values[0]) & set(values[1])
+    return {key for key in named if (key in both or key not in OURS) and values[0].get(key) != values[1].get(key)}
+
+
+def types_and_shapes(file: GgufFile) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (tensor.ggml_type.name, tensor.shape) for name, tensor in file.tensors.items()}

@@ -27,7 +27,15 @@ from signround_edge.model.tokenizer import chat_templates, end_tokens
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 GEMMA4 = "gemma4"  # llama.cpp's name of merges over a whole line, with byte fallback
 # Control tokens that llama.cpp's chat parser must be able to read. Source: `Gemma4Model.set_vocab`.
-_GEMMA4_SHOWN = tuple('<|channel> <channel|> <|tool_call> <tool_call|> <|tool_response> <tool_response|> <|"|>'.split())
+_GEMMA4_SHOWN = (
+    "<|channel>",
+    "<channel|>",
+    "<|tool_call>",
+    "<tool_call|>",
+    "<|tool_response>",
+    "<tool_response|>",
+    '<|"|>',
+)
 _TEMPLATE_HINT = "make an f16 GGUF of the model with llama.cpp's convert_hf_to_gguf.py and give it as --template"
 
 

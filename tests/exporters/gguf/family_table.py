@@ -17,6 +17,7 @@ from transformers import (
     Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -93,6 +94,15 @@ _GEMMA4_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1e5, "factor": 4.0},
 }
+_GPT_OSS = {
+    **_SHARED,
+    "intermediate_size": 96,
+    "head_dim": 32,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 32,
+    "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0},
+}
 _MIXTRAL = {**_SHARED, "num_local_experts": 8, "sliding_window": None}
 _QWEN3_MOE = {**_SHARED, "head_dim": 32, "moe_intermediate_size": 96, "num_experts": 16, "num_experts_per_tok": 4}
 _GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0}
@@ -138,6 +148,7 @@ FAMILIES = {
     "granite": Row(GraniteConfig(**_SHARED, **_GRANITE), "single_digits", "smollm"),
     "ernie4_5": Row(Ernie4_5Config(**_SHARED, head_dim=32), "sentencepiece", "default"),
     "glm4": Row(Glm4Config(**_SHARED, head_dim=32), "llama3", "llama-bpe"),
+    "gpt_oss": Row(GptOssConfig(**_GPT_OSS), "gpt4o", "gpt-4o"),
     "arcee": Row(ArceeConfig(**_SHARED), "llama3", "llama-bpe"),
     "cohere": Row(CohereConfig(**_SHARED, logit_scale=0.5), "single_digits", "smollm"),
     "nemotron": Row(NemotronConfig(**_SHARED), "sentencepiece", "default"),
@@ -196,6 +207,10 @@ VARIANTS: dict[str, PretrainedConfig] = {
     "arcee_yarn": ArceeConfig(**_SHARED, rope_parameters=YARN),
     "cohere_query_norms": CohereConfig(
         **{**_SHARED, "num_hidden_layers": 64, "initializer_range": 0.1}, use_qk_norm=True
+    ),
+    "gpt_oss_windows": GptOssConfig(
+        **{**_GPT_OSS, "num_hidden_layers": 3},
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
     ),
     "nemotron_with_biases": NemotronConfig(**_SHARED, attention_bias=True, mlp_bias=True),
 }
@@ -281,6 +296,9 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
     ),
     "ernie4_5_bias": (Ernie4_5Config(**_SHARED, use_bias=True), r"_proj\.bias.*--template"),
     "arcee_bias": (ArceeConfig(**_SHARED, mlp_bias=True), r"_proj\.bias.*--template"),
+    "gpt_oss_tied": (GptOssConfig(**_GPT_OSS, tie_word_embeddings=True), "output head.*--template"),
+    "gpt_oss_biases": (GptOssConfig(**_GPT_OSS, attention_bias=False), "biases.*--template"),
+    "gpt_oss_gates": (GptOssConfig(**_GPT_OSS, swiglu_limit=5.0), "swiglu_limit.*--template"),
     "cohere_query_norms": (CohereConfig(**_SHARED, use_qk_norm=True), "use_qk_norm.*--template"),
     "cohere_untied": (CohereConfig(**_SHARED, tie_word_embeddings=False), r"lm_head\.weight.*--template"),
     "nemotron_wide_heads": (NemotronConfig(**_SHARED, head_dim=32), "as wide as the model.*--template"),

@@ -24,6 +24,8 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "gemma4": (),
     "gemma4_e2b": (),
     "gemma4_moe": (),
+    # The converter writes YaRN's defaults too.
+    "gpt_oss": ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
 }
 
 # Said of every architecture by us; by the converter of some, and llama.cpp's default is the same.

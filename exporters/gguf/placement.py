@@ -64,7 +64,7 @@ def place(run: RunDirectory, hf_names: Sequence[str], stored: Stored) -> Placeme
     one = run.entry(hf_names[0]).out_in_shape
     if stored.rows is not None:
         one = (len(stored.rows), *one[1:])
-    shape = one if len(hf_names) == 1 else (len(hf_names), *one)
+    shape = one if len(hf_names) == 1 and not stored.stacked else (len(hf_names), *one)
     return Placement(
         stored.name,
         tuple(Piece(name, stored.rows) for name in hf_names),
@@ -92,7 +92,7 @@ def builtin_placements(run: RunDirectory, config: Config) -> list[Placement]:
         for way in ways:
             placed = place(run, hf_names, way)
             before = found.get(placed.gguf_name)
-            found[placed.gguf_name] = placed if before is None else _joined(before, placed)
+            found[placed.gguf_name] = placed if before is None else _joined(before, placed, way.stacked)
     return list(found.values())
 
 
@@ -108,8 +108,11 @@ def _as_named(family: Family, config: Config, names: gguf.TensorNameMap, stack: 
     return Stored(gguf_name, row_order(family, config, hf_name, rows), function=one_plus)
 
 
-def _joined(first: Placement, second: Placement) -> Placement:
+def _joined(first: Placement, second: Placement, stacked: bool) -> Placement:
     """One tensor of two parameters, row after row; of the parameters of experts, one expert after the other."""
+    if stacked:
+        matrices = first.shape[0] + second.shape[0]
+        return replace(first, pieces=(*first.pieces, *second.pieces), shape=(matrices, *first.shape[1:]))
     matrices = math.prod(first.shape[:-2])
     a, b = len(first.pieces) // matrices, len(second.pieces) // matrices
     pieces = [

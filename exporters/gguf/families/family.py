@@ -40,6 +40,7 @@ class Stored:
         name: the tensor's name in the file.
         rows, columns, shape, transposed, function: as in `placement.Piece` and `placement.Placement`; a shape of None
             is the parameter's own, with the number of experts in front where it has one for each.
+        stacked: the parameters that name this tensor are its matrices, and not rows of one.
     """
 
     name: str
@@ -48,11 +49,17 @@ class Stored:
     shape: tuple[int, ...] | None = None
     transposed: bool = False
     function: Function | None = None
+    stacked: bool = False
 
 
 def as_named(config: Config, hf_name: str, shape: tuple[int, ...]) -> tuple[Stored, ...] | None:
     """Every parameter of the family is stored under the name that gguf's table has for it."""
     return None
+
+
+def none_unread(config: Config) -> dict[str, tuple[int, ...]]:
+    """llama.cpp reads every tensor that it demands."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ class Family:
         without: endings of parameters that have a GGUF name but no place in llama.cpp's graph.
         stored: how a parameter ([out, in] shape; of experts the name without a number) is stored, or None where it is
             as it stands under the name that gguf's table has for it.
+        unread: name and shape of tensors that llama.cpp demands and does not read, where the model has none; zeros.
         tokenizer: llama.cpp's kind of tokenizer, where the architecture has one of its own.
     """
 
@@ -94,6 +102,7 @@ class Family:
     norm_added: bool = False
     without: tuple[str, ...] = ()
     stored: Callable[[Config, str, tuple[int, ...]], tuple[Stored, ...] | None] = as_named
+    unread: Callable[[Config], dict[str, tuple[int, ...]]] = none_unread
     tokenizer: str | None = None
 
     @property

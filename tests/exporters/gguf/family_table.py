@@ -12,6 +12,7 @@ from transformers import (
     Ernie4_5Config,
     FalconConfig,
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     Gemma4TextConfig,
     Glm4Config,
@@ -76,6 +77,27 @@ _NEW_FALCON = {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
 _GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+}
+# llama.cpp divides the variance of the gates by one less than their number, which shows where there are few.
+_GEMMA3N = {
+    **_SHARED,
+    "num_hidden_layers": 3,
+    "initializer_range": 0.05,
+    "intermediate_size": 2048,
+    "head_dim": 32,
+    "sliding_window": 32,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "vocab_size_per_layer_input": VOCAB - 50,
+    "num_kv_shared_layers": 0,
+    "activation_sparsity_pattern": [0.95] * 3,
+}
+_GEMMA3N_SHARED = {
+    **_GEMMA3N,
+    "num_hidden_layers": 22,
+    "initializer_range": 0.01,  # 22 layers amplify what differs in the gates
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 11,
+    "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 12,
 }
 # Attention is scaled by 1 here, so that small weights are enough; with large ones the f16 table of GELU shows.
 _GEMMA4 = {
@@ -142,6 +164,7 @@ FAMILIES = {
     "phi3": Row(Phi3Config(**_SHARED), "sentencepiece", "default"),
     "gemma2": Row(Gemma2Config(**_GEMMA), "gemma", "default"),
     "gemma3": Row(Gemma3TextConfig(**{**_GEMMA, "num_hidden_layers": 7}), "gemma", "default"),
+    "gemma3n": Row(Gemma3nTextConfig(**_GEMMA3N), "gemma", "default"),
     "gemma4": Row(Gemma4TextConfig(**_GEMMA4), "gemma4", None),
     "olmo2": Row(Olmo2Config(**_SHARED), "olmo2", "smaug-bpe"),
     "olmo3": Row(Olmo3Config(**_OLMO3), "olmo2", "smaug-bpe"),
@@ -184,6 +207,7 @@ VARIANTS: dict[str, PretrainedConfig] = {
     "gemma3_without_windows": Gemma3TextConfig(**_GEMMA, layer_types=["full_attention"] * 2),
     "gemma3_rope": Gemma3TextConfig(**{**_GEMMA, "num_hidden_layers": 7}, rope_parameters=_GEMMA3_ROPE),
     "gemma3_soft_cap": Gemma3TextConfig(**_GEMMA, final_logit_softcapping=5.0),
+    "gemma3n_shared": Gemma3nTextConfig(**_GEMMA3N_SHARED),
     "gemma4_e2b": Gemma4TextConfig(**_GEMMA4_E2B, num_kv_shared_layers=2, use_double_wide_mlp=True),
     "gemma4_moe": Gemma4TextConfig(**_GEMMA4, **_GEMMA4_MOE),
     "gemma4_keys_as_values": Gemma4TextConfig(
@@ -265,6 +289,15 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
         "layer_types.*--template",
     ),
     "gemma3_bias": (Gemma3TextConfig(**_GEMMA, attention_bias=True), r"_proj\.bias.*--template"),
+    "gemma3n_laurel": (Gemma3nTextConfig(**_GEMMA3N, laurel_rank=32), "laurel_rank 64.*32.*--template"),
+    "gemma3n_shared": (
+        Gemma3nTextConfig(**{**_GEMMA3N, "num_kv_shared_layers": 1}),
+        "first 20 layers.*first 2.*--template",
+    ),
+    "gemma3n_sparsity": (
+        Gemma3nTextConfig(**{**_GEMMA3N, "activation_sparsity_pattern": [0.95, 0.0, 0.0]}),
+        "5 % of the gates.*--template",
+    ),
     "gemma4_shared": (
         Gemma4TextConfig(
             **{

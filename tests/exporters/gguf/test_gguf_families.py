@@ -47,13 +47,15 @@ RARE = (
     "phi3_tied",
     "gemma2_window_period_3",
     "gemma3_soft_cap",
+    "gemma3n_shared",
+    "gemma4_rope",
     "olmo2_yarn",
     "ernie4_5_untied",
     "glm4_without_biases",
     "arcee_yarn",
 )
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
-JOINED: tuple[str, ...] = ()  # families that store two parameters as one tensor, or one as two
+JOINED = ("gemma3n",)  # families that store two parameters as one tensor, or one as two
 NFC = ("qwen2", "gpt_neox")  # tokenizers that compose characters first, which llama.cpp does not
 
 

@@ -27,6 +27,8 @@ def add_architecture(
         config: as `canonical_config` gives it.
     """
     refuse_what_differs(family, config)
+    for note in family.notes(config):
+        log(note)
     if config.get("hidden_act") == "gelu":
         log("llama.cpp computes GELU by its tanh approximation and this model exactly: logits differ in late digits")
     heads, dim = int(config["num_attention_heads"]), int(config["head_dim"])

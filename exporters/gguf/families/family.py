@@ -57,6 +57,11 @@ def as_named(config: Config, hf_name: str, shape: tuple[int, ...]) -> tuple[Stor
     return None
 
 
+def no_notes(config: Config) -> Iterator[str]:
+    """llama.cpp computes every model of the family to the last digit."""
+    return iter(())
+
+
 def none_unread(config: Config) -> dict[str, tuple[int, ...]]:
     """llama.cpp reads every tensor that it demands."""
     return {}
@@ -73,6 +78,7 @@ class Family:
         derived: entries of the config under the names that Llama uses, for configs that spell them otherwise.
         keys: writes the metadata that only this family has.
         problems: what of a model llama.cpp's graph does not compute, each as a clause to follow the graph's name.
+        notes: what llama.cpp computes a little otherwise, each as a sentence.
         layer_norm: LayerNorm rather than RMSNorm.
         rotary: positions enter by rotation.
         partial_rotary: llama.cpp's graph can rotate the first part of a head only.
@@ -84,6 +90,8 @@ class Family:
         stored: how a parameter ([out, in] shape; of experts the name without a number) is stored, or None where it is
             as it stands under the name that gguf's table has for it.
         unread: name and shape of tensors that llama.cpp demands and does not read, where the model has none; zeros.
+        inside: the row for the language model of one that reads images too, where llama.cpp has an architecture for it
+            (it gives a token three positions). Its config has an `mrope_section`.
         tokenizer: llama.cpp's kind of tokenizer, where the architecture has one of its own.
     """
 
@@ -93,6 +101,7 @@ class Family:
     derived: Callable[[Config], Config] = lambda config: {}
     keys: Callable[[gguf.GGUFWriter, Config], None] = no_keys
     problems: Callable[[Config], Iterator[str]] = no_problems
+    notes: Callable[[Config], Iterator[str]] = no_notes
     layer_norm: bool = False
     rotary: bool = True
     partial_rotary: bool = False
@@ -103,6 +112,7 @@ class Family:
     without: tuple[str, ...] = ()
     stored: Callable[[Config, str, tuple[int, ...]], tuple[Stored, ...] | None] = as_named
     unread: Callable[[Config], dict[str, tuple[int, ...]]] = none_unread
+    inside: Family | None = None
     tokenizer: str | None = None
 
     @property

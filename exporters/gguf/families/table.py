@@ -36,7 +36,7 @@ def family_of(config: dict[str, Any]) -> Family:
             f"no built-in GGUF metadata for architecture {config.get('model_type')!r} (there is for "
             f"{', '.join(sorted(FAMILIES))}); {TEMPLATE_HINT}"
         )
-    return family
+    return family.inside if family.inside is not None and config.get("mrope_section") else family
 
 
 def canonical_config(config: dict[str, Any]) -> Config:

@@ -186,6 +186,17 @@ VARIANTS: dict[str, PretrainedConfig] = {
     "mixtral_of_4": MixtralConfig(**{**_MIXTRAL, "num_local_experts": 4}, num_experts_per_tok=3),
     "qwen2_yarn": Qwen2Config(**BASE, rope_parameters=YARN),
     "qwen2_yarn_attention": Qwen2Config(**BASE, rope_parameters={**YARN, "attention_factor": 1.3}),
+    "qwen2_of_qwen2_vl": Qwen2Config(**BASE, mrope_section=[8, 12, 12]),
+    "qwen3_of_qwen3_vl": Qwen3Config(
+        **BASE,
+        head_dim=128,
+        mrope_section=[24, 20, 20],
+        num_deepstack_layers=3,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e6},
+    ),
+    "qwen3_moe_of_qwen3_vl_moe": Qwen3MoeConfig(
+        **_QWEN3_MOE, norm_topk_prob=True, mrope_section=[6, 5, 5], num_deepstack_layers=3
+    ),
     "smollm3_yarn": SmolLM3Config(**{**_SHARED, "num_hidden_layers": 5}, rope_parameters=YARN),
     "gpt2_narrow_feed_forward": GPT2Config(**_GPT2, n_inner=96),
     "gpt_neox_sequential": GPTNeoXConfig(**_TINY, use_parallel_residual=False),

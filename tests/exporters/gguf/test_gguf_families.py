@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, pre_tokenizers
-from transformers import AutoTokenizer, MistralConfig, Phi3Config, PretrainedConfig
+from transformers import AutoTokenizer, MistralConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
 from exporters.gguf import families
 from exporters.gguf.families import table
@@ -447,6 +447,18 @@ def test_a_sliding_window_is_written_and_said_aloud(
     artifact = export(run_of(config), tmp_path / "a.gguf", log=lines.append)
     assert read_metadata(artifact)[key] == 64
     assert any("sliding window of 64" in line for line in lines)
+
+
+@pytest.mark.parametrize(("sections", "left"), [([24, 20, 20], 2), ([22, 21, 21], 0)])
+def test_pairs_that_llama_cpp_does_not_rotate_are_said(
+    sections: list[int], left: int, run_of: RunOf, tmp_path: Path
+) -> None:
+    config = Qwen3Config(**BASE, head_dim=128, mrope_section=sections, num_deepstack_layers=3)
+    lines: list[str] = []
+    export(run_of(config), tmp_path / "a.gguf", log=lines.append)
+    said = [line for line in lines if "unrotated" in line]
+    assert len(said) == bool(left)
+    assert all(f"leaves {left} of the 64 pairs" in line for line in said)
 
 
 @pytest.mark.parametrize("name", REFUSED)

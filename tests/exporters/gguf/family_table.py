@@ -20,6 +20,7 @@ from transformers import (
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -125,6 +126,15 @@ _GPT_OSS = {
     "sliding_window": 32,
     "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0},
 }
+_LLAMA4 = {
+    **_SHARED,
+    "num_hidden_layers": 4,
+    "intermediate_size": 96,
+    "intermediate_size_mlp": 128,
+    "head_dim": 32,
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 2,
+}
 _MIXTRAL = {**_SHARED, "num_local_experts": 8, "sliding_window": None}
 _QWEN3_MOE = {**_SHARED, "head_dim": 32, "moe_intermediate_size": 96, "num_experts": 16, "num_experts_per_tok": 4}
 _GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0}
@@ -172,6 +182,7 @@ FAMILIES = {
     "ernie4_5": Row(Ernie4_5Config(**_SHARED, head_dim=32), "sentencepiece", "default"),
     "glm4": Row(Glm4Config(**_SHARED, head_dim=32), "llama3", "llama-bpe"),
     "gpt_oss": Row(GptOssConfig(**_GPT_OSS), "gpt4o", "gpt-4o"),
+    "llama4": Row(Llama4TextConfig(**_LLAMA4), "gpt4o", "gpt-4o"),
     "arcee": Row(ArceeConfig(**_SHARED), "llama3", "llama-bpe"),
     "cohere": Row(CohereConfig(**_SHARED, logit_scale=0.5), "single_digits", "smollm"),
     "nemotron": Row(NemotronConfig(**_SHARED), "sentencepiece", "default"),
@@ -247,6 +258,7 @@ VARIANTS: dict[str, PretrainedConfig] = {
         **{**_GPT_OSS, "num_hidden_layers": 3},
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
     ),
+    "llama4_rope": Llama4TextConfig(**_LLAMA4, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
     "nemotron_with_biases": NemotronConfig(**_SHARED, attention_bias=True, mlp_bias=True),
 }
 
@@ -343,6 +355,18 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
     "gpt_oss_tied": (GptOssConfig(**_GPT_OSS, tie_word_embeddings=True), "output head.*--template"),
     "gpt_oss_biases": (GptOssConfig(**_GPT_OSS, attention_bias=False), "biases.*--template"),
     "gpt_oss_gates": (GptOssConfig(**_GPT_OSS, swiglu_limit=5.0), "swiglu_limit.*--template"),
+    "llama4_rotation": (
+        Llama4TextConfig(**_LLAMA4, no_rope_layers=[1, 1, 0, 1]),
+        "every fourth layer.*no_rope_layers.*--template",
+    ),
+    "llama4_layers": (
+        Llama4TextConfig(**_LLAMA4, layer_types=["full_attention"] * 4),
+        "layer_types.*--template",
+    ),
+    "llama4_chunks": (Llama4TextConfig(**_LLAMA4, attention_chunk_size=64), "chunks of 8192.*64.*--template"),
+    "llama4_scales": (Llama4TextConfig(**_LLAMA4, floor_scale=128), "floor_scale 8192.*--template"),
+    "llama4_moe_layers": (Llama4TextConfig(**_LLAMA4, moe_layers=[0, 2]), "moe_layers.*--template"),
+    "llama4_norms": (Llama4TextConfig(**_LLAMA4, use_qk_norm=False), "use_qk_norm.*--template"),
     "cohere_query_norms": (CohereConfig(**_SHARED, use_qk_norm=True), "use_qk_norm.*--template"),
     "cohere_untied": (CohereConfig(**_SHARED, tie_word_embeddings=False), r"lm_head\.weight.*--template"),
     "nemotron_wide_heads": (NemotronConfig(**_SHARED, head_dim=32), "as wide as the model.*--template"),

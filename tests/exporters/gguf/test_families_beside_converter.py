@@ -29,6 +29,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "gemma4_moe": (),
     # The converter writes one number for each layer, and zeros for tokens that take the first row in transformers.
     "gemma3n": ("feed_forward_length", "per_layer_token_embd.weight"),
+    "llama4": (),
     # The converter writes YaRN's defaults too.
     "gpt_oss": ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
 }

@@ -54,7 +54,7 @@ RARE = (
     "glm4_without_biases",
     "arcee_yarn",
 )
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "llama4")
 JOINED = ("gemma3n",)  # families that store two parameters as one tensor, or one as two
 NFC = ("qwen2", "gpt_neox")  # tokenizers that compose characters first, which llama.cpp does not
 

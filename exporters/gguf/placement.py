@@ -66,7 +66,7 @@ def place(run: RunDirectory, hf_names: Sequence[str], stored: Stored) -> Placeme
         one = (one[0], one[2])
     if stored.rows is not None:
         one = (len(stored.rows), *one[1:])
-    shape = one if len(hf_names) == 1 else (len(hf_names), *one)
+    shape = one if len(hf_names) == 1 and not stored.stacked else (len(hf_names), *one)
     assert stored.name is not None
     return Placement(
         stored.name,
@@ -98,7 +98,7 @@ def builtin_placements(run: RunDirectory, config: Config) -> list[Placement]:
                 way = replace(way, name=_table_name(family, names, stack, hf_names[0]))
             placed = place(run, hf_names, way)
             before = found.get(placed.gguf_name)
-            found[placed.gguf_name] = placed if before is None else _joined(before, placed)
+            found[placed.gguf_name] = placed if before is None else _joined(before, placed, way.stacked)
     return list(found.values())
 
 
@@ -115,8 +115,11 @@ def _table_name(family: Family, names: gguf.TensorNameMap, stack: str, hf_name: 
     return str(gguf_name)
 
 
-def _joined(first: Placement, second: Placement) -> Placement:
+def _joined(first: Placement, second: Placement, stacked: bool) -> Placement:
     """One tensor of two parameters, row after row; of the parameters of experts, one expert after the other."""
+    if stacked:
+        matrices = first.shape[0] + second.shape[0]
+        return replace(first, pieces=(*first.pieces, *second.pieces), shape=(matrices, *first.shape[1:]))
     matrices = math.prod(first.shape[:-2])
     a, b = len(first.pieces) // matrices, len(second.pieces) // matrices
     pieces = [

@@ -28,6 +28,8 @@ def add_architecture(
             have a number for each. `intermediate_size` may be absent where experts are all there is.
     """
     refuse_what_differs(family, config)
+    for note in family.notes(config):
+        log(note)
     if config.get("hidden_act") == "gelu":
         log("llama.cpp computes GELU by its tanh approximation and this model exactly: logits differ in late digits")
     heads, dim = int(config["num_attention_heads"]), int(config["head_dim"])
@@ -37,10 +39,10 @@ def add_architecture(
     writer.add_embedding_length(int(config["hidden_size"]))
     feed_forward = config.get("feed_forward_by_layer") or config.get("intermediate_size")
     if feed_forward is not None:
-        writer.add_feed_forward_length(feed_forward)
+        writer.add_feed_forward_length(_counts(feed_forward))
     writer.add_head_count(heads)
     if heads:
-        writer.add_head_count_kv(config.get("key_heads_by_layer") or int(config["num_key_value_heads"]))
+        writer.add_head_count_kv(_counts(config.get("key_heads_by_layer") or config["num_key_value_heads"]))
     if heads and (config["states_head_dim"] or dim * heads != int(config["hidden_size"])):
         writer.add_key_length(dim)
         writer.add_value_length(dim)
@@ -53,8 +55,13 @@ def add_architecture(
     if not family.windows:
         _add_ignored_window(writer, config, log)
     family.keys(writer, config)
-    for note in family.notes(config):
-        log(f"llama.cpp's {family.name} {note}; results may differ from the original")
+
+
+def _counts(value: int | list[int]) -> int | list[int]:
+    """A count that layers share, or one for each layer where they differ."""
+    if not isinstance(value, list):
+        return int(value)
+    return value[0] if len(set(value)) == 1 else value
 
 
 def refuse_what_differs(family: Family, config: Config) -> None:

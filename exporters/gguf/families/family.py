@@ -40,6 +40,7 @@ class Stored:
         name: the tensor's name in the file; None: the name that gguf's table has for the parameter.
         rows, columns, shape, transposed, function: as in `placement.Piece` and `placement.Placement`; a shape of None
             is the parameter's own, with the number of experts in front where it has one for each.
+        stacked: the parameters that name this tensor are its matrices, and not rows of one.
     """
 
     name: str | None = None
@@ -48,11 +49,22 @@ class Stored:
     shape: tuple[int, ...] | None = None
     transposed: bool = False
     function: Function | None = None
+    stacked: bool = False
 
 
 def as_named(config: Config, hf_name: str, shape: tuple[int, ...]) -> tuple[Stored, ...] | None:
     """Every parameter of the family is stored under the name that gguf's table has for it."""
     return None
+
+
+def no_notes(config: Config) -> Iterator[str]:
+    """llama.cpp computes every model of the family to the last digit."""
+    return iter(())
+
+
+def none_unread(config: Config) -> dict[str, tuple[int, ...]]:
+    """llama.cpp reads every tensor that it demands."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,7 @@ class Family:
         derived: entries of the config under the names that Llama uses, for configs that spell them otherwise.
         keys: writes the metadata that only this family has.
         problems: what of a model llama.cpp's graph does not compute, each as a clause to follow the graph's name.
-        notes: what of a model llama.cpp's graph computes nearly as the model does, each as such a clause.
+        notes: what llama.cpp computes a little otherwise, each as a sentence.
         layer_norm: LayerNorm rather than RMSNorm.
         rotary: positions enter by rotation.
         partial_rotary: llama.cpp's graph can rotate the first part of a head only.
@@ -79,6 +91,8 @@ class Family:
             as it stands under the name that gguf's table has for it.
         elsewhere: the row for models of this type that llama.cpp has another architecture for, None for all others.
         respelled: (part of a parameter's name, how gguf's table spells it), for names that the table lacks.
+        unread: name and shape of tensors that llama.cpp demands and does not read, where the model has none; zeros.
+        tokenizer: llama.cpp's kind of tokenizer, where the architecture has one of its own.
     """
 
     model_type: str
@@ -87,7 +101,7 @@ class Family:
     derived: Callable[[Config], Config] = lambda config: {}
     keys: Callable[[gguf.GGUFWriter, Config], None] = no_keys
     problems: Callable[[Config], Iterator[str]] = no_problems
-    notes: Callable[[Config], Iterator[str]] = no_problems
+    notes: Callable[[Config], Iterator[str]] = no_notes
     layer_norm: bool = False
     rotary: bool = True
     partial_rotary: bool = False
@@ -99,6 +113,8 @@ class Family:
     stored: Callable[[Config, str, tuple[int, ...]], tuple[Stored, ...] | None] = as_named
     respelled: tuple[tuple[str, str], ...] = ()
     elsewhere: Callable[[Config], Family | None] = lambda config: None
+    unread: Callable[[Config], dict[str, tuple[int, ...]]] = none_unread
+    tokenizer: str | None = None
 
     @property
     def name(self) -> str:

@@ -68,7 +68,10 @@ def _moe_problems(config: Config) -> Iterator[str]:
 def _notes(config: Config) -> Iterator[str]:
     least = config["time_step_min"]
     if least > 0:
-        yield f"has no least time step, transformers' model has one of {least}"
+        yield (
+            f"llama.cpp's nemotron_h has no least time step, transformers' model has one of {least}; results may "
+            "differ from the original"
+        )
 
 
 def _stored(config: Config, name: str, shape: tuple[int, ...]) -> tuple[Stored, ...] | None:

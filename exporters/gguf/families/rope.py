@@ -35,8 +35,11 @@ def rope_parameters(config: Config) -> Config:
 
 
 def rotary_dims(config: Config) -> int:
-    """How many values of a head are rotated."""
-    share = rope_parameters(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    """How many values of a head are rotated (all of them where the kind is proportional: some by no angle)."""
+    rope = rope_parameters(config)
+    if rope["rope_type"] == "proportional":
+        return head_dim(config)
+    share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     return int(head_dim(config) * float(share))
 
 
@@ -46,6 +49,8 @@ def factor_tensors(family: Family, config: Config) -> dict[str, Vector]:
     if rope["rope_type"] == "longrope" and "longrope" in family.rope_scalings:
         long, short = gguf.MODEL_TENSOR.ROPE_FACTORS_LONG, gguf.MODEL_TENSOR.ROPE_FACTORS_SHORT
         return {_name(long): _vector(rope["long_factor"]), _name(short): _vector(rope["short_factor"])}
+    if rope["rope_type"] == "proportional" and "proportional" in family.rope_scalings:
+        return {_name(gguf.MODEL_TENSOR.ROPE_FREQS): _proportional_factors(config, rope)}
     factors = rope_frequency_factors(config)
     return {} if factors is None else {_name(gguf.MODEL_TENSOR.ROPE_FREQS): factors}
 
@@ -71,6 +76,16 @@ def rope_frequency_factors(config: Config) -> Vector | None:
     return factors.astype(np.float32)
 
 
+def _proportional_factors(config: Config, rope: Config) -> Vector:
+    """The divisors of Gemma 4's frequencies, f32 [head_dim/2]: pairs that are not rotated have an endless wavelength.
+
+    Source: `Gemma4Model.generate_extra_tensors`; `_compute_proportional_rope_parameters` in transformers.
+    """
+    pairs = head_dim(config) // 2
+    rotated = int(float(rope.get("partial_rotary_factor", 1.0)) * head_dim(config) // 2)
+    return _vector([float(rope.get("factor", 1.0))] * rotated + [1e30] * (pairs - rotated))
+
+
 def add_rope(writer: gguf.GGUFWriter, family: Family, config: Config, log: Callable[[str], None]) -> None:
     """All `<arch>.rope.*` keys. UserError for scalings that llama.cpp's graph does not compute.
 
@@ -94,7 +109,7 @@ def add_rope(writer: gguf.GGUFWriter, family: Family, config: Config, log: Calla
         raise UserError(f"RoPE scaling {kind!r} has no built-in GGUF metadata for {family.name}; {TEMPLATE_HINT}")
     elif kind == "longrope":
         _add_longrope(writer, config, rope, log)
-    # Of llama3 all is in its tensor.
+    # Of llama3 and proportional all is in their tensor.
 
 
 def say_unscaled(writer: gguf.GGUFWriter, config: Config) -> None:

@@ -50,7 +50,8 @@ def canonical_config(config: dict[str, Any]) -> Config:
     `states_head_dim` says whether the config itself has a `head_dim`.
 
     Missing entries and the older spellings of published configs are read as transformers reads them, since its model is
-    what was tuned.
+    what was tuned. `num_key_value_heads` and `intermediate_size` are lists, a value for each layer, where a family's
+    `derived` says so.
 
     Raises:
         UserError: a family that is not built in, or a config that transformers refuses.
@@ -66,7 +67,7 @@ def canonical_config(config: dict[str, Any]) -> Config:
     full: Config = {**config, **known.to_dict()}
     full |= {name: full[spelling] for name, spelling in known.attribute_map.items() if spelling in full}
     full |= family_of(full).derived(full)
-    full["num_key_value_heads"] = int(full.get("num_key_value_heads") or full["num_attention_heads"])
+    full["num_key_value_heads"] = full.get("num_key_value_heads") or full["num_attention_heads"]
     full["states_head_dim"] = full.get("head_dim") is not None
     full["head_dim"] = head_dim(full)
     if "norm_eps" not in full:

@@ -13,10 +13,13 @@ from transformers import (
     Ernie4_5Config,
     FalconConfig,
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
@@ -24,6 +27,7 @@ from transformers import (
     HunYuanDenseV1Config,
     Lfm2Config,
     Lfm2MoeConfig,
+    Llama4TextConfig,
     LlamaConfig,
     Mamba2Config,
     MistralConfig,
@@ -88,6 +92,62 @@ _GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
 }
+# llama.cpp divides the variance of the gates by one less than their number, which shows where there are few.
+_GEMMA3N = {
+    **_SHARED,
+    "num_hidden_layers": 3,
+    "initializer_range": 0.05,
+    "intermediate_size": 2048,
+    "head_dim": 32,
+    "sliding_window": 32,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "vocab_size_per_layer_input": VOCAB - 50,
+    "num_kv_shared_layers": 0,
+    "activation_sparsity_pattern": [0.95] * 3,
+}
+_GEMMA3N_SHARED = {
+    **_GEMMA3N,
+    "num_hidden_layers": 22,
+    "initializer_range": 0.01,  # 22 layers amplify what differs in the gates
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 11,
+    "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 12,
+}
+# Attention is scaled by 1 here, so that small weights are enough; with large ones the f16 table of GELU shows.
+_GEMMA4 = {
+    **_SHARED,
+    "num_hidden_layers": 4,
+    "initializer_range": 0.05,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "sliding_window": 32,
+    "hidden_size_per_layer_input": 0,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+_GEMMA4_E2B = {**_GEMMA4, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB}
+_GEMMA4_MOE = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 96}
+_GEMMA4_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1e5, "factor": 4.0},
+}
+_GPT_OSS = {
+    **_SHARED,
+    "intermediate_size": 96,
+    "head_dim": 32,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 32,
+    "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0},
+}
+_LLAMA4 = {
+    **_SHARED,
+    "num_hidden_layers": 4,
+    "intermediate_size": 96,
+    "intermediate_size_mlp": 128,
+    "head_dim": 32,
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 2,
+}
 _MIXTRAL = {**_SHARED, "num_local_experts": 8, "sliding_window": None}
 _QWEN3_MOE = {**_SHARED, "head_dim": 32, "moe_intermediate_size": 96, "num_experts": 16, "num_experts_per_tok": 4}
 _QWEN2_MOE = {**_SHARED, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 128, "num_experts": 8}
@@ -144,12 +204,12 @@ class Row:
     Attributes:
         config: a small model.
         tokenizer: name of a kind in test_gguf_families.tokenizer_folder.
-        pre: what tokenizer.ggml.pre must be.
+        pre: what tokenizer.ggml.pre must be; None where the kind of tokenizer has none.
     """
 
     config: PretrainedConfig
     tokenizer: str
-    pre: str
+    pre: str | None
 
 
 FAMILIES = {
@@ -168,6 +228,8 @@ FAMILIES = {
     "phi3": Row(Phi3Config(**_SHARED), "sentencepiece", "default"),
     "gemma2": Row(Gemma2Config(**_GEMMA), "gemma", "default"),
     "gemma3": Row(Gemma3TextConfig(**{**_GEMMA, "num_hidden_layers": 7}), "gemma", "default"),
+    "gemma3n": Row(Gemma3nTextConfig(**_GEMMA3N), "gemma", "default"),
+    "gemma4": Row(Gemma4TextConfig(**_GEMMA4), "gemma4", None),
     "olmo2": Row(Olmo2Config(**_SHARED), "olmo2", "smaug-bpe"),
     "olmo3": Row(Olmo3Config(**_OLMO3), "olmo2", "smaug-bpe"),
     "granite": Row(GraniteConfig(**_SHARED, **_GRANITE), "single_digits", "smollm"),
@@ -178,6 +240,8 @@ FAMILIES = {
     "granitemoehybrid": Row(GraniteMoeHybridConfig(**_GRANITE_HYBRID), "llama3", "llama-bpe"),
     "ernie4_5": Row(Ernie4_5Config(**_SHARED, head_dim=32), "sentencepiece", "default"),
     "glm4": Row(Glm4Config(**_SHARED, head_dim=32), "llama3", "llama-bpe"),
+    "gpt_oss": Row(GptOssConfig(**_GPT_OSS), "gpt4o", "gpt-4o"),
+    "llama4": Row(Llama4TextConfig(**_LLAMA4), "gpt4o", "gpt-4o"),
     "arcee": Row(ArceeConfig(**_SHARED), "llama3", "llama-bpe"),
     "cohere": Row(CohereConfig(**_SHARED, logit_scale=0.5), "single_digits", "smollm"),
     "nemotron": Row(NemotronConfig(**_SHARED), "sentencepiece", "default"),
@@ -203,6 +267,17 @@ VARIANTS: dict[str, PretrainedConfig] = {
     "mixtral_of_4": MixtralConfig(**{**_MIXTRAL, "num_local_experts": 4}, num_experts_per_tok=3),
     "qwen2_yarn": Qwen2Config(**BASE, rope_parameters=YARN),
     "qwen2_yarn_attention": Qwen2Config(**BASE, rope_parameters={**YARN, "attention_factor": 1.3}),
+    "qwen2_of_qwen2_vl": Qwen2Config(**BASE, mrope_section=[8, 12, 12]),
+    "qwen3_of_qwen3_vl": Qwen3Config(
+        **BASE,
+        head_dim=128,
+        mrope_section=[24, 20, 20],
+        num_deepstack_layers=3,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e6},
+    ),
+    "qwen3_moe_of_qwen3_vl_moe": Qwen3MoeConfig(
+        **_QWEN3_MOE, norm_topk_prob=True, mrope_section=[6, 5, 5], num_deepstack_layers=3
+    ),
     "smollm3_yarn": SmolLM3Config(**{**_SHARED, "num_hidden_layers": 5}, rope_parameters=YARN),
     "gpt2_narrow_feed_forward": GPT2Config(**_GPT2, n_inner=96),
     "gpt_neox_sequential": GPTNeoXConfig(**_TINY, use_parallel_residual=False),
@@ -224,6 +299,13 @@ VARIANTS: dict[str, PretrainedConfig] = {
     "gemma3_without_windows": Gemma3TextConfig(**_GEMMA, layer_types=["full_attention"] * 2),
     "gemma3_rope": Gemma3TextConfig(**{**_GEMMA, "num_hidden_layers": 7}, rope_parameters=_GEMMA3_ROPE),
     "gemma3_soft_cap": Gemma3TextConfig(**_GEMMA, final_logit_softcapping=5.0),
+    "gemma3n_shared": Gemma3nTextConfig(**_GEMMA3N_SHARED),
+    "gemma4_e2b": Gemma4TextConfig(**_GEMMA4_E2B, num_kv_shared_layers=2, use_double_wide_mlp=True),
+    "gemma4_moe": Gemma4TextConfig(**_GEMMA4, **_GEMMA4_MOE),
+    "gemma4_keys_as_values": Gemma4TextConfig(
+        **_GEMMA4, attention_k_eq_v=True, num_global_key_value_heads=1, final_logit_softcapping=5.0
+    ),
+    "gemma4_rope": Gemma4TextConfig(**_GEMMA4, rope_parameters=_GEMMA4_ROPE),
     "olmo2_yarn": Olmo2Config(**_SHARED, rope_parameters=YARN),
     "olmo3_yarn_window_period_2": Olmo3Config(
         **{**_OLMO3, "num_hidden_layers": 4},
@@ -253,6 +335,11 @@ VARIANTS: dict[str, PretrainedConfig] = {
     "cohere_query_norms": CohereConfig(
         **{**_SHARED, "num_hidden_layers": 64, "initializer_range": 0.1}, use_qk_norm=True
     ),
+    "gpt_oss_windows": GptOssConfig(
+        **{**_GPT_OSS, "num_hidden_layers": 3},
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+    ),
+    "llama4_rope": Llama4TextConfig(**_LLAMA4, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
     "nemotron_with_biases": NemotronConfig(**_SHARED, attention_bias=True, mlp_bias=True),
     "qwen2_moe_without_biases": Qwen2MoeConfig(**_QWEN2_MOE, num_experts_per_tok=3, qkv_bias=False),
     "qwen3_next_more_value_heads": Qwen3NextConfig(**{**_DELTA_NET_MOE, "linear_num_value_heads": 4}),
@@ -328,6 +415,26 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
         "layer_types.*--template",
     ),
     "gemma3_bias": (Gemma3TextConfig(**_GEMMA, attention_bias=True), r"_proj\.bias.*--template"),
+    "gemma3n_laurel": (Gemma3nTextConfig(**_GEMMA3N, laurel_rank=32), "laurel_rank 64.*32.*--template"),
+    "gemma3n_shared": (
+        Gemma3nTextConfig(**{**_GEMMA3N, "num_kv_shared_layers": 1}),
+        "first 20 layers.*first 2.*--template",
+    ),
+    "gemma3n_sparsity": (
+        Gemma3nTextConfig(**{**_GEMMA3N, "activation_sparsity_pattern": [0.95, 0.0, 0.0]}),
+        "5 % of the gates.*--template",
+    ),
+    "gemma4_shared": (
+        Gemma4TextConfig(
+            **{
+                **_GEMMA4_E2B,
+                "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            },
+            num_kv_shared_layers=1,
+        ),
+        "last two layers that have their own.*--template",
+    ),
+    "gemma4_bias": (Gemma4TextConfig(**_GEMMA4, attention_bias=True), r"_proj\.bias.*--template"),
     "olmo2_tied": (Olmo2Config(**_SHARED, tie_word_embeddings=True), "output head.*--template"),
     "olmo2_wide_heads": (Olmo2Config(**_SHARED, head_dim=32), "as wide as the model.*--template"),
     "olmo2_bias": (Olmo2Config(**_SHARED, attention_bias=True), r"_proj\.bias.*--template"),
@@ -368,6 +475,21 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
     ),
     "ernie4_5_bias": (Ernie4_5Config(**_SHARED, use_bias=True), r"_proj\.bias.*--template"),
     "arcee_bias": (ArceeConfig(**_SHARED, mlp_bias=True), r"_proj\.bias.*--template"),
+    "gpt_oss_tied": (GptOssConfig(**_GPT_OSS, tie_word_embeddings=True), "output head.*--template"),
+    "gpt_oss_biases": (GptOssConfig(**_GPT_OSS, attention_bias=False), "biases.*--template"),
+    "gpt_oss_gates": (GptOssConfig(**_GPT_OSS, swiglu_limit=5.0), "swiglu_limit.*--template"),
+    "llama4_rotation": (
+        Llama4TextConfig(**_LLAMA4, no_rope_layers=[1, 1, 0, 1]),
+        "every fourth layer.*no_rope_layers.*--template",
+    ),
+    "llama4_layers": (
+        Llama4TextConfig(**_LLAMA4, layer_types=["full_attention"] * 4),
+        "layer_types.*--template",
+    ),
+    "llama4_chunks": (Llama4TextConfig(**_LLAMA4, attention_chunk_size=64), "chunks of 8192.*64.*--template"),
+    "llama4_scales": (Llama4TextConfig(**_LLAMA4, floor_scale=128), "floor_scale 8192.*--template"),
+    "llama4_moe_layers": (Llama4TextConfig(**_LLAMA4, moe_layers=[0, 2]), "moe_layers.*--template"),
+    "llama4_norms": (Llama4TextConfig(**_LLAMA4, use_qk_norm=False), "use_qk_norm.*--template"),
     "cohere_query_norms": (CohereConfig(**_SHARED, use_qk_norm=True), "use_qk_norm.*--template"),
     "cohere_untied": (CohereConfig(**_SHARED, tie_word_embeddings=False), r"lm_head\.weight.*--template"),
     "nemotron_wide_heads": (NemotronConfig(**_SHARED, head_dim=32), "as wide as the model.*--template"),

@@ -39,9 +39,9 @@ def add_architecture(
     writer.add_feed_forward_length(_counts(config["intermediate_size"]))
     writer.add_head_count(heads)
     writer.add_head_count_kv(_counts(config["num_key_value_heads"]))
-    if dim * heads != int(config["hidden_size"]):
-        writer.add_key_length(dim)
-        writer.add_value_length(dim)
+    if "key_length" in config or dim * heads != int(config["hidden_size"]):
+        writer.add_key_length(int(config.get("key_length", dim)))
+        writer.add_value_length(int(config.get("value_length", dim)))
     if family.layer_norm:
         writer.add_layer_norm_eps(float(config["norm_eps"]))
     else:

@@ -9,6 +9,8 @@ from transformers import (
     ArceeConfig,
     BloomConfig,
     CohereConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Ernie4_5Config,
     FalconConfig,
     Gemma2Config,
@@ -16,6 +18,7 @@ from transformers import (
     Gemma3TextConfig,
     Gemma4TextConfig,
     Glm4Config,
+    Glm4MoeLiteConfig,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
@@ -135,6 +138,23 @@ _LLAMA4 = {
     "num_local_experts": 4,
     "interleave_moe_layer_step": 2,
 }
+_MLA = {
+    **_TINY,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+    "moe_intermediate_size": 96,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "routed_scaling_factor": 1.7,
+}
+_DEEPSEEK = {**_MLA, "first_k_dense_replace": 1}
+_MSCALE = {**YARN, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 0.7}
 _MIXTRAL = {**_SHARED, "num_local_experts": 8, "sliding_window": None}
 _QWEN3_MOE = {**_SHARED, "head_dim": 32, "moe_intermediate_size": 96, "num_experts": 16, "num_experts_per_tok": 4}
 _GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0}
@@ -149,7 +169,8 @@ class Row:
 
     Attributes:
         config: a small model.
-        tokenizer: name of a kind in test_gguf_families.tokenizer_folder.
+        tokenizer: name of a kind in test_gguf_families.tokenizer_folder; another kind of the same build stands in for
+            those that are known by their hash alone.
         pre: what tokenizer.ggml.pre must be; None where the kind of tokenizer has none.
     """
 
@@ -183,6 +204,15 @@ FAMILIES = {
     "glm4": Row(Glm4Config(**_SHARED, head_dim=32), "llama3", "llama-bpe"),
     "gpt_oss": Row(GptOssConfig(**_GPT_OSS), "gpt4o", "gpt-4o"),
     "llama4": Row(Llama4TextConfig(**_LLAMA4), "gpt4o", "gpt-4o"),
+    "deepseek_v2": Row(DeepseekV2Config(**_DEEPSEEK), "llama3", "llama-bpe"),
+    "deepseek_v3": Row(
+        DeepseekV3Config(
+            **_DEEPSEEK, n_group=4, topk_group=2, rope_parameters={**_MSCALE, "mscale": 1.0, "mscale_all_dim": 1.0}
+        ),
+        "llama3",
+        "llama-bpe",
+    ),
+    "glm4_moe_lite": Row(Glm4MoeLiteConfig(**_MLA), "llama3", "llama-bpe"),
     "arcee": Row(ArceeConfig(**_SHARED), "llama3", "llama-bpe"),
     "cohere": Row(CohereConfig(**_SHARED, logit_scale=0.5), "single_digits", "smollm"),
     "nemotron": Row(NemotronConfig(**_SHARED), "sentencepiece", "default"),
@@ -259,6 +289,11 @@ VARIANTS: dict[str, PretrainedConfig] = {
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
     ),
     "llama4_rope": Llama4TextConfig(**_LLAMA4, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    "deepseek_v2_lite": DeepseekV2Config(**{**_DEEPSEEK, "q_lora_rank": None}, rope_parameters=_MSCALE),
+    "deepseek_v3_one_group": DeepseekV3Config(**_DEEPSEEK, n_group=1, topk_group=1, norm_topk_prob=False),
+    "glm4_moe_lite_two_dense": Glm4MoeLiteConfig(
+        **_MLA, mlp_layer_types=["dense", "dense", "sparse"], tie_word_embeddings=True
+    ),
     "nemotron_with_biases": NemotronConfig(**_SHARED, attention_bias=True, mlp_bias=True),
 }
 
@@ -367,6 +402,22 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
     "llama4_scales": (Llama4TextConfig(**_LLAMA4, floor_scale=128), "floor_scale 8192.*--template"),
     "llama4_moe_layers": (Llama4TextConfig(**_LLAMA4, moe_layers=[0, 2]), "moe_layers.*--template"),
     "llama4_norms": (Llama4TextConfig(**_LLAMA4, use_qk_norm=False), "use_qk_norm.*--template"),
+    "deepseek_v2_groups": (
+        DeepseekV2Config(**_DEEPSEEK, topk_method="group_limited_greedy", n_group=4, topk_group=2),
+        "groups of experts.*topk_method.*--template",
+    ),
+    "deepseek_v2_bias": (DeepseekV2Config(**_DEEPSEEK, attention_bias=True), r"_a_proj\.bias.*--template"),
+    "deepseek_v2_27_layers": (
+        DeepseekV2Config(**{**_DEEPSEEK, "num_hidden_layers": 27, "first_k_dense_replace": 27}),
+        "27 layers and a q_lora_rank.*--template",
+    ),
+    "deepseek_v3_pairs": (DeepseekV3Config(**_DEEPSEEK, rope_interleave=False), "rope_interleave.*--template"),
+    "deepseek_v3_mscale": (DeepseekV3Config(**_DEEPSEEK, rope_parameters=YARN), "mscale_all_dim.*--template"),
+    "deepseek_v3_rope": (DeepseekV3Config(**_DEEPSEEK, rope_parameters=LINEAR), "by YaRN or not.*--template"),
+    "glm4_moe_lite_layers": (
+        Glm4MoeLiteConfig(**_MLA, mlp_layer_types=["sparse", "dense", "sparse"]),
+        "mlp_layer_types.*--template",
+    ),
     "cohere_query_norms": (CohereConfig(**_SHARED, use_qk_norm=True), "use_qk_norm.*--template"),
     "cohere_untied": (CohereConfig(**_SHARED, tie_word_embeddings=False), r"lm_head\.weight.*--template"),
     "nemotron_wide_heads": (NemotronConfig(**_SHARED, head_dim=32), "as wide as the model.*--template"),

@@ -54,8 +54,13 @@ RARE = (
     "glm4_without_biases",
     "arcee_yarn",
 )
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "llama4")
-JOINED = ("gemma3n",)  # families that store two parameters as one tensor, or one as two
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+JOINED = (
+    "gemma3n",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe_lite",
+)  # families that store two parameters as one tensor, or one as two
 NFC = ("qwen2", "gpt_neox")  # tokenizers that compose characters first, which llama.cpp does not
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import gguf
 
-from exporters.gguf.families.family import Family, add_expert_counts
+from exporters.gguf.families.experts import add_experts, add_sigmoid_experts
+from exporters.gguf.families.family import Family
 from exporters.gguf.families.mla import NO_BIASES, add_mla, mla_derived, mla_problems, mla_stored
 from exporters.gguf.families.row_orders import Config
 
@@ -16,27 +17,15 @@ def _glm_derived(config: Config) -> Config:
     return {**mla_derived(config), "first_k_dense_replace": [*kinds, "sparse"].index("sparse")}
 
 
-def _keys(writer: gguf.GGUFWriter, config: Config) -> None:
-    add_mla(writer, config)
-    add_expert_counts(writer, config)
-    writer.add_leading_dense_block_count(int(config["first_k_dense_replace"]))
-    writer.add_expert_feed_forward_length(int(config["moe_intermediate_size"]))
-    writer.add_expert_shared_count(int(config["n_shared_experts"]))
-    writer.add_expert_weights_scale(float(config["routed_scaling_factor"]))
-
-
 def _v2_keys(writer: gguf.GGUFWriter, config: Config) -> None:
-    _keys(writer, config)
+    add_mla(writer, config)
+    add_experts(writer, config)
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX)
 
 
 def _v3_keys(writer: gguf.GGUFWriter, config: Config) -> None:
-    _keys(writer, config)
-    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-    writer.add_expert_group_count(int(config["n_group"]))
-    writer.add_expert_group_used_count(int(config["topk_group"]))
-    if config["norm_topk_prob"]:
-        writer.add_expert_weights_norm(True)
+    add_mla(writer, config)
+    add_sigmoid_experts(writer, config)
 
 
 def _v2_problems(config: Config) -> Iterator[str]:

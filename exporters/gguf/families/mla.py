@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import gguf
 import numpy as np
 
+from exporters.gguf.families.experts import score_bias
 from exporters.gguf.families.family import NO_OUTPUT_BIAS, Stored
 from exporters.gguf.families.rope import rope_parameters
 from exporters.gguf.families.row_orders import Config
@@ -62,10 +63,8 @@ def mla_problems(config: Config) -> Iterator[str]:
 
 def mla_stored(config: Config, name: str, shape: tuple[int, ...]) -> tuple[Stored, ...] | None:
     """`kv_b_proj` [heads · (keys + values), rank] as two tensors: keys, transposed in each head, and values."""
-    if name.endswith(".e_score_correction_bias"):
-        return (Stored(f"blk.{name.split('.')[2]}.exp_probs_b.bias"),)
     if not name.endswith(".kv_b_proj.weight"):
-        return None
+        return score_bias(name)
     heads, rank = int(config["num_attention_heads"]), shape[1]
     keys, values = int(config["qk_nope_head_dim"]), int(config["v_head_dim"])
     rows = np.arange(shape[0], dtype=np.intp).reshape(heads, keys + values)

@@ -122,13 +122,18 @@ def _add_yarn(
     writer.add_rope_scaling_orig_ctx_len(int(original))
     if "mscale" in family.rope_scalings:
         writer.add_rope_scaling_yarn_log_mul(0.1 * float(rope["mscale_all_dim"]))
+    elif "mscale_all_dim" in family.rope_scalings:
+        writer.add_rope_scaling_yarn_log_mul(float(rope.get("mscale_all_dim") or 0))
     else:
         attention = _yarn_attention_factor(rope, factor)
         if attention is not None:
             writer.add_rope_scaling_attn_factors(attention)
     say_truncation(rope, log)
     beta_fast, beta_slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
-    if (beta_fast, beta_slow) != (32, 1):
+    if "betas" in family.rope_scalings:
+        writer.add_rope_scaling_yarn_beta_fast(beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(beta_slow)
+    elif (beta_fast, beta_slow) != (32, 1):
         writer.add_rope_scaling_yarn_beta_fast(beta_fast)
         writer.add_rope_scaling_yarn_beta_slow(beta_slow)
         log(

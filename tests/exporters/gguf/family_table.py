@@ -11,13 +11,16 @@ from transformers import (
     CohereConfig,
     DeepseekV2Config,
     DeepseekV3Config,
+    Ernie4_5_MoeConfig,
     Ernie4_5Config,
+    Exaone4Config,
     FalconConfig,
     Gemma2Config,
     Gemma3nTextConfig,
     Gemma3TextConfig,
     Gemma4TextConfig,
     Glm4Config,
+    Glm4MoeConfig,
     Glm4MoeLiteConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -25,6 +28,7 @@ from transformers import (
     GraniteConfig,
     Llama4TextConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
     NemotronConfig,
@@ -35,6 +39,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SmolLM3Config,
 )
 
@@ -155,6 +160,35 @@ _MLA = {
 }
 _DEEPSEEK = {**_MLA, "first_k_dense_replace": 1}
 _MSCALE = {**YARN, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 0.7}
+_GLM4_MOE = {
+    **_SHARED,
+    "num_hidden_layers": 3,
+    "head_dim": 32,
+    "moe_intermediate_size": 96,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "routed_scaling_factor": 1.7,
+}
+_ERNIE_MOE = {
+    **_SHARED,
+    "num_hidden_layers": 3,
+    "moe_intermediate_size": 96,
+    "moe_num_experts": 8,
+    "moe_k": 3,
+    "moe_num_shared_experts": 2,
+}
+_MINISTRAL3_ROPE = {
+    **YARN,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+    "llama_4_scaling_beta": 0.1,
+}
+_MINISTRAL3 = {**_SHARED, "head_dim": 32, "rope_parameters": _MINISTRAL3_ROPE}
+_EXAONE4 = {**_SHARED, "sliding_window": None, "layer_types": ["full_attention"] * 2}
 _MIXTRAL = {**_SHARED, "num_local_experts": 8, "sliding_window": None}
 _QWEN3_MOE = {**_SHARED, "head_dim": 32, "moe_intermediate_size": 96, "num_experts": 16, "num_experts_per_tok": 4}
 _GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0}
@@ -213,6 +247,15 @@ FAMILIES = {
         "llama-bpe",
     ),
     "glm4_moe_lite": Row(Glm4MoeLiteConfig(**_MLA), "llama3", "llama-bpe"),
+    "glm4_moe": Row(Glm4MoeConfig(**_GLM4_MOE), "llama3", "llama-bpe"),
+    "ernie4_5_moe": Row(Ernie4_5_MoeConfig(**_ERNIE_MOE), "sentencepiece", "default"),
+    "ministral3": Row(
+        Ministral3Config(**_SHARED, head_dim=32, rope_parameters=_MINISTRAL3_ROPE), "llama3", "llama-bpe"
+    ),
+    "exaone4": Row(
+        Exaone4Config(**_SHARED, sliding_window=None, layer_types=["full_attention"] * 2), "llama3", "llama-bpe"
+    ),
+    "seed_oss": Row(SeedOssConfig(**_SHARED, head_dim=32), "llama3", "llama-bpe"),
     "arcee": Row(ArceeConfig(**_SHARED), "llama3", "llama-bpe"),
     "cohere": Row(CohereConfig(**_SHARED, logit_scale=0.5), "single_digits", "smollm"),
     "nemotron": Row(NemotronConfig(**_SHARED), "sentencepiece", "default"),
@@ -294,6 +337,14 @@ VARIANTS: dict[str, PretrainedConfig] = {
     "glm4_moe_lite_two_dense": Glm4MoeLiteConfig(
         **_MLA, mlp_layer_types=["dense", "dense", "sparse"], tie_word_embeddings=True
     ),
+    "glm4_moe_norms": Glm4MoeConfig(
+        **_GLM4_MOE, use_qk_norm=True, attention_bias=True, n_group=4, topk_group=2, norm_topk_prob=False
+    ),
+    "ernie4_5_moe_unshared": Ernie4_5_MoeConfig(**{**_ERNIE_MOE, "moe_num_shared_experts": 0}, moe_layer_start_index=2),
+    "exaone4_of_64_layers": Exaone4Config(
+        **{**_SHARED, "num_hidden_layers": 64, "initializer_range": 0.1}, sliding_window=32, rope_parameters=LLAMA3_ROPE
+    ),
+    "seed_oss_yarn": SeedOssConfig(**_SHARED, head_dim=16, rope_parameters=YARN, tie_word_embeddings=True),
     "nemotron_with_biases": NemotronConfig(**_SHARED, attention_bias=True, mlp_bias=True),
 }
 
@@ -418,6 +469,16 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
         Glm4MoeLiteConfig(**_MLA, mlp_layer_types=["sparse", "dense", "sparse"]),
         "mlp_layer_types.*--template",
     ),
+    "ernie4_5_moe_layers": (
+        Ernie4_5_MoeConfig(**_ERNIE_MOE, moe_layer_end_index=1),
+        "moe_layer_start_index.*--template",
+    ),
+    "exaone4_windows": (Exaone4Config(**_SHARED, sliding_window=32), "64 layers.*sliding_window.*--template"),
+    "ministral3_mscale": (
+        Ministral3Config(**{**_MINISTRAL3, "rope_parameters": {**_MINISTRAL3_ROPE, "mscale": 0.7}}),
+        "mscale 1.*--template",
+    ),
+    "seed_oss_bias": (SeedOssConfig(**_SHARED, attention_out_bias=True), r"o_proj\.bias.*--template"),
     "cohere_query_norms": (CohereConfig(**_SHARED, use_qk_norm=True), "use_qk_norm.*--template"),
     "cohere_untied": (CohereConfig(**_SHARED, tie_word_embeddings=False), r"lm_head\.weight.*--template"),
     "nemotron_wide_heads": (NemotronConfig(**_SHARED, head_dim=32), "as wide as the model.*--template"),

@@ -53,14 +53,17 @@ RARE = (
     "ernie4_5_untied",
     "glm4_without_biases",
     "arcee_yarn",
+    "exaone4_of_64_layers",
+    "seed_oss_yarn",
+    "deepseek_v3_one_group",
+    "glm4_moe_lite_two_dense",
+    "ernie4_5_moe_unshared",
+    "gpt_oss_windows",
+    "llama4_rope",
 )
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v2", "deepseek_v3", "glm4_moe_lite")
-JOINED = (
-    "gemma3n",
-    "deepseek_v2",
-    "deepseek_v3",
-    "glm4_moe_lite",
-)  # families that store two parameters as one tensor, or one as two
+MIXTURES = tuple(name for name, row in FAMILIES.items() if hasattr(row.config, "num_experts_per_tok"))
+# Families that store several parameters as one tensor, or one as several.
+JOINED = ("gemma3n", "deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 NFC = ("qwen2", "gpt_neox")  # tokenizers that compose characters first, which llama.cpp does not
 
 

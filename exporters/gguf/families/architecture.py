@@ -43,9 +43,10 @@ def add_architecture(
     writer.add_head_count(heads)
     if heads:
         writer.add_head_count_kv(_counts(config.get("key_heads_by_layer") or config["num_key_value_heads"]))
-    if heads and (config["states_head_dim"] or dim * heads != int(config["hidden_size"])):
-        writer.add_key_length(dim)
-        writer.add_value_length(dim)
+    stated = config["states_head_dim"] or "key_length" in config
+    if heads and (stated or dim * heads != int(config["hidden_size"])):
+        writer.add_key_length(int(config.get("key_length", dim)))
+        writer.add_value_length(int(config.get("value_length", dim)))
     if family.layer_norm:
         writer.add_layer_norm_eps(float(config["norm_eps"]))
     else:

@@ -82,7 +82,9 @@ class Family:
         layer_norm: LayerNorm rather than RMSNorm.
         rotary: positions enter by rotation.
         partial_rotary: llama.cpp's graph can rotate the first part of a head only.
-        rope_scalings: kinds of scaled rotation that llama.cpp's graph computes, besides those that all graphs do.
+        rope_scalings: kinds of scaled rotation that llama.cpp's graph computes, besides those that all graphs do;
+            "mscale" is YaRN whose mscale scales attention, and no other YaRN; "mscale_all_dim" is YaRN with that
+            entry, "betas" YaRN with other betas than 32 and 1.
         windows: llama.cpp's graph has sliding windows.
         activations: names of the feed-forward activation that llama.cpp's graph computes.
         norm_added: the file's norm weights hold 1 + the model's (Gemma's norms multiply by that).

@@ -104,7 +104,7 @@ def add_rope(writer: gguf.GGUFWriter, family: Family, config: Config, log: Calla
     elif kind == "dynamic":
         log("dynamic RoPE scaling is exported without scaling: the same up to the original context length")
     elif kind == "yarn":
-        _add_yarn(writer, config, rope, log)
+        _add_yarn(writer, family, config, rope, log)
     elif kind not in family.rope_scalings:
         raise UserError(f"RoPE scaling {kind!r} has no built-in GGUF metadata for {family.name}; {TEMPLATE_HINT}")
     elif kind == "longrope":
@@ -118,18 +118,28 @@ def say_unscaled(writer: gguf.GGUFWriter, config: Config) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
 
 
-def _add_yarn(writer: gguf.GGUFWriter, config: Config, rope: Config, log: Callable[[str], None]) -> None:
+def _add_yarn(
+    writer: gguf.GGUFWriter, family: Family, config: Config, rope: Config, log: Callable[[str], None]
+) -> None:
     factor = float(rope["factor"])
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(factor)
     original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
     writer.add_rope_scaling_orig_ctx_len(int(original))
-    attention = _yarn_attention_factor(rope, factor)
-    if attention is not None:
-        writer.add_rope_scaling_attn_factors(attention)
+    if "mscale" in family.rope_scalings:
+        writer.add_rope_scaling_yarn_log_mul(0.1 * float(rope["mscale_all_dim"]))
+    elif "mscale_all_dim" in family.rope_scalings:
+        writer.add_rope_scaling_yarn_log_mul(float(rope.get("mscale_all_dim") or 0))
+    else:
+        attention = _yarn_attention_factor(rope, factor)
+        if attention is not None:
+            writer.add_rope_scaling_attn_factors(attention)
     say_truncation(rope, log)
     beta_fast, beta_slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
-    if (beta_fast, beta_slow) != (32, 1):
+    if "betas" in family.rope_scalings:
+        writer.add_rope_scaling_yarn_beta_fast(beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(beta_slow)
+    elif (beta_fast, beta_slow) != (32, 1):
         writer.add_rope_scaling_yarn_beta_fast(beta_fast)
         writer.add_rope_scaling_yarn_beta_slow(beta_slow)
         log(

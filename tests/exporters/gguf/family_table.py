@@ -10,13 +10,19 @@ from transformers import (
     BambaConfig,
     BloomConfig,
     CohereConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Ernie4_5_MoeConfig,
     Ernie4_5Config,
+    Exaone4Config,
     FalconConfig,
     Gemma2Config,
     Gemma3nTextConfig,
     Gemma3TextConfig,
     Gemma4TextConfig,
     Glm4Config,
+    Glm4MoeConfig,
+    Glm4MoeLiteConfig,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
@@ -30,6 +36,7 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     Mamba2Config,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
     NemotronConfig,
@@ -45,6 +52,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
+    SeedOssConfig,
     SmolLM3Config,
 )
 
@@ -148,6 +156,52 @@ _LLAMA4 = {
     "num_local_experts": 4,
     "interleave_moe_layer_step": 2,
 }
+_MLA = {
+    **_TINY,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+    "moe_intermediate_size": 96,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "routed_scaling_factor": 1.7,
+}
+_DEEPSEEK = {**_MLA, "first_k_dense_replace": 1}
+_MSCALE = {**YARN, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 0.7}
+_GLM4_MOE = {
+    **_SHARED,
+    "num_hidden_layers": 3,
+    "head_dim": 32,
+    "moe_intermediate_size": 96,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "routed_scaling_factor": 1.7,
+}
+_ERNIE_MOE = {
+    **_SHARED,
+    "num_hidden_layers": 3,
+    "moe_intermediate_size": 96,
+    "moe_num_experts": 8,
+    "moe_k": 3,
+    "moe_num_shared_experts": 2,
+}
+_MINISTRAL3_ROPE = {
+    **YARN,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+    "llama_4_scaling_beta": 0.1,
+}
+_MINISTRAL3 = {**_SHARED, "head_dim": 32, "rope_parameters": _MINISTRAL3_ROPE}
+_EXAONE4 = {**_SHARED, "sliding_window": None, "layer_types": ["full_attention"] * 2}
 _MIXTRAL = {**_SHARED, "num_local_experts": 8, "sliding_window": None}
 _QWEN3_MOE = {**_SHARED, "head_dim": 32, "moe_intermediate_size": 96, "num_experts": 16, "num_experts_per_tok": 4}
 _QWEN2_MOE = {**_SHARED, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 128, "num_experts": 8}
@@ -203,7 +257,8 @@ class Row:
 
     Attributes:
         config: a small model.
-        tokenizer: name of a kind in test_gguf_families.tokenizer_folder.
+        tokenizer: name of a kind in test_gguf_families.tokenizer_folder; another kind of the same build stands in for
+            those that are known by their hash alone.
         pre: what tokenizer.ggml.pre must be; None where the kind of tokenizer has none.
     """
 
@@ -242,6 +297,24 @@ FAMILIES = {
     "glm4": Row(Glm4Config(**_SHARED, head_dim=32), "llama3", "llama-bpe"),
     "gpt_oss": Row(GptOssConfig(**_GPT_OSS), "gpt4o", "gpt-4o"),
     "llama4": Row(Llama4TextConfig(**_LLAMA4), "gpt4o", "gpt-4o"),
+    "deepseek_v2": Row(DeepseekV2Config(**_DEEPSEEK), "llama3", "llama-bpe"),
+    "deepseek_v3": Row(
+        DeepseekV3Config(
+            **_DEEPSEEK, n_group=4, topk_group=2, rope_parameters={**_MSCALE, "mscale": 1.0, "mscale_all_dim": 1.0}
+        ),
+        "llama3",
+        "llama-bpe",
+    ),
+    "glm4_moe_lite": Row(Glm4MoeLiteConfig(**_MLA), "llama3", "llama-bpe"),
+    "glm4_moe": Row(Glm4MoeConfig(**_GLM4_MOE), "llama3", "llama-bpe"),
+    "ernie4_5_moe": Row(Ernie4_5_MoeConfig(**_ERNIE_MOE), "sentencepiece", "default"),
+    "ministral3": Row(
+        Ministral3Config(**_SHARED, head_dim=32, rope_parameters=_MINISTRAL3_ROPE), "llama3", "llama-bpe"
+    ),
+    "exaone4": Row(
+        Exaone4Config(**_SHARED, sliding_window=None, layer_types=["full_attention"] * 2), "llama3", "llama-bpe"
+    ),
+    "seed_oss": Row(SeedOssConfig(**_SHARED, head_dim=32), "llama3", "llama-bpe"),
     "arcee": Row(ArceeConfig(**_SHARED), "llama3", "llama-bpe"),
     "cohere": Row(CohereConfig(**_SHARED, logit_scale=0.5), "single_digits", "smollm"),
     "nemotron": Row(NemotronConfig(**_SHARED), "sentencepiece", "default"),
@@ -340,6 +413,19 @@ VARIANTS: dict[str, PretrainedConfig] = {
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
     ),
     "llama4_rope": Llama4TextConfig(**_LLAMA4, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    "deepseek_v2_lite": DeepseekV2Config(**{**_DEEPSEEK, "q_lora_rank": None}, rope_parameters=_MSCALE),
+    "deepseek_v3_one_group": DeepseekV3Config(**_DEEPSEEK, n_group=1, topk_group=1, norm_topk_prob=False),
+    "glm4_moe_lite_two_dense": Glm4MoeLiteConfig(
+        **_MLA, mlp_layer_types=["dense", "dense", "sparse"], tie_word_embeddings=True
+    ),
+    "glm4_moe_norms": Glm4MoeConfig(
+        **_GLM4_MOE, use_qk_norm=True, attention_bias=True, n_group=4, topk_group=2, norm_topk_prob=False
+    ),
+    "ernie4_5_moe_unshared": Ernie4_5_MoeConfig(**{**_ERNIE_MOE, "moe_num_shared_experts": 0}, moe_layer_start_index=2),
+    "exaone4_of_64_layers": Exaone4Config(
+        **{**_SHARED, "num_hidden_layers": 64, "initializer_range": 0.1}, sliding_window=32, rope_parameters=LLAMA3_ROPE
+    ),
+    "seed_oss_yarn": SeedOssConfig(**_SHARED, head_dim=16, rope_parameters=YARN, tie_word_embeddings=True),
     "nemotron_with_biases": NemotronConfig(**_SHARED, attention_bias=True, mlp_bias=True),
     "qwen2_moe_without_biases": Qwen2MoeConfig(**_QWEN2_MOE, num_experts_per_tok=3, qkv_bias=False),
     "qwen3_next_more_value_heads": Qwen3NextConfig(**{**_DELTA_NET_MOE, "linear_num_value_heads": 4}),
@@ -490,6 +576,32 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
     "llama4_scales": (Llama4TextConfig(**_LLAMA4, floor_scale=128), "floor_scale 8192.*--template"),
     "llama4_moe_layers": (Llama4TextConfig(**_LLAMA4, moe_layers=[0, 2]), "moe_layers.*--template"),
     "llama4_norms": (Llama4TextConfig(**_LLAMA4, use_qk_norm=False), "use_qk_norm.*--template"),
+    "deepseek_v2_groups": (
+        DeepseekV2Config(**_DEEPSEEK, topk_method="group_limited_greedy", n_group=4, topk_group=2),
+        "groups of experts.*topk_method.*--template",
+    ),
+    "deepseek_v2_bias": (DeepseekV2Config(**_DEEPSEEK, attention_bias=True), r"_a_proj\.bias.*--template"),
+    "deepseek_v2_27_layers": (
+        DeepseekV2Config(**{**_DEEPSEEK, "num_hidden_layers": 27, "first_k_dense_replace": 27}),
+        "27 layers and a q_lora_rank.*--template",
+    ),
+    "deepseek_v3_pairs": (DeepseekV3Config(**_DEEPSEEK, rope_interleave=False), "rope_interleave.*--template"),
+    "deepseek_v3_mscale": (DeepseekV3Config(**_DEEPSEEK, rope_parameters=YARN), "mscale_all_dim.*--template"),
+    "deepseek_v3_rope": (DeepseekV3Config(**_DEEPSEEK, rope_parameters=LINEAR), "by YaRN or not.*--template"),
+    "glm4_moe_lite_layers": (
+        Glm4MoeLiteConfig(**_MLA, mlp_layer_types=["sparse", "dense", "sparse"]),
+        "mlp_layer_types.*--template",
+    ),
+    "ernie4_5_moe_layers": (
+        Ernie4_5_MoeConfig(**_ERNIE_MOE, moe_layer_end_index=1),
+        "moe_layer_start_index.*--template",
+    ),
+    "exaone4_windows": (Exaone4Config(**_SHARED, sliding_window=32), "64 layers.*sliding_window.*--template"),
+    "ministral3_mscale": (
+        Ministral3Config(**{**_MINISTRAL3, "rope_parameters": {**_MINISTRAL3_ROPE, "mscale": 0.7}}),
+        "mscale 1.*--template",
+    ),
+    "seed_oss_bias": (SeedOssConfig(**_SHARED, attention_out_bias=True), r"o_proj\.bias.*--template"),
     "cohere_query_norms": (CohereConfig(**_SHARED, use_qk_norm=True), "use_qk_norm.*--template"),
     "cohere_untied": (CohereConfig(**_SHARED, tie_word_embeddings=False), r"lm_head\.weight.*--template"),
     "nemotron_wide_heads": (NemotronConfig(**_SHARED, head_dim=32), "as wide as the model.*--template"),

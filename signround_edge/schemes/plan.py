@@ -104,9 +104,10 @@ def make_plan(weights: ModelWeights, scheme: Scheme, float_fallback: bool) -> Pl
         if not stays_in_floats(gguf_name(name, config.model_type)):
             module = matrices[name][1]
             places[id(module._parameters["weight"])] = (place, is_transposed(module))
-    for module in decoder.lookups.values():
-        places[id(module._parameters["weight"])] = (Place(Role.EMBEDDING), False)
-    places[id(head)] = (Place(Role.OUTPUT), False)  # overrides EMBEDDING where both are one parameter
+    for module in decoder.lookups.values():  # where the head is the embedding, llama.cpp takes all tables for it
+        role = Role.OUTPUT if embedding is head else Role.EMBEDDING
+        places[id(module._parameters["weight"])] = (Place(role), False)
+    places[id(head)] = (Place(Role.OUTPUT), False)
     known_names: list[tuple[str, ...]] = []
     tensors: list[TensorEntry] = []
     for name, parameter in [*model.named_parameters(), *decoder.stored_buffers().items()]:

@@ -27,9 +27,11 @@ _OF_A_BLOCK = {
 
 def _layers(config: Config) -> list[Config]:
     """What of the config each layer has for itself, under the config's names."""
-    own = config.get("per_layer_config") or {}
+    own = {
+        int(layer): entries for layer, entries in (config.get("per_layer_config") or {}).items()
+    }  # "04" and the like
     shared = {name: config[name] for name in ("head_dim", "num_key_value_heads")}
-    return [{**shared, **own.get(i, own.get(str(i), {}))} for i in range(int(config["num_hidden_layers"]))]
+    return [{**shared, **own.get(layer, {})} for layer in range(int(config["num_hidden_layers"]))]
 
 
 def _derived(config: Config) -> Config:

@@ -70,8 +70,9 @@ def rope_frequency_factors(config: Config) -> Vector | None:
     wavelengths = 2 * math.pi / frequencies
     factor, low, high = float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     original = float(rope["original_max_position_embeddings"])
-    smooth = (original / wavelengths - low) / (high - low)
-    blended = 1.0 / ((1 - smooth) / factor + smooth)
+    with np.errstate(divide="ignore", invalid="ignore"):  # Llama 4 has both factors 1 and blends nothing
+        smooth = (original / wavelengths - low) / (high - low)
+        blended = 1.0 / ((1 - smooth) / factor + smooth)
     factors = np.where(wavelengths < original / high, 1.0, np.where(wavelengths > original / low, factor, blended))
     return factors.astype(np.float32)
 

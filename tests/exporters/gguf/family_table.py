@@ -412,7 +412,9 @@ VARIANTS: dict[str, PretrainedConfig] = {
         **{**_GPT_OSS, "num_hidden_layers": 3},
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
     ),
-    "llama4_rope": Llama4TextConfig(**_LLAMA4, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    "llama4_rope": Llama4TextConfig(
+        **_LLAMA4, rope_parameters={**LLAMA3_ROPE, "high_freq_factor": 1.0}, tie_word_embeddings=True
+    ),
     "deepseek_v2_lite": DeepseekV2Config(**{**_DEEPSEEK, "q_lora_rank": None}, rope_parameters=_MSCALE),
     "deepseek_v3_one_group": DeepseekV3Config(**_DEEPSEEK, n_group=1, topk_group=1, norm_topk_prob=False),
     "glm4_moe_lite_two_dense": Glm4MoeLiteConfig(

@@ -334,6 +334,55 @@ PUBLISHED = {
         },
         {"window_period": 6, "rope_theta": 1e6, "sliding_window": 512},
     ),
+    "google/gemma-4-26B-A4B-it": (
+        {
+            "model_type": "gemma4_text",
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+            "top_k_experts": 8,
+            "global_head_dim": 512,
+            "head_dim": 256,
+            "num_global_key_value_heads": 2,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 8,
+        },
+        {
+            "head_dim": 512,
+            "head_dim_in_windows": 256,
+            "num_key_value_heads": [8, 8, 8, 8, 8, 2] * 5,
+            "num_head_dims": (1, 1),
+            "rotary_dims": 512,
+            "rope_type": "proportional",
+            "window_period": 6,
+        },
+    ),
+    "openai/gpt-oss-20b": (
+        {
+            "model_type": "gpt_oss",
+            "num_hidden_layers": 24,
+            "num_local_experts": 32,
+            "rope_scaling": {"factor": 32.0, "original_max_position_embeddings": 4096, "rope_type": "yarn"},
+            "rope_theta": 150000,
+        },
+        {"num_experts": 32, "window_period": 2, "rope_type": "yarn", "rope_theta": 150000, "original": 4096},
+    ),
+    "deepseek-ai/DeepSeek-V3": (
+        {
+            "model_type": "deepseek_v3",
+            "max_position_embeddings": 163840,
+            "rope_scaling": {"factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "type": "yarn"},
+            "rope_theta": 10000,
+        },
+        {"key_length": 576, "value_length": 512, "num_key_value_heads": 1, "rotary_dims": 64, "rope_type": "yarn"},
+    ),
+    "zai-org/GLM-4.7-Flash": (
+        {"model_type": "glm4_moe_lite", "first_k_dense_replace": 1, "num_hidden_layers": 47, "rope_theta": 1000000},
+        {"first_k_dense_replace": 1, "num_experts": 64, "rotary_dims": 64, "rope_theta": 1e6},
+    ),
+    "zai-org/GLM-4.5-Air": (
+        {"model_type": "glm4_moe", "head_dim": 128, "partial_rotary_factor": 0.5, "rope_theta": 1000000},
+        {"head_dim": 128, "num_experts": 128, "rotary_dims": 64, "rope_theta": 1e6},
+    ),
     "microsoft/Phi-3-mini-128k-instruct": (
         {
             "model_type": "phi3",

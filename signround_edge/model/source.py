@@ -94,14 +94,8 @@ class SourceModel:
                 f"{self.path}: tensor {name} is in {self.files[name]} and in {file.name}; keep the files of one "
                 "checkpoint only"
             )
-        dtype = _DTYPES.get(piece.get_dtype())
-        if len(piece.get_shape()) > 1 and dtype not in _FLOATS and self.quantized is None:
-            raise UserError(
-                f"{file}: tensor {name} is stored as {piece.get_dtype()}, so this checkpoint is quantized already; "
-                "quantize the original model, in 16- or 32-bit floats"
-            )
         self.files[name] = file.name
-        self.dtypes[name] = dtype or torch.float32
+        self.dtypes[name] = _DTYPES.get(piece.get_dtype(), _BYTES)
         self.shapes[name] = tuple(piece.get_shape())
 
     @property
@@ -117,7 +111,9 @@ class SourceModel:
                 tensor: Tensor = _part(tensors.get_slice(name), index) if index else tensors.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: tensor {name} cannot be read ({error}); download the file again") from error
-        if tensor.dtype in _FLOATS and not bool(tensor.isfinite().all()):
+        # fp8 knows NaN too, but has no isfinite.
+        finite = tensor if is_float(tensor.dtype) else tensor.float()
+        if tensor.dtype.is_floating_point and not bool(finite.isfinite().all()):
             raise UserError(f"{file}: tensor {name} holds NaN or infinity; use a checkpoint without them")
         return tensor
 
@@ -181,6 +177,16 @@ def _open(file: Path) -> safe_open:
         raise UserError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
 
 
+def is_float(dtype: torch.dtype) -> bool:
+    """Whether it is what weights are computed with, and no code that needs a scale."""
+    return dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """What safetensors calls it."""
+    return next((name for name, found in _DTYPES.items() if found == dtype), str(dtype).removeprefix("torch."))
+
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -191,8 +197,13 @@ _DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "I64": torch.int64,
+    "U64": torch.uint64,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_BYTES = torch.uint8  # of a type that torch lacks or that nobody stores weights in

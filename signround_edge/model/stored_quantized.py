@@ -52,6 +52,18 @@ def dequantizer(folder: Path) -> Any | None:
     return AutoHfQuantizer.from_config(settings, pre_quantized=True)
 
 
+def scale_of(method: str | None, name: str) -> str | None:
+    """What the scale of a tensor is called, by the names that transformers gives them first; None: it has none.
+
+    Args:
+        method: as `quantization_method` says it.
+    """
+    stem, _, leaf = name.rpartition(".")
+    if method == "mxfp4" and leaf.endswith("_blocks"):
+        return f"{stem}.{leaf.removesuffix('_blocks')}_scales"
+    return f"{name}_scale_inv" if method == "fp8" and "scale" not in leaf else None
+
+
 def _settings(config: dict[str, Any]) -> dict[str, Any] | None:
     text = config.get("text_config")
     for level in (config, text if isinstance(text, dict) else {}):

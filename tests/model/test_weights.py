@@ -94,6 +94,7 @@ def test_tensors_without_use_are_listed_with_their_number(llama: Path) -> None:
         ("base_model.model.", "PEFT"),
         ("_orig_mod.", r"torch\.compile"),
         ("module.", "DistributedDataParallel"),
+        ("model._orig_mod.", r"torch\.compile"),
         ("language.", "some tool"),
     ],
 )
@@ -101,6 +102,90 @@ def test_a_prefix_that_a_tool_has_put_before_the_names_is_named(prefix: str, too
     change(llama, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
     with pytest.raises(UserError, match=rf"begin with '{prefix}', which .*{tool}.*save the model that is inside"):
         ModelWeights.open(llama)
+
+
+@pytest.mark.parametrize(
+    ("part", "tool"),
+    [
+        ("_orig_mod.", r"torch\.compile"),
+        ("_fsdp_wrapped_module.", "FSDP"),
+        ("_checkpoint_wrapped_module.", "torch's checkpoint wrapper"),
+    ],
+)
+def test_what_a_tool_has_put_into_the_names_is_named(part: str, tool: str, llama: Path) -> None:
+    change(llama, lambda tensors: {name.replace("layers.1.", f"layers.1.{part}"): t for name, t in tensors.items()})
+    for load in (ModelWeights.open, load_source_model):
+        with pytest.raises(UserError, match=rf"hold '{part}', which {tool} has put there.*save the model that is"):
+            load(llama)
+
+
+def test_lora_weights_that_are_not_merged_are_named(llama: Path) -> None:
+    def wrap(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        wrapped = {name.replace("q_proj.", "q_proj.base_layer."): tensor for name, tensor in tensors.items()}
+        return {**wrapped, "model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(4, 64)}
+
+    change(llama, wrap)
+    with pytest.raises(UserError, match=r"PEFT's LoRA weights .* not merged .*merge_and_unload"):
+        ModelWeights.open(llama)
+
+
+def test_a_classifier_has_no_head_to_quantize(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**SIZES, num_labels=1)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    for load in (ModelWeights.open, load_source_model):
+        with pytest.raises(UserError, match=r"a LlamaForSequenceClassification, which has no language model head"):
+            load(tmp_path)
+
+
+MASKS = {
+    "gpt_neox": (
+        transformers.GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
+        "gpt_neox.layers.{}.attention.bias",
+        torch.bool,
+    ),
+    "gpt2": (
+        transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=256, n_positions=64),
+        "transformer.h.{}.attn.bias",
+        torch.uint8,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(MASKS))
+def test_masks_stored_in_integers_are_no_weights(kind: str, tmp_path: Path) -> None:
+    """Pythia's and GPT-2's checkpoints hold them, and transformers leaves them out."""
+    config, name, dtype = MASKS[kind]
+    save_random_model(config, tmp_path)
+    masks = {name.format(i): torch.ones(1, 1, 64, 64, dtype=dtype) for i in range(2)}
+    change(tmp_path, lambda tensors: {**tensors, **masks})
+    weights, theirs = ModelWeights.open(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    parameters = dict(theirs.named_parameters())
+    assert all(torch.equal(weights.tensor(found), parameter) for found, parameter in parameters.items())
+    assert sorted(weights.unused) == sorted(masks)
+    (note,) = weights.notes()
+    assert f"no use for 2 of the checkpoint's tensors, which are left out: {name.format('*')}" in note
+    assert torch.equal(
+        load_source_model(tmp_path).lm_head.weight, parameters.get("lm_head.weight", theirs.lm_head.weight)
+    )
+
+
+def test_integers_that_the_model_has_in_floats_are_refused_in_vectors_too(llama: Path) -> None:
+    change(llama, lambda tensors: {**tensors, "model.norm.weight": torch.ones(64, dtype=torch.int16)})
+    for load in (ModelWeights.open, load_source_model):
+        with pytest.raises(UserError, match=r"model\.norm\.weight is stored as I16, so this checkpoint is quantized"):
+            load(llama)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_two_stored_names_for_one_tensor_are_refused_where_they_differ(factor: int, llama: Path) -> None:
+    bare = UP.removeprefix("model.")
+    change(llama, lambda tensors: {**tensors, bare: tensors[UP] * factor})
+    if factor == 1:
+        assert torch.equal(ModelWeights.open(llama).tensor(UP), load_source_model(llama).get_parameter(UP))
+        return
+    for load in (ModelWeights.open, load_source_model):
+        with pytest.raises(UserError, match=rf"{bare} and {UP} are two names for one tensor, and differ; remove"):
+            load(llama)
 
 
 @pytest.mark.parametrize("without", ["model.", ""])

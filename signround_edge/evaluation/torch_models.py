@@ -47,11 +47,13 @@ def load_source_model(
         options |= {"device_map": "auto", "max_memory": {"cpu": memory}, "offload_folder": offload}
     try:
         with _quiet():
-            auto_class = whole_model_class(AutoConfig.from_pretrained(path, local_files_only=True))
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            auto_class = whole_model_class(config)
             model, info = auto_class.from_pretrained(
                 path,
                 dtype=torch.float32,
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
                 **options,

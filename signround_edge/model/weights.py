@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from signround_edge.errors import UserError, first_line
+from signround_edge.model.config import own_code
 from signround_edge.model.decoder import Decoder, build_decoder, set_tensor, whole_model
 from signround_edge.model.language_model import name_of, names_inside, reads_more_than_text
 from signround_edge.model.matching import Conversion, match_names
@@ -105,6 +106,11 @@ class ModelWeights:
         if self.source.ignored_files:
             files = ", ".join(self.source.ignored_files)
             lines.append(f"note: {files}: not read, as transformers loads {sorted(set(self.source.files.values()))[0]}")
+        if code := own_code(self.source.path):
+            lines.append(
+                f"note: the checkpoint brings code of its own ({', '.join(code)}), which is not run: the model is "
+                f"transformers' {type(self._whole_model).__name__}"
+            )
         if self.source.quantized is not None:
             lines.append(f"note: the checkpoint is stored in {self.source.quantized}; transformers dequantizes it")
         if self.is_inside:

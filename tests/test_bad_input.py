@@ -432,3 +432,25 @@ def test_a_broken_file_of_the_tokenizer_is_named(
 ) -> None:
     (model / file).write_bytes(content)
     assert_refused(quantize(model, calibration_text), str(model / file), words)
+
+
+def test_a_broken_generation_config_is_refused_before_anything_is_tuned(model: Path, calibration_text: Path) -> None:
+    (model / "generation_config.json").write_text("{,")
+    assert_refused(quantize(model, calibration_text), "generation_config.json is not JSON", "repair or remove it")
+    assert not (model.parent / "run").exists()
+
+
+def test_a_model_without_blocks_is_refused(model: Path, calibration_text: Path) -> None:
+    rewrite_config(model, {"num_hidden_layers": 0})
+    assert_refused(quantize(model, calibration_text), "LlamaForCausalLM says num_hidden_layers 0; give a model with")
+
+
+def test_a_token_that_the_model_does_not_know_is_refused(
+    tmp_path: Path, tiny_llama: Path, calibration_text: Path
+) -> None:
+    small = transformers.LlamaConfig(**{**TINY.to_dict(), "vocab_size": 512})
+    model = save_random_model(small, tmp_path / "model", tokenizer_from=tiny_llama)
+    refused = quantize(model, calibration_text)
+    assert_refused(
+        refused, "the tokenizer gives token", "but the model knows 512; tokenizer files and weights are not of"
+    )

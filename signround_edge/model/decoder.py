@@ -204,6 +204,8 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
         UserError: it has no list of as many blocks as its config says.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if depth == 0:
+        raise UserError(f"the config of this {type(model).__name__} says num_hidden_layers 0; give a model with blocks")
     inside = set(decoder_of(model).modules())
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth and module in inside:

@@ -21,6 +21,11 @@ def quantization_method(folder: Path) -> str | None:
     settings = _settings(read_config(folder))
     if settings is None:
         return None
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"{folder / CONFIG_FILE}: its quantization_config is {settings!r} and no JSON object; remove the entry "
+            "where the weights are 16- or 32-bit floats, else quantize the original model"
+        )
     method = str(settings.get("quant_method", "an unnamed method"))
     if method not in _DEQUANTIZED:
         raise UserError(
@@ -64,10 +69,10 @@ def scale_of(method: str | None, name: str) -> str | None:
     return f"{name}_scale_inv" if method == "fp8" and "scale" not in leaf else None
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any] | None:
+def _settings(config: dict[str, Any]) -> Any | None:
     text = config.get("text_config")
     for level in (config, text if isinstance(text, dict) else {}):
         found = level.get("quantization_config")
-        if isinstance(found, dict):
+        if found is not None:
             return found
     return None

@@ -120,6 +120,16 @@ def _read_template(file: Path) -> str:
         raise UserError(f"{file} is not UTF-8 text ({error}); repair or remove it") from error
 
 
+def check_tokens(largest: int, model: Any) -> None:
+    """UserError when the tokenizer gives a token id that a transformers model has no embedding of."""
+    known = model.get_input_embeddings().weight.shape[0]
+    if largest >= known:
+        raise UserError(
+            f"the tokenizer gives token {largest}, but the model knows {known}; tokenizer files and weights are not of "
+            "the same model"
+        )
+
+
 def added_bos(tokenizer: Any) -> int | None:
     """The BOS token when this tokenizer puts one in front of a text, else None."""
     bos = tokenizer.bos_token_id

@@ -103,8 +103,14 @@ class ModelWeights:
         """What is left out or read otherwise than one might think, a line each."""
         lines: list[str] = []
         config: Any = self.decoder.model.config
-        if self.source.ignored_files:
-            files = ", ".join(self.source.ignored_files)
+        adapters = [name for name in self.source.ignored_files if name.startswith("adapter_model")]
+        if adapters:
+            lines.append(
+                f"warning: {', '.join(adapters)}: PEFT's adapter beside the model is not applied; merge it first "
+                "(`merge_and_unload()`) where it is meant"
+            )
+        if others := [name for name in self.source.ignored_files if name not in adapters]:
+            files = ", ".join(others)
             lines.append(f"note: {files}: not read, as transformers loads {sorted(set(self.source.files.values()))[0]}")
         if code := own_code(self.source.path):
             lines.append(
@@ -118,11 +124,19 @@ class ModelWeights:
                 f"note: of {type(self._whole_model).__name__} the language model is quantized, as {config.model_type} "
                 "and for text; its towers for images and sound stay as they are in the checkpoint"
             )
-        elif self.unused:
-            kinds = Counter(re.sub(r"\d+", "*", name) for name in self.unused)
+        lora = [name for name in self.unused if ".lora_" in name]
+        if lora:
+            lines.append(
+                f"warning: {len(lora)} LoRA weights beside the matrices ({lora[0]}) are not applied; merge them first "
+                "(`merge_and_unload()`) where they are meant"
+            )
+        lines += self._about_blocks()
+        said = {*lora, *(name for name in self.unused if self._block_beyond(name) is not None)}
+        if not self.is_inside and (rest := [name for name in self.unused if name not in said]):
+            kinds = Counter(re.sub(r"\d+", "*", name) for name in rest)
             shown = ", ".join(list(kinds)[:4]) + (", …" if len(kinds) > 4 else "")
             lines.append(
-                f"note: {config.model_type} has no use for {len(self.unused)} of the checkpoint's tensors, which are "
+                f"note: {config.model_type} has no use for {len(rest)} of the checkpoint's tensors, which are "
                 f"left out: {shown}"
             )
         if self.untied:
@@ -131,6 +145,28 @@ class ModelWeights:
                 "is kept, as transformers does"
             )
         return lines
+
+    def _about_blocks(self) -> list[str]:
+        beyond = [index for name in self.unused if (index := self._block_beyond(name)) is not None]
+        if not beyond:
+            return []
+        config: Any = self.decoder.model.config
+        depth, blocks = len(self.decoder.blocks), sorted(set(beyond))
+        # Blocks that guess further tokens (DeepSeek-V3, GLM-4.5) are none that transformers has.
+        guessing = len(blocks) <= (config.to_dict().get("num_nextn_predict_layers") or 0)
+        which = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}"
+        return [
+            f"{'note' if guessing else 'warning'}: {which} of the checkpoint ({len(beyond)} tensors) left out, as "
+            f"config.json says that the model has {depth} blocks (num_hidden_layers)"
+        ]
+
+    def _block_beyond(self, name: str) -> int | None:
+        """The block that a stored tensor is of, where the model has fewer; of towers for images there is no telling."""
+        if self.is_inside:
+            return None
+        found = re.search(rf"(?:^|\.){re.escape(self.decoder.prefix.rpartition('.')[2])}\.(\d+)\.", name)
+        index = -1 if found is None else int(found[1])
+        return index if index >= len(self.decoder.blocks) else None
 
     @functools.cached_property
     def _whole_model(self) -> Any:

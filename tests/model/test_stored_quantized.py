@@ -164,3 +164,12 @@ def test_nan_in_fp8_is_nan(tmp_path: Path, tiny_llama: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=rf"{name} holds NaN or infinity"):
         ModelWeights.open(tmp_path).tensor(name)
+
+
+def test_settings_that_are_no_object_are_refused(tmp_path: Path) -> None:
+    save_random_model(transformers.LlamaConfig(**SIZES), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": "gptq"}))
+    for load in (ModelWeights.open, load_source_model):
+        with pytest.raises(UserError, match=r"its quantization_config is 'gptq' and no JSON object; remove the entry"):
+            load(tmp_path)

@@ -71,6 +71,112 @@ def test_one_tensor_in_two_files_is_refused(llama: Path) -> None:
         SourceModel.open(llama)
 
 
+def shard(model: Path, *places: str) -> dict[str, Tensor]:
+    """Write the model's tensors to files at `places`, and the index; returns the tensors."""
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    parts = {place: dict(list(tensors.items())[i :: len(places)]) for i, place in enumerate(places)}
+    for place, part in parts.items():
+        (model / place).parent.mkdir(exist_ok=True)
+        save_file(part, model / place, metadata={"format": "pt"})
+    index = {name: place for place, part in parts.items() for name in part}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return tensors
+
+
+def test_files_of_an_index_may_lie_in_a_folder_below(llama: Path) -> None:
+    """Others of the same names lie in the model's folder, and are not read."""
+    places = ("v2/a.safetensors", "v2/b.safetensors")
+    tensors = shard(llama, *places)
+    for place in places:
+        other = {name: tensor * 2 for name, tensor in load_file(llama / place).items()}
+        save_file(other, llama / Path(place).name, metadata={"format": "pt"})
+    weights, theirs = ModelWeights.open(llama), load_source_model(llama)
+    for name, tensor in tensors.items():
+        assert torch.equal(weights.tensor(name), tensor), name
+        assert torch.equal(theirs.get_parameter(name), tensor), name
+    assert sorted(weights.source.hashes()) == ["config.json", *places]
+    assert weights.source.ignored_files == ["a.safetensors", "b.safetensors"]
+
+
+def test_files_outside_the_models_folder_are_refused(llama: Path) -> None:
+    shard(llama, "../outside.safetensors", "a.safetensors")
+    with pytest.raises(
+        UserError, match=r"names \.\./outside\.safetensors, which is outside the model's folder; put all"
+    ):
+        SourceModel.open(llama)
+
+
+@pytest.mark.parametrize("index", ["[]", "{", "{}", '{"weight_map": {}}', '{"weight_map": {"a": null}}'])
+def test_an_index_that_is_none_is_refused(index: str, llama: Path) -> None:
+    shard(llama, "a.safetensors")
+    (llama / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"index\.json is not a readable index \(.*; download it again"):
+        SourceModel.open(llama)
+
+
+def test_the_file_that_the_config_names_counts_first(llama: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    save_file({name: t * 2 for name, t in tensors.items()}, llama / "other.safetensors", metadata={"format": "pt"})
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    weights, theirs = ModelWeights.open(llama), load_source_model(llama)
+    assert torch.equal(weights.tensor(UP), tensors[UP] * 2)
+    assert torch.equal(theirs.get_parameter(UP), tensors[UP] * 2)
+    assert weights.notes() == ["note: model.safetensors: not read, as transformers loads other.safetensors"]
+
+
+def test_a_folder_in_place_of_the_weights_is_named(llama: Path) -> None:
+    (llama / "model.safetensors").unlink()
+    (llama / "model.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"model\.safetensors is a folder, not a file"):
+        SourceModel.open(llama)
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_an_adapter_alone_is_to_be_merged(with_config: bool, llama: Path) -> None:
+    (llama / "model.safetensors").rename(llama / "adapter_model.safetensors")
+    (llama / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    if not with_config:
+        (llama / "config.json").unlink()
+    with pytest.raises(
+        UserError, match=r"holds a PEFT adapter and no model; merge it into org/base \(peft: `merge_and"
+    ):
+        SourceModel.open(llama)
+
+
+def test_an_adapter_beside_the_model_is_said_to_be_left_out(llama: Path) -> None:
+    save_file({"q.lora_A.weight": torch.ones(4, 4)}, llama / "adapter_model.safetensors")
+    (warning,) = ModelWeights.open(llama).notes()
+    assert warning.startswith(
+        "warning: adapter_model.safetensors: PEFT's adapter beside the model is not applied; merge"
+    )
+
+
+def test_lora_weights_beside_the_matrices_are_said_to_be_left_out(llama: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    change(llama, lambda tensors: {**tensors, name: torch.ones(4, 64)})
+    (warning,) = ModelWeights.open(llama).notes()
+    assert warning.startswith(f"warning: 1 LoRA weights beside the matrices ({name}) are not applied; merge them first")
+
+
+@pytest.mark.parametrize(("guessing", "word"), [(0, "warning"), (1, "note")])
+def test_a_whole_block_that_is_left_out_is_said(guessing: int, word: str, llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    config |= {"num_hidden_layers": 1, "num_nextn_predict_layers": guessing}
+    (llama / "config.json").write_text(json.dumps(config))
+    assert ModelWeights.open(llama).notes() == [
+        f"{word}: block 1 of the checkpoint (9 tensors) left out, as config.json says that the model has 1 blocks "
+        "(num_hidden_layers)"
+    ]
+
+
+def test_values_beyond_32_bits_are_refused(llama: Path) -> None:
+    change(llama, lambda tensors: {**tensors, UP: tensors[UP].double() * 1e300})
+    with pytest.raises(UserError, match=rf"{UP} holds 64-bit values that 32-bit floats cannot hold"):
+        ModelWeights.open(llama).tensor(UP)
+
+
 @pytest.mark.parametrize(("names", "message"), [(1, "rename it to model.safetensors"), (2, "download the index")])
 def test_files_that_transformers_does_not_look_for_are_refused(names: int, message: str, llama: Path) -> None:
     for number in range(names):

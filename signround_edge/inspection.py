@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from signround_edge.errors import UserError
+from signround_edge.manifest import TensorEntry
 from signround_edge.plugins import exporter_of
 
 
@@ -87,10 +88,16 @@ def _inspect_run(path: Path) -> Inspection:
     run = RunDirectory.open(path)
     target = run.manifest.targets[0]
     tensors = [
-        TensorInfo(t.name, t.format or t.dtype, tuple(t.shape), entry_bytes(t, target)) for t in run.manifest.tensors
+        TensorInfo(t.name, t.format or _float_name(t, entry_bytes(t, target)), tuple(t.shape), entry_bytes(t, target))
+        for t in run.manifest.tensors
     ]
     manifest = run.manifest
     return Inspection("run", tensors, manifest.scheme, manifest.source_line, _calibration(manifest.settings))
+
+
+def _float_name(entry: TensorEntry, stored: int) -> str:
+    """The dtype of a tensor in floats in the target file, which holds most of them in 32 bits whatever the source."""
+    return "float32" if stored == 4 * math.prod(entry.shape) else entry.dtype
 
 
 def _calibration(settings: dict[str, Any]) -> dict[str, int | None] | None:

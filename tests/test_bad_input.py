@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from support import save_random_model
 
 from signround_edge.cli import main
+from signround_edge.model.config import longest_window
 
 TINY = transformers.LlamaConfig(
     hidden_size=64,
@@ -340,3 +341,116 @@ def test_sizes_that_cannot_be(model: Path, calibration_text: Path, tmp_path: Pat
 def test_a_config_that_is_no_json_is_named_where_the_tokenizer_needs_it(model: Path, evaluation_text: Path) -> None:
     (model / "config.json").write_text("[1")
     assert_refused(run_cli("evaluate", model, "--text", evaluation_text), "config.json is not JSON")
+
+
+def rewrite_config(model: Path, change: dict[str, object], file: str = "config.json") -> None:
+    config = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps({**config, **change}))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        (
+            "config.json",
+            {"model_type": "unknown", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}},
+        ),
+        ("tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.T", "own.T"]}}),
+    ],
+)
+@pytest.mark.parametrize("command", ["quantize", "evaluate"])
+def test_code_of_a_checkpoint_is_never_run_nor_asked_for(
+    command: str, file: str, change: dict[str, object], model: Path, calibration_text: Path, evaluation_text: Path
+) -> None:
+    """transformers asks "Do you wish to run the custom code?" where nobody says otherwise."""
+    run = model.parent / "it-ran"
+    (model / "own.py").write_text(
+        f"open({str(run)!r}, 'w')\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
+        "from transformers import PreTrainedTokenizerFast as T\n"
+    )
+    rewrite_config(model, change, file)
+    arguments = {
+        "quantize": [str(model), "--scheme", "gguf:q4_0", "-o", str(model.parent / "run"), *SIZES],
+        "evaluate": [str(model), "--text", str(evaluation_text), "--n-ctx", "64", "--windows", "1"],
+    }
+    result = CliRunner().invoke(main, [command, *arguments[command]], input="y\n" * 9)
+    assert_refused(result, f"{file}: the checkpoint brings code of its own (own.py), which is never run", "conversion")
+    assert "Do you wish" not in result.output
+    assert not run.exists()
+
+
+def test_code_beside_an_architecture_that_transformers_knows_is_not_run_and_that_is_said(
+    model: Path, calibration_text: Path
+) -> None:
+    rewrite_config(model, {"auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}})
+    result = quantize(model, calibration_text)
+    assert result.exit_code == 0, result.output
+    assert (
+        "brings code of its own (own.py), which is not run: the model is transformers' LlamaForCausalLM"
+        in result.output
+    )
+
+
+POSITIONS: dict[str, transformers.PretrainedConfig] = {
+    "nested": transformers.Gemma3Config(
+        text_config={"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 64, "max_position_embeddings": 96}
+    ),
+    "mpt": transformers.MptConfig(d_model=64, n_heads=4, n_layers=1, vocab_size=64, max_seq_len=96),
+    "gpt2": transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=64, n_positions=96),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(POSITIONS))
+def test_positions_are_those_of_transformers_config(kind: str, tmp_path: Path) -> None:
+    POSITIONS[kind].save_pretrained(tmp_path)
+    assert longest_window(tmp_path) == 96
+
+
+def test_samples_beyond_positions_that_go_by_another_name_are_refused(
+    tmp_path: Path, tiny_llama: Path, calibration_text: Path
+) -> None:
+    """MPT's graph has a bias for each of them, and fails beyond."""
+    config = transformers.MptConfig(d_model=64, n_heads=4, n_layers=1, vocab_size=3072, max_seq_len=96)
+    model = save_random_model(config, tmp_path / "model", tokenizer_from=tiny_llama)
+    refused = quantize(model, calibration_text, "--seqlen", "97")
+    assert_refused(refused, "--seqlen 97 is more than the 96 positions of the model; give --seqlen 96")
+    refused = run_cli("evaluate", model, "--text", calibration_text, "--n-ctx", 97)
+    assert_refused(refused, "--n-ctx 97 is more than the 96 positions")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer.json", b"{", "tokenizer.json is not JSON"),
+        ("tokenizer.json", b"{}", "tokenizer.json: transformers cannot load this tokenizer"),
+        ("chat_template.jinja", b"\xe4", "chat_template.jinja is not UTF-8 text"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "x"}]}', "has an entry without name or template"),
+    ],
+)
+def test_a_broken_file_of_the_tokenizer_is_named(
+    file: str, content: bytes, words: str, model: Path, calibration_text: Path
+) -> None:
+    (model / file).write_bytes(content)
+    assert_refused(quantize(model, calibration_text), str(model / file), words)
+
+
+def test_a_broken_generation_config_is_refused_before_anything_is_tuned(model: Path, calibration_text: Path) -> None:
+    (model / "generation_config.json").write_text("{,")
+    assert_refused(quantize(model, calibration_text), "generation_config.json is not JSON", "repair or remove it")
+    assert not (model.parent / "run").exists()
+
+
+def test_a_model_without_blocks_is_refused(model: Path, calibration_text: Path) -> None:
+    rewrite_config(model, {"num_hidden_layers": 0})
+    assert_refused(quantize(model, calibration_text), "LlamaForCausalLM says num_hidden_layers 0; give a model with")
+
+
+def test_a_token_that_the_model_does_not_know_is_refused(
+    tmp_path: Path, tiny_llama: Path, calibration_text: Path
+) -> None:
+    small = transformers.LlamaConfig(**{**TINY.to_dict(), "vocab_size": 512})
+    model = save_random_model(small, tmp_path / "model", tokenizer_from=tiny_llama)
+    refused = quantize(model, calibration_text)
+    assert_refused(
+        refused, "the tokenizer gives token", "but the model knows 512; tokenizer files and weights are not of"
+    )

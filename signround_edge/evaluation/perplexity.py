@@ -12,7 +12,7 @@ from signround_edge.arguments import at_least, read_text
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import FloatArray, ScoreKeeper, Scores, TokenArray, Windows, cut_windows
 from signround_edge.model.config import longest_window
-from signround_edge.model.tokenizer import added_bos, load_tokenizer
+from signround_edge.model.tokenizer import added_bos, check_tokens, load_tokenizer
 
 
 class TorchSession:
@@ -23,12 +23,7 @@ class TorchSession:
 
     def logits(self, tokens: TokenArray) -> FloatArray:
         """f32 [n, vocab] next-token logits at every position of one window, int32 [n]."""
-        known = self.model.get_input_embeddings().weight.shape[0]
-        if int(tokens.max()) >= known:
-            raise UserError(
-                f"the tokenizer gives token {int(tokens.max())}, but the model knows {known}; "
-                "tokenizer files and weights are not of the same model"
-            )
+        check_tokens(int(tokens.max()), self.model)
         with torch.no_grad():
             device = next(self.model.parameters()).device
             ids = torch.from_numpy(tokens.astype("int64")).unsqueeze(0).to(device)

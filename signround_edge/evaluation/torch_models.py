@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from signround_edge.errors import UserError, first_line
-from signround_edge.model.decoder import transformers_model
+from signround_edge.model.decoder import transformers_model, whole_model
 from signround_edge.model.experts import fused_experts, replace_experts
-from signround_edge.model.language_model import whole_model_class
+from signround_edge.model.language_model import name_of, whole_model_class
+from signround_edge.model.matching import match_names
+from signround_edge.model.missing import missing_tensors
 from signround_edge.model.source import SourceModel
 from signround_edge.model.stored_quantized import dequantizing_settings
 from signround_edge.run_directory import RunDirectory
@@ -35,7 +37,9 @@ def load_source_model(
     """
     from transformers import AutoConfig
 
-    SourceModel.open(path)  # what is missing or broken is said in our words
+    # What is missing or broken, or stored in integers, is said in our words.
+    source = SourceModel.open(path)
+    unused = match_names(source, whole_model(path)).unused
     options: dict[str, Any] = {}
     if (settings := dequantizing_settings(path)) is not None:
         options["quantization_config"] = settings
@@ -43,11 +47,13 @@ def load_source_model(
         options |= {"device_map": "auto", "max_memory": {"cpu": memory}, "offload_folder": offload}
     try:
         with _quiet():
-            auto_class = whole_model_class(AutoConfig.from_pretrained(path, local_files_only=True))
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            auto_class = whole_model_class(config)
             model, info = auto_class.from_pretrained(
                 path,
                 dtype=torch.float32,
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
                 **options,
@@ -56,7 +62,9 @@ def load_source_model(
         raise UserError(
             f"{path}: transformers cannot load this model ({first_line(error)[:200]}); check the folder's files"
         ) from error
-    _refuse_missing(path, info["missing_keys"])
+    if info["missing_keys"]:
+        head = f"{name_of(model, model.get_output_embeddings())}.weight"
+        raise missing_tensors(source, sorted(info["missing_keys"]), unused, head)
     loaded: nn.Module = model.requires_grad_(False).eval()
     return loaded if offload is not None else loaded.to(device)
 

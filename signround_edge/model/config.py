@@ -39,14 +39,65 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
+def own_code(folder: Path, file: str = CONFIG_FILE) -> list[str]:
+    """Modules of Python that a folder brings for its config and model, or its tokenizer, by `auto_map` of a file."""
+    try:
+        content = json.loads((folder / file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    named = content.get("auto_map") if isinstance(content, dict) else None
+    every = named.values() if isinstance(named, dict) else []
+    classes = [name for entry in every for name in (entry if isinstance(entry, list) else [entry])]
+    return sorted({f"{name.rpartition('.')[0]}.py" for name in classes if isinstance(name, str)})
+
+
+def refuse_own_code(folder: Path, error: Exception, file: str = CONFIG_FILE) -> None:
+    """UserError where transformers asked for code that a folder brings, and raised `error`; else nothing."""
+    if "custom code" in str(error):
+        import transformers
+
+        code = ", ".join(own_code(folder, file)) or "auto_map"
+        raise UserError(
+            f"{folder / file}: the checkpoint brings code of its own ({code}), which is never run, and transformers "
+            f"{transformers.__version__} cannot load it otherwise; use a version of transformers that knows it, or a "
+            "conversion of the checkpoint to an architecture that it knows"
+        ) from error
+
+
+# What configs of transformers call the longest text that the model was made for.
+_POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "n_ctx",
+    "seq_length",
+    "max_sequence_length",
+    "max_seq_length",
+    "context_length",
+    "seq_len",
+)
+
+
 def longest_window(folder: Path) -> int | None:
-    """The longest text that a model was made for, by its config.json; None where none says so (an ONNX folder)."""
+    """The longest text that a model was made for, by transformers' config; None where none says so (an ONNX folder)."""
     try:
         config = read_config(folder)
     except UserError:
         return None
-    found = (config.get(key) for key in ("max_position_embeddings", "n_positions"))
-    return next((int(value) for value in found if isinstance(value, int) and value > 0), None)
+    found = (_known_config(folder, config).get(key) for key in _POSITIONS)
+    return next((int(value) for value in found if type(value) is int and value > 0), None)
+
+
+def _known_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the language model, with transformers' defaults; as they stand where it does not know them."""
+    from transformers import AutoConfig
+
+    try:
+        known: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        text = known.get_text_config()
+    except Exception:  # said by whoever builds the model; an artifact's folder needs none
+        return config
+    return {key: getattr(text, key, None) for key in _POSITIONS}
 
 
 def head_dim(config: dict[str, Any]) -> int:

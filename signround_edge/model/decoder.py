@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from signround_edge.errors import UserError, first_line
-from signround_edge.model.config import read_config
+from signround_edge.model.config import read_config, refuse_own_code
 from signround_edge.model.experts import ExpertPart, Experts, replace_experts
 from signround_edge.model.language_model import decoder_of, reads_more_than_text, text_config, whole_model_class
 from signround_edge.model.linear_layers import matrices_of
@@ -168,14 +168,14 @@ def whole_model(config_dir: Path) -> Any:
 
     read_config(config_dir)  # what is no JSON is said so
     with _said(config_dir):
-        config = AutoConfig.from_pretrained(config_dir, local_files_only=True)
+        config = AutoConfig.from_pretrained(config_dir, local_files_only=True, trust_remote_code=False)
         config.quantization_config = None  # dequantized as it is loaded
     return _built(config_dir, whole_model_class(config), config)
 
 
 def _built(config_dir: Path, auto_class: Any, config: Any) -> Any:
     with _said(config_dir), _parameters_on_meta():
-        model: Any = auto_class.from_config(config, dtype=torch.float32)
+        model: Any = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.tie_weights()
     return model.eval()
 
@@ -190,6 +190,7 @@ def _said(config_dir: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
+        refuse_own_code(config_dir, error)
         raise UserError(
             f"{config_dir / 'config.json'}: transformers cannot build this architecture as a causal "
             f"language model ({first_line(error)[:200]}); update transformers, or use another model"
@@ -203,6 +204,8 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
         UserError: it has no list of as many blocks as its config says.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if depth == 0:
+        raise UserError(f"the config of this {type(model).__name__} says num_hidden_layers 0; give a model with blocks")
     inside = set(decoder_of(model).modules())
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth and module in inside:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from signround_edge.errors import UserError
 from signround_edge.files import sha256_of
-from signround_edge.model.config import CONFIG_FILE, is_model_folder
+from signround_edge.model.config import CONFIG_FILE, is_model_folder, read_config
 from signround_edge.model.experts import Index
 from signround_edge.model.stored_quantized import quantization_method
 from signround_edge.model.tokenizer import TEMPLATES_FOLDER
 
 # What an exporter or an evaluation needs besides weights; copied into run/config.
 CONFIG_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+ADAPTER_FILE = "adapter_config.json"  # of PEFT
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -61,7 +62,7 @@ class SourceModel:
 
     Attributes:
         path: the folder.
-        files: stored tensor name → file name.
+        files: stored tensor name → path of its file in the folder, with "/".
         dtypes, shapes: stored tensor name → dtype and shape in the file.
         quantized: "fp8" or "mxfp4" where the tensors have to be dequantized; see `stored_quantized`.
     """
@@ -80,6 +81,7 @@ class SourceModel:
             UserError: something is missing or broken, a tensor is in two files, or the checkpoint is quantized already.
         """
         if not is_model_folder(path):
+            _refuse_adapter(path)
             raise UserError(f"{path} has no config.json; give a Hugging Face model folder")
         found = cls(path, {}, {}, {}, quantization_method(path))
         for file in _weight_files(path):
@@ -89,19 +91,14 @@ class SourceModel:
         return found
 
     def _add(self, name: str, file: Path, piece: Any) -> None:
+        place = file.relative_to(self.path).as_posix()
         if name in self.files:
             raise UserError(
-                f"{self.path}: tensor {name} is in {self.files[name]} and in {file.name}; keep the files of one "
+                f"{self.path}: tensor {name} is in {self.files[name]} and in {place}; keep the files of one "
                 "checkpoint only"
             )
-        dtype = _DTYPES.get(piece.get_dtype())
-        if len(piece.get_shape()) > 1 and dtype not in _FLOATS and self.quantized is None:
-            raise UserError(
-                f"{file}: tensor {name} is stored as {piece.get_dtype()}, so this checkpoint is quantized already; "
-                "quantize the original model, in 16- or 32-bit floats"
-            )
-        self.files[name] = file.name
-        self.dtypes[name] = dtype or torch.float32
+        self.files[name] = place
+        self.dtypes[name] = _DTYPES.get(piece.get_dtype(), _BYTES)
         self.shapes[name] = tuple(piece.get_shape())
 
     @property
@@ -117,8 +114,15 @@ class SourceModel:
                 tensor: Tensor = _part(tensors.get_slice(name), index) if index else tensors.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: tensor {name} cannot be read ({error}); download the file again") from error
-        if tensor.dtype in _FLOATS and not bool(tensor.isfinite().all()):
+        # fp8 knows NaN too, but has no isfinite.
+        finite = tensor if is_float(tensor.dtype) else tensor.float()
+        if tensor.dtype.is_floating_point and not bool(finite.isfinite().all()):
             raise UserError(f"{file}: tensor {name} holds NaN or infinity; use a checkpoint without them")
+        if tensor.dtype == torch.float64 and not bool(tensor.float().isfinite().all()):
+            raise UserError(
+                f"{file}: tensor {name} holds 64-bit values that 32-bit floats cannot hold; use a checkpoint whose "
+                "values are below 3e38"
+            )
         return tensor
 
     def hashes(self) -> dict[str, str]:
@@ -138,19 +142,18 @@ class SourceModel:
 
 def _weight_files(path: Path) -> list[Path]:
     """The files that transformers' `from_pretrained` loads: model.safetensors, else those that the index names."""
+    named = read_config(path).get("transformers_weights")
+    if named is not None:
+        return _named_files(path, named)
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} is not a readable index ({error}); download it again") from error
-        for name in names:
-            if not (path / name).is_file():
-                raise UserError(f"{path / name} is missing, but {index.name} names it; download the missing file")
-        return [path / name for name in names]
-    found = sorted(path.glob("*.safetensors"))
+        return _indexed_files(index)
+    for folder in (whole, index):
+        if folder.is_dir():
+            raise UserError(f"{folder} is a folder, not a file; download the model's weights again")
+    found = sorted(file for file in path.glob("*.safetensors") if not _is_adapter(file))
     if len(found) == 1:
         raise UserError(f"{found[0]} has a name that transformers does not look for; rename it to {whole.name}")
     if found:
@@ -158,6 +161,7 @@ def _weight_files(path: Path) -> list[Path]:
             f"{path} has {len(found)} safetensors files, but neither {whole.name} nor {index.name}, which says which "
             "of them are the model; download the index"
         )
+    _refuse_adapter(path)
     pickles = [file.name for pattern in _PICKLES for file in path.glob(pattern)]
     if pickles:
         raise UserError(
@@ -165,6 +169,62 @@ def _weight_files(path: Path) -> list[Path]:
             "safetensors first (transformers: `model.save_pretrained(folder)`)"
         )
     raise UserError(f"{path} has no *.safetensors file; download the model's weights into it")
+
+
+def _named_files(path: Path, named: Any) -> list[Path]:
+    """The file that config.json's `transformers_weights` names, or those that such an index names."""
+    said = f"{path / CONFIG_FILE}: its transformers_weights is {named!r}"
+    if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
+        raise UserError(f"{said}, no name of a safetensors file or index; name one, or remove the entry")
+    _refuse_outside(named, said)
+    if not (path / named).is_file():
+        raise UserError(f"{said}, and there is no such file; download it, or remove the entry")
+    return _indexed_files(path / named) if named.endswith(".json") else [path / named]
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The files that an index names, all of them in its folder or below."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{index} is not a readable index ({error}); download it again") from error
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(
+            f"{index} is not a readable index (it has no weight_map of tensor names and file names); download it again"
+        )
+    names = sorted(set(places.values()))
+    for name in names:
+        _refuse_outside(name, f"{index} names {name}")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index.parent / name} is missing, but {index.name} names it; download the missing file")
+    return [index.parent / name for name in names]
+
+
+def _refuse_outside(name: str, said: str) -> None:
+    place = PurePosixPath(name)
+    if place.is_absolute() or ".." in place.parts:
+        raise UserError(f"{said}, which is outside the model's folder; put all its files into the folder")
+
+
+def _is_adapter(file: Path) -> bool:
+    return file.name.startswith("adapter_model")
+
+
+def _refuse_adapter(path: Path) -> None:
+    """UserError for a folder with PEFT's weights beside another model's, and no model."""
+    settings = path / ADAPTER_FILE
+    if not settings.is_file() and not any(_is_adapter(file) for file in path.glob("*.safetensors")):
+        return
+    try:
+        content = json.loads(settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = {}
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    raise UserError(
+        f"{path} holds a PEFT adapter and no model; merge it into {base or 'the model that it was trained on'} (peft: "
+        "`merge_and_unload()`), save that with `save_pretrained`, and give its folder"
+    )
 
 
 def _part(stored: Any, index: Index) -> Tensor:
@@ -181,6 +241,16 @@ def _open(file: Path) -> safe_open:
         raise UserError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
 
 
+def is_float(dtype: torch.dtype) -> bool:
+    """Whether it is what weights are computed with, and no code that needs a scale."""
+    return dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """What safetensors calls it."""
+    return next((name for name, found in _DTYPES.items() if found == dtype), str(dtype).removeprefix("torch."))
+
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -191,8 +261,13 @@ _DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "I64": torch.int64,
+    "U64": torch.uint64,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_BYTES = torch.uint8  # of a type that torch lacks or that nobody stores weights in

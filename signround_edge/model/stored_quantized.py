@@ -21,6 +21,11 @@ def quantization_method(folder: Path) -> str | None:
     settings = _settings(read_config(folder))
     if settings is None:
         return None
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"{folder / CONFIG_FILE}: its quantization_config is {settings!r} and no JSON object; remove the entry "
+            "where the weights are 16- or 32-bit floats, else quantize the original model"
+        )
     method = str(settings.get("quant_method", "an unnamed method"))
     if method not in _DEQUANTIZED:
         raise UserError(
@@ -52,10 +57,22 @@ def dequantizer(folder: Path) -> Any | None:
     return AutoHfQuantizer.from_config(settings, pre_quantized=True)
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any] | None:
+def scale_of(method: str | None, name: str) -> str | None:
+    """What the scale of a tensor is called, by the names that transformers gives them first; None: it has none.
+
+    Args:
+        method: as `quantization_method` says it.
+    """
+    stem, _, leaf = name.rpartition(".")
+    if method == "mxfp4" and leaf.endswith("_blocks"):
+        return f"{stem}.{leaf.removesuffix('_blocks')}_scales"
+    return f"{name}_scale_inv" if method == "fp8" and "scale" not in leaf else None
+
+
+def _settings(config: dict[str, Any]) -> Any | None:
     text = config.get("text_config")
     for level in (config, text if isinstance(text, dict) else {}):
         found = level.get("quantization_config")
-        if isinstance(found, dict):
+        if found is not None:
             return found
     return None

@@ -11,7 +11,6 @@ import functools
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,43 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from signround_edge.errors import UserError, first_line
+from signround_edge.model.config import own_code
 from signround_edge.model.decoder import Decoder, build_decoder, set_tensor, whole_model
-from signround_edge.model.language_model import names_inside, reads_more_than_text
+from signround_edge.model.language_model import name_of, names_inside, reads_more_than_text
+from signround_edge.model.matching import Conversion, match_names
+from signround_edge.model.missing import missing_tensors
 from signround_edge.model.source import SourceModel
-from signround_edge.model.stored_quantized import dequantizer
 
-# What tools that wrap a model while training leave in front of its tensors' names.
-_WRAPPERS = {
-    "_orig_mod.": "torch.compile",
-    "module.": "torch's DistributedDataParallel",
-    "base_model.model.": "PEFT",
-    "_fsdp_wrapped_module.": "FSDP",
-}
 _KEPT = 2  # converted tensors kept in memory: experts are asked for one by one, of a layer's two fused parameters
-
-
-@dataclass(frozen=True)
-class _Conversion:
-    """Stored tensors that become the tensors of the model together.
-
-    Attributes:
-        transform: transformers' `WeightTransform`, without data.
-        first: the name that transformers knows it by: that of the first tensor of the model.
-        keys: stored name and the pattern of the transform that it matched, in transformers' order.
-    """
-
-    transform: Any
-    first: str
-    keys: list[tuple[str, str]]
-
-    def run(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Name → tensor of the model, of the stored ones by name."""
-        transform = deepcopy(self.transform)
-        for key, pattern in self.keys:
-            transform.add_tensor(self.first, key, pattern, tensors[key])
-        config: Any = model.config
-        converted = transform.convert(self.first, model=model, config=config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
 @dataclass
@@ -75,7 +45,7 @@ class ModelWeights:
     unused: list[str] = field(default_factory=list)
     untied: bool = False
     _direct: dict[str, str] = field(default_factory=dict)
-    _converted: dict[str, _Conversion] = field(default_factory=dict)
+    _converted: dict[str, Conversion] = field(default_factory=dict)
     _dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     _stored_as: dict[str, str] = field(default_factory=dict)
     _kept: OrderedDict[str, Tensor] = field(default_factory=OrderedDict)
@@ -93,7 +63,8 @@ class ModelWeights:
         weights._tie()
         missing = [n for n, _ in weights.decoder.model.named_parameters() if weights._whole(n) not in weights._dtypes]
         if missing:
-            raise UserError(weights._about_missing(missing))
+            head = f"{name_of(decoder.model, decoder.head)}.weight"
+            raise missing_tensors(source, [weights._whole(name) for name in missing], weights.unused, head)
         return weights
 
     def tensor(self, name: str) -> Tensor:
@@ -132,9 +103,20 @@ class ModelWeights:
         """What is left out or read otherwise than one might think, a line each."""
         lines: list[str] = []
         config: Any = self.decoder.model.config
-        if self.source.ignored_files:
-            files = ", ".join(self.source.ignored_files)
+        adapters = [name for name in self.source.ignored_files if name.startswith("adapter_model")]
+        if adapters:
+            lines.append(
+                f"warning: {', '.join(adapters)}: PEFT's adapter beside the model is not applied; merge it first "
+                "(`merge_and_unload()`) where it is meant"
+            )
+        if others := [name for name in self.source.ignored_files if name not in adapters]:
+            files = ", ".join(others)
             lines.append(f"note: {files}: not read, as transformers loads {sorted(set(self.source.files.values()))[0]}")
+        if code := own_code(self.source.path):
+            lines.append(
+                f"note: the checkpoint brings code of its own ({', '.join(code)}), which is not run: the model is "
+                f"transformers' {type(self._whole_model).__name__}"
+            )
         if self.source.quantized is not None:
             lines.append(f"note: the checkpoint is stored in {self.source.quantized}; transformers dequantizes it")
         if self.is_inside:
@@ -142,11 +124,19 @@ class ModelWeights:
                 f"note: of {type(self._whole_model).__name__} the language model is quantized, as {config.model_type} "
                 "and for text; its towers for images and sound stay as they are in the checkpoint"
             )
-        elif self.unused:
-            kinds = Counter(re.sub(r"\d+", "*", name) for name in self.unused)
+        lora = [name for name in self.unused if ".lora_" in name]
+        if lora:
+            lines.append(
+                f"warning: {len(lora)} LoRA weights beside the matrices ({lora[0]}) are not applied; merge them first "
+                "(`merge_and_unload()`) where they are meant"
+            )
+        lines += self._about_blocks()
+        said = {*lora, *(name for name in self.unused if self._block_beyond(name) is not None)}
+        if not self.is_inside and (rest := [name for name in self.unused if name not in said]):
+            kinds = Counter(re.sub(r"\d+", "*", name) for name in rest)
             shown = ", ".join(list(kinds)[:4]) + (", …" if len(kinds) > 4 else "")
             lines.append(
-                f"note: {config.model_type} has no use for {len(self.unused)} of the checkpoint's tensors, which are "
+                f"note: {config.model_type} has no use for {len(rest)} of the checkpoint's tensors, which are "
                 f"left out: {shown}"
             )
         if self.untied:
@@ -155,6 +145,28 @@ class ModelWeights:
                 "is kept, as transformers does"
             )
         return lines
+
+    def _about_blocks(self) -> list[str]:
+        beyond = [index for name in self.unused if (index := self._block_beyond(name)) is not None]
+        if not beyond:
+            return []
+        config: Any = self.decoder.model.config
+        depth, blocks = len(self.decoder.blocks), sorted(set(beyond))
+        # Blocks that guess further tokens (DeepSeek-V3, GLM-4.5) are none that transformers has.
+        guessing = len(blocks) <= (config.to_dict().get("num_nextn_predict_layers") or 0)
+        which = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}"
+        return [
+            f"{'note' if guessing else 'warning'}: {which} of the checkpoint ({len(beyond)} tensors) left out, as "
+            f"config.json says that the model has {depth} blocks (num_hidden_layers)"
+        ]
+
+    def _block_beyond(self, name: str) -> int | None:
+        """The block that a stored tensor is of, where the model has fewer; of towers for images there is no telling."""
+        if self.is_inside:
+            return None
+        found = re.search(rf"(?:^|\.){re.escape(self.decoder.prefix.rpartition('.')[2])}\.(\d+)\.", name)
+        index = -1 if found is None else int(found[1])
+        return index if index >= len(self.decoder.blocks) else None
 
     @functools.cached_property
     def _whole_model(self) -> Any:
@@ -181,40 +193,18 @@ class ModelWeights:
         return self._stored_as.get(whole, whole)
 
     def _match(self) -> None:
-        """Find what each stored tensor becomes, as `transformers.core_model_loading` does while it loads."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            dot_natural_key,
-            rename_source_key,
-        )
-
-        model: Any = self._whole_model
-        stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        mapping = get_model_conversion_mapping(model, hf_quantizer=dequantizer(self.source.path))
-        renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
-        converters = [t for t in mapping if isinstance(t, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        found: dict[str, _Conversion] = {}
-        for key in sorted(self.source.files, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, stored)
-            if name not in stored and key in stored:
-                name, pattern = rename_source_key(key, [], [], model.base_model_prefix, stored)
-            if name not in stored or (pattern is None and self._own_name(name) is None):
-                self.unused.append(key)
-            elif pattern is None:
-                name = self._own_name(name) or name
-                self._direct[name] = key
-                self._dtypes[name] = self.source.dtypes[key]
-                self._check_shape(name, self.source.shapes[key])
-            else:
-                conversion = found.setdefault(name, _Conversion(by_pattern[pattern], name, []))
-                conversion.keys.append((key, pattern))
-        for conversion in found.values():
+        """Find what each stored tensor becomes, and whether it has the shape that the model asks for."""
+        found = match_names(self.source, self._whole_model, lambda name: self._own_name(name) is not None)
+        self.unused += found.unused
+        for whole_name, key in found.direct.items():
+            name = self._own_name(whole_name) or whole_name
+            self._direct[name] = key
+            self._dtypes[name] = self.source.dtypes[key]
+            self._check_shape(name, self.source.shapes[key])
+        for conversion in found.converted.values():
             self._try(conversion)
 
-    def _try(self, conversion: _Conversion) -> None:
+    def _try(self, conversion: Conversion) -> None:
         """Run a conversion without data: what comes out, and in which shapes."""
         keys = [key for key, _ in conversion.keys]
         empty = {k: torch.empty(self.source.shapes[k], dtype=self.source.dtypes[k], device="meta") for k in keys}
@@ -234,7 +224,7 @@ class ModelWeights:
             self._converted[name] = conversion
             self._dtypes[name] = tensor.dtype
 
-    def _convert(self, conversion: _Conversion) -> None:
+    def _convert(self, conversion: Conversion) -> None:
         tensors = {key: self.source.tensor(key) for key, _ in conversion.keys}
         found = conversion.run(self._whole_model, tensors)
         made = {self._own_name(name) or name: tensor for name, tensor in found.items()}
@@ -263,16 +253,3 @@ class ModelWeights:
                 self._stored_as[owner] = alias
             else:
                 self._stored_as[alias] = owner
-
-    def _about_missing(self, missing: list[str]) -> str:
-        first, path = missing[0], self.source.path
-        longer = next((name for name in self.unused if name.endswith(f".{first}")), None)
-        if longer is not None:
-            prefix = longer.removesuffix(first)
-            tool = next((tool for start, tool in _WRAPPERS.items() if prefix.startswith(start)), "some tool")
-            return (
-                f"{path}: the names of its tensors begin with {prefix!r}, which {tool} has put there ({longer}), so "
-                "transformers does not know them; save the model that is inside it with `save_pretrained`"
-            )
-        seen = f"; {len(self.unused)} others fit nothing, such as {self.unused[0]}" if self.unused else ""
-        return f"{path}: tensor {first} is missing from the safetensors files{seen}; download the model again"

@@ -15,7 +15,7 @@ from signround_edge.manifest import Manifest
 from signround_edge.model.config import longest_window
 from signround_edge.model.decoder import Decoder, unload_parameters
 from signround_edge.model.source import model_name
-from signround_edge.model.tokenizer import added_bos, load_tokenizer
+from signround_edge.model.tokenizer import added_bos, chat_templates, check_tokens, end_tokens, load_tokenizer
 from signround_edge.model.weights import ModelWeights
 from signround_edge.progress import SILENT, Progress
 from signround_edge.run_directory import RunDirectory
@@ -92,7 +92,11 @@ def quantize(
             f"--seqlen {settings.seqlen} is more than the {positions} positions of the model; give --seqlen {positions}"
         )
     tokenizer = load_tokenizer(model)
+    # Read for what is broken in them, which would else be found by `export`.
+    end_tokens(model)
+    chat_templates(tokenizer, model)
     tokens = calibration_tokens(calibration, tokenizer, settings.samples, settings.seqlen)
+    check_tokens(int(tokens.max()), decoder.model)
     if len(tokens) < settings.samples:
         progress.line(f"note: the calibration text gives {len(tokens)} of the {settings.samples} samples asked for")
     given = {} if imatrix is None else given_importance(imatrix, plan, settings.scale_init, progress)

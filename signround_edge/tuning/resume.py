@@ -52,6 +52,7 @@ def create(out: Path, manifest: Manifest, weights: ModelWeights) -> RunDirectory
     config = read_config(out / "config")
     # Whoever builds the model from the run's config must get what the run holds.
     config.pop("quantization_config", None)
+    config.pop("transformers_weights", None)
     if weights.untied:
         config["tie_word_embeddings"] = False
     if config != read_config(out / "config"):

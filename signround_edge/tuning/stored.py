@@ -39,7 +39,8 @@ def _compare(job: Job, name: str, stored: QuantizedTensor) -> tuple[int, int, bo
         zeroes, cuts = lost_weights(own, part)
         zeroed, cut = zeroed + zeroes, cut + cuts
         same = same and lies_on_grid(own, part)
-    return zeroed, cut, same, weight.numel()
+    # A matrix of zeros lies on every grid, which says nothing of this one.
+    return zeroed, cut, same and bool(weight.any()), weight.numel()
 
 
 def _share(count: int, total: int) -> str:

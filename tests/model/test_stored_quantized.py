@@ -114,3 +114,62 @@ def test_integers_that_no_config_speaks_of_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=rf"{name} is stored as I8, so this checkpoint is quantized already"):
         ModelWeights.open(tmp_path)
+
+
+@pytest.mark.parametrize("other_name", [None, "weight_scale"])
+@pytest.mark.parametrize("leaf", ["layers.1.mlp.up_proj", "embed_tokens", "norm"])
+def test_fp8_without_the_scale_that_transformers_reads_is_refused(
+    leaf: str, other_name: str | None, tmp_path: Path, tiny_llama: Path
+) -> None:
+    fp8_model(tmp_path, tiny_llama)
+    name, tensors = f"model.{leaf}.weight", load_file(tmp_path / "model.safetensors")
+    scales = tensors.pop(f"{name}_scale_inv", torch.ones(()))
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    if other_name is not None:
+        tensors[f"model.{leaf}.{other_name}"] = scales
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    seen = "" if other_name is None else rf" \({name}_scale is there, which transformers does not read\)"
+    for load in (ModelWeights.open, load_source_model):
+        with pytest.raises(
+            UserError, match=rf"{name} is stored as F8_E4M3, but its scale {name}_scale_inv is missing{seen};"
+        ):
+            load(tmp_path)
+
+
+def test_mxfp4_without_scales_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
+    mxfp4_model(tmp_path, tiny_llama)
+    stem, tensors = "model.layers.1.mlp.experts.down_proj", load_file(tmp_path / "model.safetensors")
+    del tensors[f"{stem}_scales"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"{stem}_blocks is stored as U8, but its scale {stem}_scales is missing"):
+        ModelWeights.open(tmp_path)
+
+
+def test_mxfp4_that_no_config_speaks_of_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
+    mxfp4_model(tmp_path, tiny_llama)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for load in (ModelWeights.open, load_source_model):
+        with pytest.raises(
+            UserError, match=r"experts\.\w+_blocks is stored as U8, so this checkpoint is quantized already"
+        ):
+            load(tmp_path)
+
+
+def test_nan_in_fp8_is_nan(tmp_path: Path, tiny_llama: Path) -> None:
+    fp8_model(tmp_path, tiny_llama)
+    name, tensors = "model.layers.1.mlp.up_proj.weight", load_file(tmp_path / "model.safetensors")
+    tensors[name].view(torch.uint8)[3, 5] = 0x7F
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"{name} holds NaN or infinity"):
+        ModelWeights.open(tmp_path).tensor(name)
+
+
+def test_settings_that_are_no_object_are_refused(tmp_path: Path) -> None:
+    save_random_model(transformers.LlamaConfig(**SIZES), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": "gptq"}))
+    for load in (ModelWeights.open, load_source_model):
+        with pytest.raises(UserError, match=r"its quantization_config is 'gptq' and no JSON object; remove the entry"):
+            load(tmp_path)

@@ -160,6 +160,8 @@ AS_PARTS = {"role": "user", "content": [{"type": "text", "text": QUESTION["conte
         {"messages": [AS_PARTS, ANSWER]},
         {"prompt": "Who formed this union?", "messages": [QUESTION, ANSWER]},  # as in UltraChat
         {"prompt": [QUESTION], "completion": [ANSWER]},
+        {"prompt": QUESTION["content"], "completion": [ANSWER]},
+        {"prompt": [QUESTION], "completion": ANSWER["content"]},
     ],
 )
 def test_messages_are_what_the_chat_template_makes_of_them(row: dict[str, Any], chat: Any, tmp_path: Path) -> None:
@@ -200,6 +202,42 @@ IMAGE = {"type": "image_url", "image_url": {"url": "flag.png"}}
 def test_messages_that_give_no_text_are_refused(message: Any, sentence: str, chat: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"texts.jsonl line 2.*{sentence}"):
         calibration_tokens(written(tmp_path, {"messages": [QUESTION]}, {"messages": [message]}), chat, 400, 32)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "texts.jsonlines", "texts.ndjson", "TEXTS.JSONL"])
+def test_json_lines_are_known_by_their_endings(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    text = "We the people of the United States. " * 20
+    shutil.copy(written(tmp_path, {"text": text}), tmp_path / name)
+    (sample,) = calibration_tokens(str(tmp_path / name), tokenizer, 4, 32).tolist()
+    assert sample == tokenizer(text)["input_ids"][:32]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_its_rows(indent: int | None, tokenizer: Any, tmp_path: Path) -> None:
+    texts = [f"{word} the people of the United States. " * 20 for word in ("We", "You")]
+    (tmp_path / "texts.json").write_text(json.dumps([{"text": texts[0]}, texts[1]], indent=indent), encoding="utf-8")
+    samples = calibration_tokens(str(tmp_path / "texts.json"), tokenizer, 4, 32).tolist()
+    assert samples == [tokenizer(text)["input_ids"][:32] for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"), [(5, "a number"), (["a"], "an array"), (True, "true or false"), (None, "null")]
+)
+def test_a_row_that_is_no_object_is_refused(row: Any, kind: str, tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"texts.jsonl line 2 is {kind}; give an object or a text"):
+        calibration_tokens(written(tmp_path, "We the people", row), tokenizer, 4, 32)
+    (tmp_path / "texts.json").write_text(json.dumps([row]), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"texts.json row 1 is {kind}; give an object or a text"):
+        calibration_tokens(str(tmp_path / "texts.json"), tokenizer, 4, 32)
+
+
+def test_empty_texts_give_nothing(tokenizer: Any, tmp_path: Path) -> None:
+    """A BOS for each would make samples of nothing else."""
+    with pytest.raises(UserError, match="has fewer than 32 tokens; give more text"):
+        calibration_tokens(written(tmp_path, *({"text": text} for text in ("", " \n") * 100)), tokenizer, 4, 32)
+    short = {"text": "A more perfect union. "}
+    mixed = calibration_tokens(written(tmp_path, *[{"text": ""}, short] * 30), tokenizer, 4, 32)
+    assert torch.equal(mixed, calibration_tokens(written(tmp_path, *[short] * 30), tokenizer, 4, 32))
 
 
 def test_a_row_without_text_is_refused(chat: Any, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from support import save_random_model
 
 from exporters.gguf import GgufExporter
 from exporters.interface import ExportOptions
+from signround_edge.inspection import inspect
 from signround_edge.progress import Progress
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
@@ -111,3 +112,23 @@ def test_weights_that_fp16_scales_cannot_hold_are_named_with_their_share(
     assert any(large in name and "1 of 16384 weights (0.0061 %) were cut off" in line for name, line in warned.items())
     (name,) = [name for name in run.names() if name.endswith("h.1.mlp.c_fc.weight")]
     assert not run.dequantized(name).any()
+
+
+def test_zeros_say_nothing_of_the_grid(tmp_path: Path, tiny_llama: Path, calibration_text: Path) -> None:
+    file, tensors = make(transformers.LlamaConfig(**SIZES), tmp_path / "model", tiny_llama)
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**tensors, name: torch.zeros_like(tensors[name])}, file, metadata={"format": "pt"})
+    run, lines = tune(tmp_path / "model", tmp_path / "run", calibration_text)
+    assert not run.dequantized(name).any()
+    assert not any("grid already" in line for line in lines)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_inspect_names_floats_as_the_file_will_hold_them(
+    dtype: torch.dtype, tmp_path: Path, tiny_llama: Path, calibration_text: Path
+) -> None:
+    file, tensors = make(transformers.LlamaConfig(**SIZES), tmp_path / "model", tiny_llama)
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    run, _ = tune(tmp_path / "model", tmp_path / "run", calibration_text)
+    norms = {t.type: t.bytes // t.shape[0] for t in inspect(run.path).tensors if "norm" in t.name}
+    assert norms == {"float32": 4}

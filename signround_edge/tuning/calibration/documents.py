@@ -12,14 +12,16 @@ from signround_edge.errors import UserError
 
 # Keys looked for in JSON lines and dataset rows, in this order.
 TEXT_KEYS = ("text", "content", "prompt")
+_JSON = (".jsonl", ".jsonlines", ".ndjson", ".json")
+_KINDS = {list: "an array", bool: "true or false", int: "a number", float: "a number"}
 _WAY_OUT = "give a text file, JSON lines or a dataset name"
 
 
 def read_documents(source: str, tokenizer: Any) -> Iterable[str] | None:
     """Documents of a JSON-lines file or dataset; None for a plain text file.
 
-    A row is its text, its `prompt` and `completion` joined, or its `messages` (as a prompt and a completion may be,
-    too) as the tokenizer's chat template writes them.
+    A row is its text, its `prompt` and `completion` joined, or its `messages` (as a prompt or a completion may be, too)
+    as the tokenizer's chat template writes them.
 
     Raises:
         UserError: no such file or dataset, or (once it is reached) a row that gives no text.
@@ -31,7 +33,7 @@ def read_documents(source: str, tokenizer: Any) -> Iterable[str] | None:
         if not path.is_dir() and (path.suffix or source.startswith((".", "/", "~"))):
             raise UserError(f"--calibration {source} does not exist; {_WAY_OUT}")
         return _dataset(source, tokenizer)
-    return _json_lines(path, tokenizer) if path.suffix in (".jsonl", ".ndjson", ".json") else None
+    return _json_rows(path, tokenizer) if path.suffix.lower() in _JSON else None
 
 
 def calibration_text(path: Path) -> str:
@@ -39,20 +41,34 @@ def calibration_text(path: Path) -> str:
     return read_text("--calibration", path).removeprefix("\ufeff")
 
 
-def _json_lines(path: Path, tokenizer: Any) -> Iterable[str]:
-    # Not splitlines(): it also cuts at U+2028 and others, which JSON strings may hold.
-    for number, line in enumerate(calibration_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON; give one JSON object a line") from error
+def _json_rows(path: Path, tokenizer: Any) -> Iterable[str]:
+    for where, row in _rows(path):
         text = row if isinstance(row, str) else _row_text(row, where, tokenizer)
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise UserError(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; repair it")
         yield text
+
+
+def _rows(path: Path) -> Iterable[tuple[str, Any]]:
+    """(where, row) of JSON lines, or of a file that is one JSON array of rows."""
+    content = calibration_text(path)
+    if content.lstrip().startswith("["):
+        try:
+            rows = json.loads(content)
+        except ValueError:  # one array a line, of which the first will be said to be no row
+            rows = None
+        if isinstance(rows, list):
+            yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
+            return
+    # Not splitlines(): it also cuts at U+2028 and others, which JSON strings may hold.
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            yield where, json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where} is not JSON; give one JSON object a line") from error
 
 
 def _dataset(name: str, tokenizer: Any) -> Iterable[str]:
@@ -77,18 +93,30 @@ def _dataset(name: str, tokenizer: Any) -> Iterable[str]:
 
 
 def _row_text(row: Any, where: str, tokenizer: Any) -> str:
-    found = row if isinstance(row, dict) else {}
-    if isinstance(found.get("messages"), list):
-        return _chat(found["messages"], where, tokenizer)
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is {_KINDS.get(type(row), 'null')}; give an object or a text")
+    if isinstance(row.get("messages"), list):
+        return _chat(row["messages"], where, tokenizer)
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if any(isinstance(part, list) for part in (prompt, completion)) and not _has_text(row):
+        return _chat([*_messages(prompt, "user"), *_messages(completion, "assistant")], where, tokenizer)
     for key in TEXT_KEYS:
-        if isinstance(found.get(key), str):
-            completion = found.get("completion") if key == "prompt" else None
-            return str(found[key]) + (completion if isinstance(completion, str) else "")
-    if isinstance(found.get("prompt"), list) and isinstance(found.get("completion"), list):
-        return _chat([*found["prompt"], *found["completion"]], where, tokenizer)
+        if isinstance(row.get(key), str):
+            return str(row[key]) + (completion if key == "prompt" and isinstance(completion, str) else "")
     raise UserError(
         f"{where} has none of the keys messages, {', '.join(TEXT_KEYS)}; rename the key of the text to 'text'"
     )
+
+
+def _has_text(row: dict[str, Any]) -> bool:
+    return any(isinstance(row.get(key), str) for key in TEXT_KEYS if key != "prompt")
+
+
+def _messages(part: Any, role: str) -> list[Any]:
+    """A prompt or a completion as messages; a text is one of `role`."""
+    if isinstance(part, str):
+        return [{"role": role, "content": part}]
+    return part if isinstance(part, list) else []
 
 
 def _chat(messages: list[Any], where: str, tokenizer: Any) -> str:

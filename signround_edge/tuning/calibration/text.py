@@ -19,7 +19,8 @@ def calibration_tokens(source: str, tokenizer: Any, samples: int, seqlen: int) -
     """int64 [samples, seqlen] from `source`; fewer samples when the text is short, UserError when it gives none.
 
     A plain text is tokenized once and cut into windows spread evenly over it. Of JSON lines and datasets, each document
-    of at least `seqlen` tokens gives its first `seqlen`; shorter ones are joined end to end and then cut.
+    of at least `seqlen` tokens gives its first `seqlen`; shorter ones are joined end to end and then cut, and those of
+    white space alone left out.
 
     Where the tokenizer puts BOS in front of a text, every sample begins with it, as all that the model is given later
     does: many models let attention rest there, and behave otherwise where it is missing.
@@ -29,7 +30,7 @@ def calibration_tokens(source: str, tokenizer: Any, samples: int, seqlen: int) -
     if documents is None:
         windows = _from_text(_encode(tokenizer, calibration_text(Path(source)), bos), bos, samples, seqlen)
     else:
-        encoded = (_encode(tokenizer, document, bos) for document in documents)
+        encoded = (_encode(tokenizer, document, bos) for document in documents if document.strip())
         windows = _from_documents(encoded, bos, samples, seqlen)
     if not windows:
         raise UserError(f"--calibration {source} has fewer than {seqlen} tokens; give more text or a smaller --seqlen")

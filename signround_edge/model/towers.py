@@ -62,7 +62,9 @@ class WholeCheckpoint:
         towers = frozenset(name for name in shapes if not name.startswith((decoder, head)))
         for name in sorted(towers):
             if name not in stored:
-                raise UserError(f"{path}: tensor {name} is missing from the safetensors files; download the model again")
+                raise UserError(
+                    f"{path}: tensor {name} is missing from the safetensors files; download the model again"
+                )
             if source.shapes[stored[name]] != shapes[name]:
                 raise UserError(
                     f"{path}: tensor {name} is {list(source.shapes[stored[name]])} but config.json asks for "

@@ -5,11 +5,13 @@ Source: MmprojModel in llama.cpp's conversion/base.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from exporters.gguf.blocks.ggml_types import F16, F32, FILE_TYPES
@@ -54,9 +56,7 @@ class Mmproj:
                 f"{_FLAG} is not known for {model_type!r} (it is for {', '.join(sorted(TOWERS))}); llama.cpp's own "
                 f"converter makes the file: `{CONVERTER}`"
             )
-        source = Source(
-            folder, checkpoint.config, checkpoint.towers, checkpoint.embedding, Preprocessor.read(folder)
-        )
+        source = Source(folder, checkpoint.config, checkpoint.towers, checkpoint.embedding, Preprocessor.read(folder))
         self._keys = {**_common_keys(source, tower), **tower.keys(source)}
         rows = list(tower.rows(source))
         self._require_all(rows, tower)
@@ -95,7 +95,10 @@ class Mmproj:
         shape = _shape(self._checkpoint, row)
         is_matrix = len(shape) > 1 and not row.is_f32
         ggml_type = F16 if is_matrix else F32
-        data = lambda: iter([_values(self._checkpoint, row, is_matrix)])  # noqa: E731 (a closure over this row)
+
+        def data() -> Iterator[NDArray[Any]]:
+            yield _values(self._checkpoint, row, is_matrix)
+
         return PlannedTensor(row.gguf_name, ggml_type, shape, ggml_type.nbytes(shape), data)
 
 
@@ -155,8 +158,6 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
 
 def _shape(checkpoint: WholeCheckpoint, row: Row) -> tuple[int, ...]:
     """The shape of what is stored, without reading data."""
-    import torch
-
     stored = torch.empty(checkpoint.shape(row.hf_name), device="meta")
     return tuple((stored if row.change is None else row.change(stored)).shape)
 

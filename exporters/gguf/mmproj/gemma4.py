@@ -64,6 +64,7 @@ def _keys(source: Source) -> dict[str, Value]:
     source.require("rope_theta of vision_config", vision["rope_parameters"]["rope_theta"], _ROPE_BASE)
     return {
         "clip.vision.projector_type": "gemma4v",
+        "clip.use_gelu": True,  # not in the converter's file, with which llama.cpp computes x·sigmoid(1.702·x) instead
         "clip.vision.attention.layer_norm_epsilon": float(vision["rms_norm_eps"]),
     }
 

@@ -103,8 +103,8 @@ def _qwen2_5_keys(source: Source) -> dict[str, Value]:
     period = whole[0] + 1 if whole else 0
     if not whole or whole != list(range(period - 1, vision["depth"], period)):
         raise UserError(
-            f"{source.folder}: fullatt_block_indexes of vision_config is {whole}, and llama.cpp knows full attention in "
-            "every nth layer only; leave --mmproj out"
+            f"{source.folder}: fullatt_block_indexes of vision_config is {whole}, and llama.cpp knows full attention "
+            "in every nth layer only; leave --mmproj out"
         )
     return {
         "clip.projector_type": "qwen2.5vl_merger",

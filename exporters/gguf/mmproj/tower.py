@@ -47,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """What a kind of tower is described by.
+    """The checkpoint whose tower is to be described.
 
     Attributes:
         folder: the model's folder.
@@ -98,7 +98,7 @@ class Tower:
         model_types: of the whole models that have it.
         rows: all tensors of the file.
         keys: metadata besides what every file has.
-        layers: of the config of the vision tower: layers, hidden values, intermediate values, heads, image size.
+        sizes: of a config of the vision tower.
         unused: what the names of parameters begin with that llama.cpp has no use for.
     """
 

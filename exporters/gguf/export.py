@@ -37,9 +37,15 @@ _ALWAYS_F32 = (
 def export(run: RunDirectory, out: Path, options: GgufOptions) -> Path:
     """Write a run as GGUF, and its model's towers; see `GgufExporter.export`."""
     path = out / "model.gguf" if out.is_dir() else out
-    inputs = {"the run": run.path, "--template": options.template, "--mmproj": options.mmproj}
+    inputs = {"the run": run.path, "--template": options.template}
     check_target(path, inputs)  # before any long work; the names of several files are checked when they are known
-    mmproj = None if options.mmproj is None else Mmproj(run, options.mmproj, options.mmproj_from)
+    mmproj = None
+    if options.mmproj is not None:
+        if options.mmproj.resolve() == path.resolve():
+            raise UserError(f"--mmproj and -o are the same file ({path}); give --mmproj another name")
+        mmproj = Mmproj(run, options.mmproj, options.mmproj_from)
+        inputs["--mmproj-from"] = mmproj.folder
+        check_target(path, inputs)
     written = _export_text(run, path, options, inputs)
     if mmproj is not None:
         options.log(mmproj.about)

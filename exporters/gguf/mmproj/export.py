@@ -32,7 +32,11 @@ _ARCHITECTURE = "clip"
 
 
 class Mmproj:
-    """An mmproj file to be; all that can be wrong with it is said before anything is written."""
+    """An mmproj file to be; all that can be wrong with it is said before anything is written.
+
+    Attributes:
+        folder: of the model that has the towers.
+    """
 
     def __init__(self, run: RunDirectory, path: Path, model: str | None) -> None:
         """Read the checkpoint's headers and plan the file.
@@ -46,7 +50,8 @@ class Mmproj:
                 computes what llama.cpp does not; or `path` is in the way.
         """
         folder = _folder(run, model)
-        self._run, self._path, self._inputs = run, path, {"the run": run.path, "the model": folder}
+        self.folder = folder
+        self._run, self._path, self._inputs = run, path, {"the run": run.path, "--mmproj-from": folder}
         check_target(path, self._inputs, _FLAG)
         self._checkpoint = checkpoint = WholeCheckpoint.open(folder)
         model_type = str(checkpoint.config["model_type"])
@@ -137,8 +142,8 @@ def _common_keys(source: Source, tower: Tower) -> dict[str, Value]:
         "clip.vision.feed_forward_length": sizes.intermediate,
         "clip.vision.block_count": sizes.layers,
         "clip.vision.attention.head_count": sizes.heads,
-        "clip.vision.image_mean": [float(value) for value in prepared.mean],
-        "clip.vision.image_std": [float(value) for value in prepared.std],
+        "clip.vision.image_mean": prepared.mean,
+        "clip.vision.image_std": prepared.std,
     }
 
 

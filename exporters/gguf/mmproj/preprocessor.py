@@ -32,8 +32,8 @@ class Preprocessor:
         for file in (folder / name for name in _FILES):
             if file.is_file():
                 entries |= _read(file)
-        mean, std = entries.get("image_mean"), entries.get("image_std")
-        if not _is_channels(mean) or not _is_channels(std):
+        mean, std = (_channels(entries.get(name)) for name in ("image_mean", "image_std"))
+        if mean is None or std is None:
             raise UserError(
                 f"{folder} has no {_FILES[0]} with image_mean and image_std, without which an mmproj file cannot say "
                 "how images are prepared; download that file, too"
@@ -54,5 +54,8 @@ def _read(file: Path) -> dict[str, Any]:
     return {**entries, **inner} if isinstance(inner, dict) else entries
 
 
-def _is_channels(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(isinstance(one, int | float) for one in value)
+def _channels(value: object) -> list[float] | None:
+    """A number for each of three channels; None where it is something else."""
+    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(one, int | float) for one in value):
+        return None
+    return [float(one) for one in value]

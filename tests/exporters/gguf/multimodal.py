@@ -45,7 +45,7 @@ class Small:
     top: dict[str, Any]
 
 
-# The converter knows the names of projector layers up to the number of the tower's layers: some have more of those here.
+# The converter knows names of projector layers up to the number of the tower's layers, so some have more of those here.
 SMALL = {
     "gemma3": Small("gemma3_mm", {}, (64, 64), {}),
     "smolvlm": Small("smolvlm", {}, (128, 128), {}),

@@ -7,7 +7,7 @@ Saved by transformers itself, so that names are those of published checkpoints (
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,6 @@ class SmallModel:
     model_type: str
     config: Config
     reads_images: bool = False
-
-    def with_config(self, config: Config) -> SmallModel:
-        """The same with another config."""
-        return replace(self, config=config)
 
 
 def _base(*without: str, **changed: Any) -> Config:

@@ -6,7 +6,7 @@ And what transformers makes of an image with them.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from benchmarks.models.small_models import MODELS, build_model
+from benchmarks.models.small_models import MODELS, SmallModel, build_model
 
 BREAK = "[IMG_BREAK]"
 # Numbers that no family has, so that none is assumed. Idefics' images are tiles of 64, four of this size.
@@ -34,47 +34,59 @@ class Small:
     """A small model.
 
     Attributes:
-        model: name in `benchmarks.models.small_models`.
-        vision, top: what else its vision tower and its config have.
+        row: what it is built of.
         image: [height, width] of an image that no preprocessing scales.
     """
 
-    model: str
-    vision: dict[str, Any]
+    row: SmallModel
     image: tuple[int, int]
-    top: dict[str, Any]
 
 
+def _like(model: str, image: tuple[int, int], vision: dict[str, Any], **top: Any) -> Small:
+    """A model of `benchmarks.models.small_models` with other settings of its vision tower, and of itself."""
+    row = MODELS[model]
+    vision = {**row.config["vision_config"], **vision}
+    return Small(replace(row, config={**row.config, "vision_config": vision, **top}), image)
+
+
+def _text(model: str, **changed: Any) -> dict[str, Any]:
+    return {**MODELS[model].config["text_config"], **changed}
+
+
+_PIXTRAL = {"num_hidden_layers": 3, "hidden_act": "silu"}
 # The converter knows names of projector layers up to the number of the tower's layers, so some have more of those here.
 SMALL = {
-    "gemma3": Small("gemma3_mm", {}, (64, 64), {}),
-    "smolvlm": Small("smolvlm", {}, (128, 128), {}),
-    "qwen2_vl": Small("qwen2_vl", {"depth": 4}, (112, 140), {}),
-    "qwen2_5_vl": Small("qwen2_5_vl", {"depth": 4, "fullatt_block_indexes": [1, 3]}, (224, 196), {}),
-    "qwen3_vl": Small("qwen3_vl", {"depth": 3, "deepstack_visual_indexes": [1]}, (128, 160), {}),
-    "qwen3_5": Small("qwen3_5_mm", {}, (128, 160), {}),
-    "mistral3": Small(
-        "mistral3_mm",
-        {"num_hidden_layers": 3, "hidden_act": "silu"},
-        (96, 128),
-        {"text_config": {**MODELS["mistral3_mm"].config["text_config"], "vocab_size": 3080}},
-    ),
-    "gemma4": Small("gemma4_mm", {}, (480, 432), {}),
+    "gemma3": _like("gemma3_mm", (64, 64), {}),
+    "smolvlm": _like("smolvlm", (128, 128), {}),
+    "qwen2_vl": _like("qwen2_vl", (112, 140), {"depth": 4}),
+    "qwen2_5_vl": _like("qwen2_5_vl", (224, 196), {"depth": 4, "fullatt_block_indexes": [1, 3]}),
+    "qwen3_vl": _like("qwen3_vl", (128, 160), {"depth": 3, "deepstack_visual_indexes": [1]}),
+    "qwen3_5": _like("qwen3_5_mm", (128, 160), {}),
+    "mistral3": _like("mistral3_mm", (96, 128), _PIXTRAL, text_config=_text("mistral3_mm", vocab_size=3080)),
+    "gemma4": _like("gemma4_mm", (480, 432), {}),
 }
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+_LLAVA = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+# The same towers in other models.
+ALIKE = {
+    "idefics3": Small(replace(SMALL["smolvlm"].row, model_type="idefics3"), (128, 128)),
+    "llava": Small(
+        SmallModel("llava", {**SMALL["mistral3"].row.config, **_LLAVA}, reads_images=True), SMALL["mistral3"].image
+    ),
+    "qwen3_vl_moe": _like("qwen3_vl", (128, 160), {}, text_config=_text("qwen3_vl", **_EXPERTS)),
+}
+ALIKE["qwen3_vl_moe"] = Small(replace(ALIKE["qwen3_vl_moe"].row, model_type="qwen3_vl_moe"), (128, 160))
 
 
 def publish(name: str, folder: Path) -> Path:
     """A small random model, as its family is published."""
-    small = SMALL[name]
-    row = MODELS[small.model]
-    vision = {**row.config["vision_config"], **small.vision}
-    build_model(row.with_config({**row.config, "vision_config": vision, **small.top}), folder)
+    build_model({**SMALL, **ALIKE}[name].row, folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     if name == "gemma3":
         file = folder / "model.safetensors"
         named = {key.replace("vision_tower.", "vision_tower.vision_model."): t for key, t in load_file(file).items()}
         save_file(named, file, {"format": "pt"})
-    if name == "mistral3":
+    if name in ("mistral3", "llava"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.add_special_tokens({"additional_special_tokens": [BREAK]})
         tokenizer.save_pretrained(folder)

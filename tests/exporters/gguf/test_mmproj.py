@@ -30,7 +30,7 @@ from signround_edge.cli import main
 from signround_edge.errors import UserError
 from signround_edge.manifest import Manifest
 from signround_edge.tuning.settings import TuningSettings
-from tests.exporters.gguf.multimodal import BREAK, SMALL, publish, random_image, reference_embeddings
+from tests.exporters.gguf.multimodal import ALIKE, BREAK, SMALL, publish, random_image, reference_embeddings
 
 ROUND = TuningSettings(steps=0, samples=2, seqlen=32)
 
@@ -41,13 +41,15 @@ ALWAYS = {
     "signround_edge.scheme": "where the weights come from",
     "signround_edge.manifest_sha256": "where the weights come from",
 }
+_BREAKS = {
+    "v.token_embd.img_break": "the converter leaves the language model's tensors out before it looks for this one, and "
+    "llama.cpp then puts no [IMG_BREAK] behind the rows of an image, as these models' processor does"
+}
 # Keys and tensors that differ, by family.
 DIFFERENT: dict[str, dict[str, str]] = {
     "qwen2_vl": {"clip.vision.feed_forward_length": "the converter writes the width of the language model"},
-    "mistral3": {
-        "v.token_embd.img_break": "the converter leaves the language model's tensors out before it looks for this one, "
-        "and llama.cpp then puts no [IMG_BREAK] behind the rows of an image, as this model's processor does"
-    },
+    "mistral3": _BREAKS,
+    "llava": _BREAKS,
     "gemma4": {
         "clip.use_gelu": "without it llama.cpp computes x·sigmoid(1.702·x), transformers the tanh approximation: the "
         "embeddings differ by 0.0085, with it by 0.0015"
@@ -93,11 +95,10 @@ def write_mmproj(folder: Path, out: Path) -> Path:
 
 
 def test_every_tower_has_a_case() -> None:
-    unlike = {"idefics3": "smolvlm", "llava": "mistral3", "qwen3_vl_moe": "qwen3_vl", "qwen3_5_moe": "qwen3_5"}
-    assert {unlike.get(model_type, model_type) for model_type in TOWERS} == set(SMALL)
+    assert set(TOWERS) - {"qwen3_5_moe"} == {*SMALL, *ALIKE}  # whose tower is Qwen3.5's
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.full) for name in ALIKE)])
 def test_the_file_is_the_converters(
     name: str, made: Callable[[str], Path], converter: Converter, tmp_path: Path
 ) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from signround_edge.errors import UserError
+from signround_edge.files import sha256_of
+from signround_edge.model.config import CONFIG_FILE
 from signround_edge.model.decoder import whole_model
 from signround_edge.model.language_model import name_of, reads_more_than_text
 from signround_edge.model.source import SourceModel
@@ -81,6 +83,12 @@ class WholeCheckpoint:
         """Its shape."""
         return self.source.shapes[self.stored[name]]
 
-    def files_of(self, names: set[str]) -> set[str]:
-        """Names of the files that hold tensors."""
-        return {self.source.files[self.stored[name]] for name in names}
+    def changed_file(self, known: dict[str, str], names: set[str]) -> str | None:
+        """Of config.json and the files that hold some tensors, the first that is not as it was; None where all are.
+
+        Args:
+            known: file name → sha256, of all that there was.
+            names: of the tensors.
+        """
+        files = sorted({self.source.files[self.stored[name]] for name in names})
+        return next((f for f in (CONFIG_FILE, *files) if known.get(f) != sha256_of(self.source.path / f)), None)

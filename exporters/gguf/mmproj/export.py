@@ -21,8 +21,6 @@ from exporters.gguf.mmproj.table import CONVERTER, TOWERS
 from exporters.gguf.mmproj.tower import Row, Source, Tower, Value
 from exporters.gguf.provenance import add_provenance, source_name
 from signround_edge.errors import UserError
-from signround_edge.files import sha256_of
-from signround_edge.model.config import CONFIG_FILE
 from signround_edge.model.source import local_model, resolve_model
 from signround_edge.model.towers import WholeCheckpoint
 from signround_edge.run_directory import RunDirectory
@@ -122,13 +120,12 @@ def _folder(run: RunDirectory, model: str | None) -> Path:
 
 def _check_unchanged(run: RunDirectory, checkpoint: WholeCheckpoint, names: set[str]) -> None:
     """UserError unless config and the files of the towers are those that the run was made from."""
-    known: dict[str, str] = run.manifest.source["files"]
-    for file in (CONFIG_FILE, *sorted(checkpoint.files_of(names))):
-        if known.get(file) != sha256_of(checkpoint.source.path / file):
-            raise UserError(
-                f"{checkpoint.source.path} is not the model that the run was made from ({file} differs), and towers of "
-                "another one would not fit; give the original folder with --mmproj-from"
-            )
+    file = checkpoint.changed_file(run.manifest.source["files"], names)
+    if file is not None:
+        raise UserError(
+            f"{checkpoint.source.path} is not the model that the run was made from ({file} differs), and towers of "
+            "another one would not fit; give the original folder with --mmproj-from"
+        )
 
 
 def _common_keys(source: Source, tower: Tower) -> dict[str, Value]:

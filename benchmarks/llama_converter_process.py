@@ -81,7 +81,7 @@ def _with_stand_in(set_vocab: Any) -> Any:
     def set_any_vocab(self: Any) -> None:
         try:
             set_vocab(self)
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, KeyError):  # the last: a special token of the family is not there
             if (Path(self.dir_model) / "tokenizer.model").exists():
                 raise
             self._set_vocab_gpt2()

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from signround_edge.files import sha256_of
 from signround_edge.formats import Grid, QuantizedTensor
 from signround_edge.manifest import OUTSIDE, Manifest, TensorEntry
-from signround_edge.model.experts import replace_experts
+from signround_edge.model.decoder import set_tensor
+from signround_edge.model.experts import fused_experts, replace_experts
 from signround_edge.run_directory import RunDirectory, dtype_name
 from signround_edge.schemes.gguf_presets import ModelTraits, Place, Role
 from signround_edge.schemes.scheme import Scheme, after_fallback, parse_scheme
@@ -69,7 +70,7 @@ def make_run(model_dir: Path, out: Path, scheme: str | Scheme) -> RunDirectory:
     entries: list[TensorEntry] = []
     parts: dict[str, dict[str, Tensor | QuantizedTensor]] = {f"{i:04d}": {} for i in range(len(blocks))}
     parts[OUTSIDE] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in [*model.named_parameters(), *stored_buffers(model).items()]:
         owner = modules[name.rpartition(".")[0]]
         part = OUTSIDE
         if name.startswith(blocks_name + "."):
@@ -112,7 +113,11 @@ def dequantized_model(run: RunDirectory) -> PreTrainedModel:
     """The torch model (f32, eval) with the run's dequantized weights: what artifacts are compared with."""
     config = transformers.AutoConfig.from_pretrained(run.config_dir)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    missing, unexpected = model.load_state_dict(fused_experts(dict(run.state_dict())), strict=False)
+    with torch.device("meta"):
+        parts = replace_experts(AutoModelForCausalLM.from_config(config))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tensors = fused_experts(dict(run.state_dict()), parts, shapes)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= set(run.manifest.tied), missing
     model.tie_weights()
@@ -133,31 +138,15 @@ def assert_same_files(one: Path, other: Path) -> None:
 
 def split_experts(model: nn.Module) -> None:
     """Take the fused experts of a loaded model apart."""
-    fused = {name: module for name, module in model.named_modules() if "gate_up_proj" in module._parameters}
-    replace_experts(model)
-    for name, module in fused.items():
-        for number, expert in enumerate(model.get_submodule(name)):
-            gate, up = module.gate_up_proj[number].detach().chunk(2)
-            expert.gate_proj.weight = nn.Parameter(gate.clone())
-            expert.up_proj.weight = nn.Parameter(up.clone())
-            expert.down_proj.weight = nn.Parameter(module.down_proj[number].detach().clone())
+    fused = dict(model.named_parameters())
+    for name, part in replace_experts(model).items():
+        set_tensor(model, name, part.of(fused[part.fused].detach()).clone())
 
 
-def fused_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a run under the names and in the shapes of transformers' own model."""
-    found = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
-    for name in tensors:
-        stem, _, leaf = name.partition(".experts.0.")
-        if not leaf:
-            continue
-        count = len({n for n in tensors if n.startswith(f"{stem}.experts.") and n.endswith(leaf)})
-        stack = torch.stack([tensors[f"{stem}.experts.{i}.{leaf}"] for i in range(count)])
-        found[f"{stem}.experts.{leaf}"] = stack
-    for name in [name for name in found if name.endswith(".experts.gate_proj.weight")]:
-        stem = name.removesuffix("gate_proj.weight")
-        found[f"{stem}gate_up_proj"] = torch.cat([found.pop(name), found.pop(f"{stem}up_proj.weight")], dim=1)
-        found[f"{stem}down_proj"] = found.pop(f"{stem}down_proj.weight")
-    return found
+def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that transformers saves."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
 
 
 def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

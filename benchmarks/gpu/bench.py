@@ -139,7 +139,7 @@ class PreparedBlock:
     def restore(self) -> None:
         """Put the source's weights back into the modules."""
         for matrix in self.unit.matrices:
-            matrix.install(matrix.weight)
+            matrix.install(matrix.exact)
 
 
 def prepare(

@@ -81,7 +81,7 @@ def search(bench: Bench) -> Iterator[Row]:
         found, errors = [], [0.0, 0.0]
         for both in pairs:
             tensors = [
-                grid.quantize(m.weight, initial_scales(grid, m.weight, m.importance, "search")).to(CPU) for m in both
+                grid.quantize(m.exact, initial_scales(grid, m.exact, m.importance, "search")).to(CPU) for m in both
             ]
             found.append(Difference.between(*tensors))
             for side, tensor in enumerate(tensors):
@@ -93,7 +93,7 @@ def search(bench: Bench) -> Iterator[Row]:
 
 def _weighted_error(matrix: Matrix, tensor: QuantizedTensor) -> float:
     """Σ E[x²]·(w − ŵ)², both on the CPU."""
-    return float(((matrix.weight - tensor.dequantize()).square() * matrix.importance).double().sum())
+    return float(((matrix.exact - tensor.dequantize()).square() * matrix.importance).double().sum())
 
 
 def gptq(bench: Bench) -> Iterator[Row]:
@@ -111,15 +111,15 @@ def gptq(bench: Bench) -> Iterator[Row]:
     apart = float((hessian - other).norm() / hessian.norm())
     yield {"table": "gptq", "format": "hessian", "why": f"‖H − H of the device‖ / ‖H‖ = {apart:.1e}"}
     for grid in _all_grids(bench):
-        fields = grid.store(initial_scales(grid, matrix.weight, matrix.importance, "search"))
+        fields = grid.store(initial_scales(grid, matrix.exact, matrix.importance, "search"))
         for damping in DAMPING:
             moved = {name: field.to(bench.device) for name, field in fields.items()}
             rounded = [
-                compensated(matrix.weight, hessian, grid, fields, damping),
-                compensated(on_device.weight, hessian.to(bench.device), grid, moved, damping).to(CPU),
+                compensated(matrix.exact, hessian, grid, fields, damping),
+                compensated(on_device.exact, hessian.to(bench.device), grid, moved, damping).to(CPU),
             ]
             tensors = [_nearest(grid, weight, fields) for weight in rounded]
-            errors = [_output_error(matrix.weight - tensor.dequantize(), hessian) for tensor in tensors]
+            errors = [_output_error(matrix.exact - tensor.dequantize(), hessian) for tensor in tensors]
             found = Difference.between(*tensors)
             row = {"table": "gptq", "format": grid.name, "damping": damping, **found.row()}
             yield {**row, "why": found.why(errors[1] / errors[0] - 1)}
@@ -167,7 +167,7 @@ def _state(grid: Grid, rows: int) -> tuple[RoundingState, list[Tensor]]:
     weight = torch.randn(shape, generator=generator)
     scales = initial_scales(grid, weight, torch.ones(shape[1]), "search")
     state = RoundingState.start(grid, weight, scales)
-    state.v.uniform_(-0.4, 0.4, generator=generator)
+    state.v = torch.empty_like(state.blocks).uniform_(-0.4, 0.4, generator=generator)
     return state, [torch.randn(shape, generator=generator).bfloat16() for _ in range(_STEPS)]
 
 

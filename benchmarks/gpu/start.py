@@ -37,7 +37,7 @@ def start(bench: Bench, shape: str, name: str) -> Iterator[Row]:
     totals = {"search_s": 0.0, "factor_s": 0.0, "gptq_s": 0.0}
     of_shape: dict[tuple[int, ...], list[Matrix]] = {}
     for matrix in unit.matrices:
-        of_shape.setdefault(tuple(matrix.weight.shape), []).append(matrix)
+        of_shape.setdefault(tuple(matrix.exact.shape), []).append(matrix)
     for (rows, cols), matrices in of_shape.items():
         times = _of_matrix(bench, block, matrices[0], found[False].hessians[matrices[0].name])
         yield {**first, "what": f"{rows:,} × {cols:,}", "count": len(matrices), **times}
@@ -59,12 +59,12 @@ def start(bench: Bench, shape: str, name: str) -> Iterator[Row]:
 def _of_matrix(bench: Bench, block: PreparedBlock, matrix: Matrix, hessian: Tensor) -> dict[str, float]:
     """Seconds of one matrix; those of GPTQ are of all dampings, factors included."""
     method = block.settings.scale_init
-    scales = initial_scales(matrix.grid, matrix.weight, matrix.importance, method)
+    scales = initial_scales(matrix.grid, matrix.exact, matrix.importance, method)
     fields = matrix.grid.store(scales)
 
     def gptq() -> None:
         for damping in DAMPING:
-            compensated(matrix.weight, hessian, matrix.grid, fields, damping)
+            compensated(matrix.exact, hessian, matrix.grid, fields, damping)
 
     def factor() -> None:
         for damping in DAMPING:
@@ -72,7 +72,7 @@ def _of_matrix(bench: Bench, block: PreparedBlock, matrix: Matrix, hessian: Tens
 
     factor()  # the first call of the solver sets it up
     return {
-        "search_s": timed(lambda: initial_scales(matrix.grid, matrix.weight, matrix.importance, method), bench.device),
+        "search_s": timed(lambda: initial_scales(matrix.grid, matrix.exact, matrix.importance, method), bench.device),
         "factor_s": timed(factor, bench.device),
         "gptq_s": timed(gptq, bench.device),
     }

@@ -34,7 +34,7 @@ class Stepper:
     def __init__(self, block: PreparedBlock) -> None:
         self.block = block
         self.states = {
-            m.name: RoundingState.start(m.grid, m.weight, initial_scales(m.grid, m.weight, m.importance, "absmax"))
+            m.name: RoundingState.start(m.grid, m.exact, initial_scales(m.grid, m.exact, m.importance, "absmax"))
             for m in block.unit.matrices
         }
         dtype = block.dtype
@@ -135,7 +135,7 @@ def _updates(bench: Bench, stepper: Stepper, shape: str, name: str) -> Iterator[
     """The fused step of each shape of matrix, compiled and not, by the gradients of the last backward pass."""
     of_shape: dict[tuple[int, ...], list[str]] = {}
     for matrix in stepper.block.unit.matrices:
-        of_shape.setdefault(tuple(matrix.weight.shape), []).append(matrix.name)
+        of_shape.setdefault(tuple(matrix.exact.shape), []).append(matrix.name)
     for (rows, cols), names in of_shape.items():
         width = _STATE_BYTES + 2 * stepper.weights[names[0]].element_size()
         ways = (True, False) if bench.device.type == "cuda" else (False,)

@@ -8,13 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from exporters.gguf import GgufExporter
 from exporters.interface import ExportOptions
 from exporters.onnx import OnnxExporter
 from exporters.onnx.artifact.sidecar import Sidecar
+from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from runtime_tests.verify import verify
 from signround_edge.demo import calibration_text_path, evaluation_text_path
 from signround_edge.errors import CheckFailed, UserError
+from signround_edge.evaluation.torch_models import load_run_model
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.quantize import quantize
@@ -23,9 +28,10 @@ from signround_edge.tuning.settings import TuningSettings
 SCHEME = "gguf:q4_0,onnx:w4g32"  # one run for both formats
 SETTINGS = TuningSettings(steps=2, samples=4, seqlen=64, batch_size=2, lr=0.02)
 WINDOW, WINDOWS = 128, 2
+POSITIONS = 200
 
 # In the order of the table's columns.
-STAGES = ("source check", "tune", "GGUF built in", "GGUF template", "llama.cpp", "ONNX", "KV cache")
+STAGES = ("source check", "tune", "GGUF built in", "GGUF template", "llama.cpp", "F16 top-1", "ONNX", "KV cache")
 
 Convert = Callable[[Path, Path], Path]
 Found = dict[str, str]  # stage → "yes", a figure, or "no: " and the reason
@@ -64,6 +70,7 @@ def run_stages(model: Path, work: Path, convert: Convert | None, with_onnx: bool
         found[stage], figure = _verified(run, file)
         if found["llama.cpp"] in ("", "no"):
             found["llama.cpp"] = figure
+            found["F16 top-1"] = f"{_top1(run, work / 'f16.gguf', template):.1%}"
     if with_onnx:
         found |= _onnx(run, work)
     return found
@@ -92,6 +99,18 @@ def _verified(run: RunDirectory, artifact: Path) -> tuple[str, str]:
     if report.passed:
         return "yes", figure
     return f"no: {_shortened(weights.reason or runtime.reason or 'it failed')}", figure
+
+
+def _top1(run: RunDirectory, file: Path, template: Path | None) -> float:
+    """The share of positions at which an F16 file's most likely token in llama.cpp is torch's."""
+    GgufExporter().export(run, file, ExportOptions(dtype="f16", template=template, log=lambda line: None))
+    tokens = np.random.default_rng(0).integers(10, 3000, POSITIONS)
+    with torch.no_grad():
+        theirs = load_run_model(run)(input_ids=torch.from_numpy(tokens)[None]).logits[0].argmax(-1).numpy()
+    with LlamaCppRuntime().open(file) as session:
+        ours = session.logits(tokens.astype(np.int32))[:POSITIONS].argmax(-1)
+    file.unlink()
+    return float((ours == theirs).mean())
 
 
 def _short(error: Exception) -> str:

@@ -52,8 +52,9 @@ class GgufExporter:
         from exporters.gguf.families.architecture import refuse_what_differs
         from exporters.gguf.families.table import canonical_config, family_of
 
-        family = family_of(dict(config))
-        refuse_what_differs(family, canonical_config(dict(config)))
+        known = canonical_config(dict(config))
+        family = family_of(known)
+        refuse_what_differs(family, known)
         return f"built in, as llama.cpp's {family.name}"
 
     def iter_expected(self, run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]:

@@ -16,7 +16,7 @@ from exporters.gguf.options import GgufOptions
 from exporters.gguf.placement import builtin_placements
 from exporters.gguf.provenance import add_provenance, file_type, model_name, source_name
 from exporters.gguf.routes.template import export_with_template
-from exporters.gguf.tensors import f32_tensor, plan_tensor, say_floats
+from exporters.gguf.tensors import f32_tensor, plan_tensor, say_floats, zeros
 from exporters.gguf.tokenizer.tokenizer import add_tokenizer
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
@@ -65,12 +65,14 @@ def _export_text(run: RunDirectory, path: Path, options: GgufOptions, inputs: di
     placements = builtin_placements(run, config)
     tensors = [plan_tensor(run, p, options.dtype, _is_always_f32(p.gguf_name)) for p in placements]
     tensors += [f32_tensor(name, factors) for name, factors in factor_tensors(family, config).items()]
+    tensors += [zeros(name, shape) for name, shape in family.unread(config).items()]
     embedding = next((p for p in placements if p.gguf_name == "token_embd.weight"), None)
     if embedding is None:
         raise UserError(f"{run.path} has no token embedding; run `quantize` again")
     n_vocab = embedding.shape[0]
     add_architecture(writer, family, config, n_vocab, options.log)
-    tokens = add_tokenizer(writer, run.config_dir, n_vocab, options.log, source_name(run, config))
+    source = source_name(run, config)
+    tokens = add_tokenizer(writer, run.config_dir, n_vocab, options.log, source, family.tokenizer)
     writer.add_name(model_name(run, config, tokens))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(file_type(run, options.dtype))

@@ -60,11 +60,14 @@ class Placement:
 
 
 def place(run: RunDirectory, hf_names: Sequence[str], stored: Stored) -> Placement:
-    """The placement of one parameter, or of one of each expert of a layer."""
+    """The placement of one parameter, or of one of each expert of a layer. Its name has to be known."""
     one = run.entry(hf_names[0]).out_in_shape
+    if len(one) == 3 and one[1] == 1:  # the filters of a convolution over time
+        one = (one[0], one[2])
     if stored.rows is not None:
         one = (len(stored.rows), *one[1:])
-    shape = one if len(hf_names) == 1 else (len(hf_names), *one)
+    shape = one if len(hf_names) == 1 and not stored.stacked else (len(hf_names), *one)
+    assert stored.name is not None
     return Placement(
         stored.name,
         tuple(Piece(name, stored.rows) for name in hf_names),
@@ -88,28 +91,35 @@ def builtin_placements(run: RunDirectory, config: Config) -> list[Placement]:
         shape = run.entry(hf_names[0]).out_in_shape
         ways = family.stored(config, stack, shape)
         if ways is None:
-            ways = (_as_named(family, config, names, stack, hf_names[0], shape[0]),)
+            one_plus = ONE_PLUS if family.norm_added and stack.endswith("norm.weight") else None
+            ways = (Stored(rows=row_order(family, config, stack, shape[0]), function=one_plus),)
         for way in ways:
+            if way.name is None:
+                way = replace(way, name=_table_name(family, names, stack, hf_names[0]))
             placed = place(run, hf_names, way)
             before = found.get(placed.gguf_name)
-            found[placed.gguf_name] = placed if before is None else _joined(before, placed)
+            found[placed.gguf_name] = placed if before is None else _joined(before, placed, way.stacked)
     return list(found.values())
 
 
-def _as_named(family: Family, config: Config, names: gguf.TensorNameMap, stack: str, hf_name: str, rows: int) -> Stored:
-    """Under the name that gguf's table has for it. UserError where it has none."""
+def _table_name(family: Family, names: gguf.TensorNameMap, stack: str, hf_name: str) -> str:
+    """The name that gguf's table has for a parameter. UserError where it has none."""
+    for part, spelt in family.respelled:
+        stack = stack.replace(part, spelt)
     spellings = (names.get_name(spelling, try_suffixes=_SUFFIXES) for spelling in _spellings(stack))
     gguf_name = next(filter(None, spellings), None)
     if gguf_name is None or hf_name.endswith(family.without):
         raise UserError(
             f"parameter {hf_name} has no place in llama.cpp's {family.model_type} architecture; {TEMPLATE_HINT}"
         )
-    one_plus = ONE_PLUS if family.norm_added and hf_name.endswith("norm.weight") else None
-    return Stored(gguf_name, row_order(family, config, hf_name, rows), function=one_plus)
+    return str(gguf_name)
 
 
-def _joined(first: Placement, second: Placement) -> Placement:
+def _joined(first: Placement, second: Placement, stacked: bool) -> Placement:
     """One tensor of two parameters, row after row; of the parameters of experts, one expert after the other."""
+    if stacked:
+        matrices = first.shape[0] + second.shape[0]
+        return replace(first, pieces=(*first.pieces, *second.pieces), shape=(matrices, *first.shape[1:]))
     matrices = math.prod(first.shape[:-2])
     a, b = len(first.pieces) // matrices, len(second.pieces) // matrices
     pieces = [

@@ -7,14 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from exporters.gguf.blocks.ggml_types import F16, GgmlType
 from exporters.gguf.container.reader import GgufFile
 from exporters.gguf.families.row_orders import RowOrder
-from exporters.gguf.families.table import FAMILIES, canonical_config
+from exporters.gguf.families.table import canonical_config, family_of
 from exporters.gguf.placement import Placement, builtin_placements, names_of
 from exporters.gguf.routes.template import match_by_value
 from exporters.gguf.tensors import dequantized
@@ -93,11 +92,11 @@ def _expected(run: RunDirectory, placement: Placement, ggml_type: GgmlType) -> C
 
 
 def _placements(run: RunDirectory, file: GgufFile) -> list[Placement]:
-    family = FAMILIES.get(str(run.config.get("model_type")))
     placements = None
-    if family is not None and file.architecture == gguf.MODEL_ARCH_NAMES[family.arch]:
-        with suppress(UserError):  # a model that the built-in route refuses: a template made the file
-            placements = builtin_placements(run, canonical_config(run.config))
+    with suppress(UserError):  # a model that the built-in route refuses: a template made the file
+        config = canonical_config(run.config)
+        if file.architecture == family_of(config).name:
+            placements = builtin_placements(run, config)
     if placements is None:
         placements = match_by_value(run, file)
     absent = set(run.names()) - names_of(p for p in placements if p.gguf_name in file.tensors)

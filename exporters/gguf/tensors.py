@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exporters.gguf.blocks.ggml_types import BF16, F16, F32, GgmlType
+from exporters.gguf.blocks.ggml_types import BF16, F16, F32, Q4_0, GgmlType
 from exporters.gguf.blocks.packing import pack, require_layout
 from exporters.gguf.container.writer import PlannedTensor
 from exporters.gguf.placement import Placement
@@ -72,6 +72,13 @@ def say_floats(run: RunDirectory, placements: Iterable[Placement], options: Expo
 def f32_tensor(name: str, values: NDArray[np.float32]) -> PlannedTensor:
     """Values that no parameter of a run holds (rope_freqs, an importance matrix)."""
     return PlannedTensor(name, F32, values.shape, values.nbytes, lambda: iter([values]))
+
+
+def zeros(name: str, shape: tuple[int, ...]) -> PlannedTensor:
+    """A tensor of zeros, in a type of few bytes where its rows allow that."""
+    ggml_type = Q4_0 if len(shape) > 1 and shape[-1] % Q4_0.block_values == 0 else F32
+    nbytes = ggml_type.nbytes(shape)
+    return PlannedTensor(name, ggml_type, shape, nbytes, lambda: iter([np.zeros(nbytes, dtype=np.uint8)]))
 
 
 def dequantized(run: RunDirectory, placement: Placement) -> NDArray[np.float32]:

@@ -39,7 +39,9 @@ def text_config(config: Any, tied: bool) -> Any:
     if alone is not None:
         settings = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
         rope = dict(settings.get("rope_parameters") or {})
-        rope.pop("mrope_section", None)
+        # Of no use for text; a file that is to be run with the images' part needs them.
+        settings["mrope_section"] = rope.pop("mrope_section", None)
+        settings["num_deepstack_layers"] = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
         rope.pop("mrope_interleaved", None)
         settings["rope_parameters"] = {**rope, "rope_type": _plain(rope.get("rope_type"))}
         text = AutoConfig.for_model(alone, **settings)

@@ -9,6 +9,14 @@ import gguf
 
 from signround_edge.model.experts import split_expert
 
+# Of Qwen3-Next's fused projection the larger part is attn_qkv; Nemotron-H's checkpoints begin with "backbone.".
+_RESPELLED = (
+    ("in_proj_qkvz", "in_proj_qkv"),
+    (".block_sparse_moe.experts.", ".mlp.experts."),
+    (".block_sparse_moe.router", ".block_sparse_moe.router.layer"),
+    (".mixer.experts.", ".mlp.experts."),
+    ("model.layers.0.mixer.", "backbone.layers.0.mixer."),
+)
 _BLOCK = re.compile(r"\.(\d+)\.")
 
 
@@ -24,11 +32,20 @@ def gguf_name(name: str, model_type: str) -> str | None:
     """
     block = _BLOCK.search(name)
     stem, _, leaf = _BLOCK.sub(".0.", split_expert(name)[0], count=1).rpartition(".")  # all blocks are named alike
-    for arch in _likeliest_first(model_type):
-        found = name_table(arch, 1).get_name(stem)
-        if found is not None:
-            return f"{found.replace('blk.0.', f'blk.{block[1]}.') if block else found}.{leaf}"
+    for spelling in _spellings(stem):
+        for arch in _likeliest_first(model_type):
+            found = name_table(arch, 1).get_name(spelling)
+            if found is not None:
+                return f"{found.replace('blk.0.', f'blk.{block[1]}.') if block else found}.{leaf}"
     return None
+
+
+def _spellings(stem: str) -> list[str]:
+    """A name as transformers 5 has it, and as gguf's tables, which know published checkpoints, spell it."""
+    respelled = stem
+    for part, spelt in _RESPELLED:
+        respelled = respelled.replace(part, spelt)
+    return [respelled, stem] if respelled != stem else [stem]
 
 
 @functools.cache

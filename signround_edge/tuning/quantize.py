@@ -184,7 +184,7 @@ def _block(
     chosen = {name: module for name, module in every.items() if job.run.is_quantized(name)}
     with shell.exact(), moments.watching(block, job.importance.to_collect(every, chosen)):
         target = run_all(job, shell, index, exact, moments)
-    matrices = block_matrices(job, index, moments)
+    matrices = block_matrices(job, index, job.importance.settle(moments.result(), job.device), moments)
     transform, found = BlockTransform(), None
     if transforming is not None:
         untuned = block_unit(job, shell, index, matrices, quantized, target.hidden)

@@ -26,7 +26,7 @@ def make_state(name: str, positions: str = "fixed", shrink: float = 0.7) -> tupl
     scales = grid.search(grid.blocked(weight), torch.ones(1))
     minimum = None if scales.minimum is None else scales.minimum * shrink
     state = RoundingState.start(grid, weight, replace(scales, scale=scales.scale * shrink, minimum=minimum), positions)
-    state.v.uniform_(-0.4, 0.4, generator=generator)
+    state.v = torch.empty_like(state.blocks).uniform_(-0.4, 0.4, generator=generator)
     return state, torch.randn(weight.shape, generator=generator)
 
 

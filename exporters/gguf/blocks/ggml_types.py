@@ -44,4 +44,4 @@ BY_NUMBER = {row.number: row for row in _ROWS}
 FILE_TYPES = {t.name.removeprefix("ALL_").removeprefix("MOSTLY_").lower(): int(t) for t in LlamaFileType}
 FILE_TYPES["q2_0"] = 41  # not in gguf-py 0.19
 
-F32, F16, BF16 = BY_NAME["F32"], BY_NAME["F16"], BY_NAME["BF16"]
+F32, F16, BF16, Q4_0 = (BY_NAME[name] for name in ("F32", "F16", "BF16", "Q4_0"))

@@ -24,9 +24,12 @@ def add_architecture(
     """All `<arch>.*` keys. UserError for what llama.cpp's graph of the family cannot compute.
 
     Args:
-        config: as `canonical_config` gives it.
+        config: as `canonical_config` gives it. Where layers differ, `key_heads_by_layer` and `feed_forward_by_layer`
+            have a number for each. `intermediate_size` may be absent where experts are all there is.
     """
     refuse_what_differs(family, config)
+    for note in family.notes(config):
+        log(note)
     if config.get("hidden_act") == "gelu":
         log("llama.cpp computes GELU by its tanh approximation and this model exactly: logits differ in late digits")
     heads, dim = int(config["num_attention_heads"]), int(config["head_dim"])
@@ -34,12 +37,16 @@ def add_architecture(
     writer.add_block_count(int(config["num_hidden_layers"]))
     writer.add_context_length(int(config["max_position_embeddings"]))
     writer.add_embedding_length(int(config["hidden_size"]))
-    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    feed_forward = config.get("feed_forward_by_layer") or config.get("intermediate_size")
+    if feed_forward is not None:
+        writer.add_feed_forward_length(_counts(feed_forward))
     writer.add_head_count(heads)
-    writer.add_head_count_kv(int(config["num_key_value_heads"]))
-    if config["states_head_dim"] or dim * heads != int(config["hidden_size"]):
-        writer.add_key_length(dim)
-        writer.add_value_length(dim)
+    if heads:
+        writer.add_head_count_kv(_counts(config.get("key_heads_by_layer") or config["num_key_value_heads"]))
+    stated = config["states_head_dim"] or "key_length" in config
+    if heads and (stated or dim * heads != int(config["hidden_size"])):
+        writer.add_key_length(int(config.get("key_length", dim)))
+        writer.add_value_length(int(config.get("value_length", dim)))
     if family.layer_norm:
         writer.add_layer_norm_eps(float(config["norm_eps"]))
     else:
@@ -49,6 +56,13 @@ def add_architecture(
     if not family.windows:
         _add_ignored_window(writer, config, log)
     family.keys(writer, config)
+
+
+def _counts(value: int | list[int]) -> int | list[int]:
+    """A count that layers share, or one for each layer where they differ."""
+    if not isinstance(value, list):
+        return int(value)
+    return value[0] if len(set(value)) == 1 else value
 
 
 def refuse_what_differs(family: Family, config: Config) -> None:

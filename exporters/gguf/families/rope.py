@@ -35,8 +35,11 @@ def rope_parameters(config: Config) -> Config:
 
 
 def rotary_dims(config: Config) -> int:
-    """How many values of a head are rotated."""
-    share = rope_parameters(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    """How many values of a head are rotated (all of them where the kind is proportional: some by no angle)."""
+    rope = rope_parameters(config)
+    if rope["rope_type"] == "proportional":
+        return head_dim(config)
+    share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     return int(head_dim(config) * float(share))
 
 
@@ -46,6 +49,8 @@ def factor_tensors(family: Family, config: Config) -> dict[str, Vector]:
     if rope["rope_type"] == "longrope" and "longrope" in family.rope_scalings:
         long, short = gguf.MODEL_TENSOR.ROPE_FACTORS_LONG, gguf.MODEL_TENSOR.ROPE_FACTORS_SHORT
         return {_name(long): _vector(rope["long_factor"]), _name(short): _vector(rope["short_factor"])}
+    if rope["rope_type"] == "proportional" and "proportional" in family.rope_scalings:
+        return {_name(gguf.MODEL_TENSOR.ROPE_FREQS): _proportional_factors(config, rope)}
     factors = rope_frequency_factors(config)
     return {} if factors is None else {_name(gguf.MODEL_TENSOR.ROPE_FREQS): factors}
 
@@ -71,6 +76,16 @@ def rope_frequency_factors(config: Config) -> Vector | None:
     return factors.astype(np.float32)
 
 
+def _proportional_factors(config: Config, rope: Config) -> Vector:
+    """The divisors of Gemma 4's frequencies, f32 [head_dim/2]: pairs that are not rotated have an endless wavelength.
+
+    Source: `Gemma4Model.generate_extra_tensors`; `_compute_proportional_rope_parameters` in transformers.
+    """
+    pairs = head_dim(config) // 2
+    rotated = int(float(rope.get("partial_rotary_factor", 1.0)) * head_dim(config) // 2)
+    return _vector([float(rope.get("factor", 1.0))] * rotated + [1e30] * (pairs - rotated))
+
+
 def add_rope(writer: gguf.GGUFWriter, family: Family, config: Config, log: Callable[[str], None]) -> None:
     """All `<arch>.rope.*` keys. UserError for scalings that llama.cpp's graph does not compute.
 
@@ -89,12 +104,12 @@ def add_rope(writer: gguf.GGUFWriter, family: Family, config: Config, log: Calla
     elif kind == "dynamic":
         log("dynamic RoPE scaling is exported without scaling: the same up to the original context length")
     elif kind == "yarn":
-        _add_yarn(writer, config, rope, log)
+        _add_yarn(writer, family, config, rope, log)
     elif kind not in family.rope_scalings:
         raise UserError(f"RoPE scaling {kind!r} has no built-in GGUF metadata for {family.name}; {TEMPLATE_HINT}")
     elif kind == "longrope":
         _add_longrope(writer, config, rope, log)
-    # Of llama3 all is in its tensor.
+    # Of llama3 and proportional all is in their tensor.
 
 
 def say_unscaled(writer: gguf.GGUFWriter, config: Config) -> None:
@@ -103,18 +118,28 @@ def say_unscaled(writer: gguf.GGUFWriter, config: Config) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
 
 
-def _add_yarn(writer: gguf.GGUFWriter, config: Config, rope: Config, log: Callable[[str], None]) -> None:
+def _add_yarn(
+    writer: gguf.GGUFWriter, family: Family, config: Config, rope: Config, log: Callable[[str], None]
+) -> None:
     factor = float(rope["factor"])
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(factor)
     original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
     writer.add_rope_scaling_orig_ctx_len(int(original))
-    attention = _yarn_attention_factor(rope, factor)
-    if attention is not None:
-        writer.add_rope_scaling_attn_factors(attention)
+    if "mscale" in family.rope_scalings:
+        writer.add_rope_scaling_yarn_log_mul(0.1 * float(rope["mscale_all_dim"]))
+    elif "mscale_all_dim" in family.rope_scalings:
+        writer.add_rope_scaling_yarn_log_mul(float(rope.get("mscale_all_dim") or 0))
+    else:
+        attention = _yarn_attention_factor(rope, factor)
+        if attention is not None:
+            writer.add_rope_scaling_attn_factors(attention)
     say_truncation(rope, log)
     beta_fast, beta_slow = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
-    if (beta_fast, beta_slow) != (32, 1):
+    if "betas" in family.rope_scalings:
+        writer.add_rope_scaling_yarn_beta_fast(beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(beta_slow)
+    elif (beta_fast, beta_slow) != (32, 1):
         writer.add_rope_scaling_yarn_beta_fast(beta_fast)
         writer.add_rope_scaling_yarn_beta_slow(beta_slow)
         log(

@@ -15,13 +15,17 @@ RowOrder = NDArray[np.intp]
 Config = dict[str, Any]
 
 
-def interleaved_rows(rows: int, heads: int) -> RowOrder:
+def interleaved_rows(rows: int, heads: int, rotated: int | None = None) -> RowOrder:
     """Row order of q or k for rotation of neighbouring pairs: stored row i is Hugging Face's row order[i].
 
-    Each head's first and second half are interleaved.
+    The first and second half of what is rotated of each head are interleaved.
+
+    Args:
+        rotated: rows of a head that are rotated, its first; None for all.
     """
-    order = np.arange(rows, dtype=np.intp).reshape(heads, 2, rows // heads // 2)
-    return order.swapaxes(1, 2).reshape(-1)
+    order = np.arange(rows, dtype=np.intp).reshape(heads, -1)
+    pairs = order[:, :rotated].reshape(heads, 2, -1)
+    return np.concatenate([pairs.swapaxes(1, 2).reshape(heads, -1), order[:, pairs[0].size :]], axis=1).reshape(-1)
 
 
 def grouped_rows(rows: int, groups: int, dim: int) -> RowOrder:

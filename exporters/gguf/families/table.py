@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import pkgutil
 from typing import Any
@@ -28,8 +27,14 @@ def gather() -> dict[str, Family]:
 FAMILIES = gather()
 
 
-def family_of(config: dict[str, Any]) -> Family:
-    """The built-in family of a config. UserError for others, with the way out."""
+def family_of(config: Config) -> Family:
+    """The built-in family of a config, as `canonical_config` gives it."""
+    row = _row_of(config)
+    return row.elsewhere(config) or row
+
+
+def _row_of(config: dict[str, Any]) -> Family:
+    """The row of a config's model_type. UserError where there is none, with the way out."""
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         raise UserError(
@@ -45,28 +50,38 @@ def canonical_config(config: dict[str, Any]) -> Config:
     `states_head_dim` says whether the config itself has a `head_dim`.
 
     Missing entries and the older spellings of published configs are read as transformers reads them, since its model is
-    what was tuned.
+    what was tuned. `num_key_value_heads` and `intermediate_size` are lists, a value for each layer, where a family's
+    `derived` says so.
 
     Raises:
         UserError: a family that is not built in, or a config that transformers refuses.
     """
     from transformers import CONFIG_MAPPING  # late: it takes a second
 
-    family = family_of(config)
+    row = _row_of(config)
     try:
         # A copy: transformers writes into nested entries.
-        known = CONFIG_MAPPING[family.model_type].from_dict(copy.deepcopy(config))
+        known = CONFIG_MAPPING[row.model_type].from_dict(_copied(config))
     except Exception as error:  # its validation raises what it likes
         raise UserError(f"config.json of the run cannot be read ({error}); run `quantize` again") from error
     full: Config = {**config, **known.to_dict()}
     full |= {name: full[spelling] for name, spelling in known.attribute_map.items() if spelling in full}
-    full |= family.derived(full)
-    full["num_key_value_heads"] = int(full.get("num_key_value_heads") or full["num_attention_heads"])
+    full |= family_of(full).derived(full)
+    full["num_key_value_heads"] = full.get("num_key_value_heads") or full["num_attention_heads"]
     full["states_head_dim"] = full.get("head_dim") is not None
     full["head_dim"] = head_dim(full)
     if "norm_eps" not in full:
         full["norm_eps"] = full["rms_norm_eps"]
     return full
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy, with infinity and the like as numbers, for which transformers writes {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _copied(entry) for key, entry in value.items()}
+    return [_copied(entry) for entry in value] if isinstance(value, list) else value
 
 
 def row_order(family: Family, config: Config, hf_name: str, rows: int) -> RowOrder | None:

@@ -12,9 +12,14 @@ def window_period(config: Config) -> int | None:
 
     1 means that no layer has a window.
     """
+    return full_attention_period(config, "sliding_attention")
+
+
+def full_attention_period(config: Config, others: str) -> int | None:
+    """The same, with the kind of layer that all others must be."""
     kinds = config["layer_types"]
     for period in range(1, len(kinds) + 2):
-        if kinds == ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(len(kinds))]:
+        if kinds == [others if (i + 1) % period else "full_attention" for i in range(len(kinds))]:
             return period
     return None
 

@@ -25,6 +25,17 @@ from signround_edge.model.config import is_model_folder, read_config
 from signround_edge.model.tokenizer import chat_templates, end_tokens
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+GEMMA4 = "gemma4"  # llama.cpp's name of merges over a whole line, with byte fallback
+# Control tokens that llama.cpp's chat parser must be able to read. Source: `Gemma4Model.set_vocab`.
+_GEMMA4_SHOWN = (
+    "<|channel>",
+    "<channel|>",
+    "<|tool_call>",
+    "<tool_call|>",
+    "<|tool_response>",
+    "<tool_response|>",
+    '<|"|>',
+)
 _TEMPLATE_HINT = "make an f16 GGUF of the model with llama.cpp's convert_hf_to_gguf.py and give it as --template"
 
 
@@ -72,13 +83,19 @@ class LoadedTokenizer:
 
 
 def add_tokenizer(
-    writer: gguf.GGUFWriter, folder: Path, n_vocab: int, log: Callable[[str], None], name: str = ""
+    writer: gguf.GGUFWriter,
+    folder: Path,
+    n_vocab: int,
+    log: Callable[[str], None],
+    name: str = "",
+    kind: str | None = None,
 ) -> list[str]:
     """Write all `tokenizer.*` keys for an embedding of `n_vocab` rows. UserError for kinds that are not built in.
 
     Args:
         log: is told where llama.cpp will do otherwise than the tokenizer.
         name: of the model, by which llama.cpp knows a Phi-3.
+        kind: llama.cpp's kind of tokenizer, where the architecture has one of its own (`GEMMA4`).
     Returns:
         the tokens in order of their ids; none when the folder has no tokenizer.
     """
@@ -88,7 +105,10 @@ def add_tokenizer(
         writer.add_tokenizer_model("no_vocab")
         return []
     model = loaded.content["model"]
-    if model["type"] == "BPE" and model.get("byte_fallback"):
+    if kind == GEMMA4 and model["type"] == "BPE" and model.get("byte_fallback"):
+        vocabulary = _add_gemma4(writer, loaded, n_vocab, log)
+        differences = sentencepiece_differences
+    elif model["type"] == "BPE" and model.get("byte_fallback"):
         vocabulary = _add_sentencepiece(writer, loaded, n_vocab, log)
         differences = sentencepiece_differences
     elif model["type"] == "BPE":
@@ -105,7 +125,8 @@ def add_tokenizer(
 def say_differences(metadata: Callable[[str], Any], folder: Path, log: Callable[[str], None]) -> None:
     """Say where llama.cpp will do otherwise than the tokenizer of `folder`, given a file's metadata (a template's)."""
     keys = gguf.Keys.Tokenizer
-    kinds = {"gpt2": byte_level_differences, "llama": sentencepiece_differences}
+    sentencepiece = dict.fromkeys(("llama", GEMMA4), sentencepiece_differences)
+    kinds = {"gpt2": byte_level_differences, **sentencepiece}
     differences, tokens = kinds.get(str(metadata(keys.MODEL))), metadata(keys.LIST)
     if differences is None or not isinstance(tokens, list):
         return
@@ -134,10 +155,31 @@ def _add_byte_level(
     for text, index in loaded.content["model"]["vocab"].items():
         vocabulary.set(index, text, 0.0, gguf.TokenType.NORMAL)
     _add_tokens(writer, loaded, vocabulary, with_scores=False)
+    _add_merges(writer, loaded)
+    return vocabulary
+
+
+def _add_merges(writer: gguf.GGUFWriter, loaded: LoadedTokenizer) -> None:
     merges = loaded.content["model"]["merges"]
     if not merges:
         raise UserError(f"the tokenizer in {loaded.folder} has no merges; {_TEMPLATE_HINT}")
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+
+
+def _add_gemma4(
+    writer: gguf.GGUFWriter, loaded: LoadedTokenizer, n_vocab: int, log: Callable[[str], None]
+) -> Vocabulary:
+    """BPE with byte fallback by its merges, not by scores as "llama" has it: `tokenizer.ggml.model` "gemma4"."""
+    vocabulary = from_merges(loaded.content["model"], n_vocab)
+    vocabulary.scores = [-1000.0] * n_vocab
+    writer.add_tokenizer_model(GEMMA4)
+    _add_tokens(writer, loaded, vocabulary, with_scores=True, shown=_GEMMA4_SHOWN)
+    _add_merges(writer, loaded)
+    writer.add_add_space_prefix(False)
+    if loaded.adds_leading_space():
+        log("llama.cpp does not put a space in front of a text as this tokenizer does; the first token may differ")
+    if not loaded.added_affixes()[0]:
+        log("llama.cpp puts BOS in front of every text of a Gemma 4, which this tokenizer does not")
     return vocabulary
 
 
@@ -161,14 +203,20 @@ def _add_sentencepiece(
     return vocabulary
 
 
-def _add_tokens(writer: gguf.GGUFWriter, loaded: LoadedTokenizer, vocabulary: Vocabulary, with_scores: bool) -> None:
-    """Overlay the added tokens and write tokens, scores and types."""
+def _add_tokens(
+    writer: gguf.GGUFWriter,
+    loaded: LoadedTokenizer,
+    vocabulary: Vocabulary,
+    with_scores: bool,
+    shown: tuple[str, ...] = (),
+) -> None:
+    """Overlay the added tokens and write tokens, scores and types; `shown` are user-defined in any case."""
     unknown = loaded.content["model"].get("unk_token")
     for token in loaded.content.get("added_tokens") or ():
         text, index = token["content"], token["id"]
         if with_scores and text == unknown:
             kind = gguf.TokenType.UNKNOWN
-        elif token["special"] or _looks_special(text):
+        elif text not in shown and (token["special"] or _looks_special(text)):
             kind = gguf.TokenType.CONTROL
         else:
             # llama.cpp matches user-defined tokens in the text as written, with spaces for SentencePiece's "▁".

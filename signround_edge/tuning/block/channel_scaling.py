@@ -45,7 +45,7 @@ def choose_channel_scales(
     for fold in folds:
         names = [f"{name}.weight" for name in fold.consumers]
         scaled = [transformed_matrix(own[name], best.of(name)) for name in names]
-        found = search_scales(fold, [Consumer(m.weight, m.importance, m.grid) for m in scaled])
+        found = search_scales(fold, [Consumer(m.exact, m.importance, m.grid) for m in scaled])
         if found is None:
             continue
         trial = best.with_fold(_restored(block, source), fold, found[0])
@@ -94,9 +94,7 @@ def _matrices(block: nn.Module, fold: Fold) -> list[str]:
 
 
 def _rounded(matrix: Matrix, scale_init: str) -> QuantizedTensor:
-    return matrix.grid.quantize(
-        matrix.weight, initial_scales(matrix.grid, matrix.weight, matrix.importance, scale_init)
-    )
+    return matrix.grid.quantize(matrix.exact, initial_scales(matrix.grid, matrix.exact, matrix.importance, scale_init))
 
 
 def _install(own: dict[str, Matrix], tensors: dict[str, QuantizedTensor]) -> None:

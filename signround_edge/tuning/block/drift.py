@@ -63,12 +63,12 @@ def correct_drift(
         change = _ridge(found[writer.name], errors)
         if change is None:
             continue
-        corrected = writer.weight + change
+        corrected = writer.exact + change
         writer.install(corrected)
         if (now := loss()) < best:
             weights[writer.name], best = corrected, now
         else:
-            writer.install(writer.weight)
+            writer.install(writer.exact)
     if waiting:
         hessians |= _sums(unit, waiting, batch_size, autocast)[0]
     return Corrected(weights, hessians, best)
@@ -97,7 +97,7 @@ def _sums(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Over the training samples: Σ ω·x·xᵀ of the inputs of matrices, and Σ ω·e·xᵀ f32 [out, in] of the last of them."""
     last = matrices[-1]
-    hessians, errors = Hessians(unit.token_weights), torch.zeros_like(last.weight)
+    hessians, errors = Hessians(unit.token_weights), torch.zeros_like(last.weight, dtype=torch.float32)
     with hessians.watching(unit.module, {m.name: m.module for m in matrices}):
         for index in unit.train.split(batch_size):
             with torch.no_grad(), autocast:

@@ -53,7 +53,7 @@ class RoundingState:
         blocks: f32 [R, B, S], the weights whose code positions V shifts: the original ones, or what GPTQ makes of them.
         initial: scales before tuning, [R, B].
         positions: stored fields of the scales that code positions are taken on; None where positions follow the scales.
-        v: rounding shift f32 [R, B, S] in [−0.5, 0.5].
+        v: rounding shift f32 [R, B, S] in [−0.5, 0.5]; one zero seen as so many until the first step.
         alpha, beta: factors of scale and minimum, f32 [R, B]; beta is None where the minimum is not tuned.
         moments: Adam moments per tuned tensor name; empty with SignSGD.
         travel: the first rate of V times the number of steps, unless the settings give a rate.
@@ -86,7 +86,7 @@ class RoundingState:
             initial = replace(initial, minimum=-grid.affine_view(fixed)[1] * initial.scale)
         elif grid.affine:
             beta = torch.ones_like(alpha)
-        return cls(grid, blocks, initial, fixed, torch.zeros_like(blocks), alpha, beta, {})
+        return cls(grid, blocks, initial, fixed, blocks.new_zeros(()).expand(blocks.shape), alpha, beta, {})
 
     def rows(self, part: slice) -> RoundingState:
         """The same state for some rows; a view, so updates in place reach this one."""
@@ -137,6 +137,7 @@ def fused_step(
         step: number of this step, from 0.
         compiled: one kernel by torch.compile (the way on GPUs) instead of cache-sized chunks of rows (on CPUs).
     """
+    state.v = state.v.contiguous()
     if settings.optimizer == "adam" and not state.moments:
         tuned = {"v": state.v, "alpha": state.alpha, "beta": state.beta}
         state.moments = {

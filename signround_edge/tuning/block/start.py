@@ -15,7 +15,7 @@ from signround_edge.tuning.block.drift import correct_drift
 from signround_edge.tuning.block.gptq import DAMPING, compensated
 from signround_edge.tuning.block.loss import held_out_loss
 from signround_edge.tuning.block.sign_step import RoundingState
-from signround_edge.tuning.block.unit import Unit
+from signround_edge.tuning.block.unit import Matrix, Unit
 from signround_edge.tuning.schedule import travel_from_gptq
 from signround_edge.tuning.settings import TuningSettings
 
@@ -46,10 +46,17 @@ class Start:
 
 @dataclass(frozen=True)
 class _GptqTarget:
-    """One matrix as GPTQ gets it: what to round, f32 [R, K], on which scales, the hessian f32 [K, K], least damping."""
+    """One matrix as GPTQ gets it.
 
-    grid: Grid
-    weight: Tensor
+    Attributes:
+        corrected: what to round instead of the matrix's own weight, f32 [R, K].
+        scales: on which.
+        hessian: f32 [K, K].
+        damping: the least.
+    """
+
+    matrix: Matrix
+    corrected: Tensor | None
     scales: BlockScales
     hessian: Tensor
     damping: float
@@ -57,13 +64,14 @@ class _GptqTarget:
     @property
     def codes(self) -> int:
         """How many the grid has."""
-        return self.grid.code_max - self.grid.code_min + 1
+        return self.matrix.grid.code_max - self.matrix.grid.code_min + 1
 
     def state(self, settings: TuningSettings, damping: float) -> RoundingState:
         """What is tuned, at GPTQ's codes."""
-        damping = max(damping, self.damping)
-        weight = compensated(self.weight, self.hessian, self.grid, self.grid.store(self.scales), damping)
-        return RoundingState.start(self.grid, weight, self.scales, settings.positions)
+        damping, grid = max(damping, self.damping), self.matrix.grid
+        weight = self.matrix.exact if self.corrected is None else self.corrected
+        weight = compensated(weight, self.hessian, grid, grid.store(self.scales), damping)
+        return RoundingState.start(grid, weight, self.scales, settings.positions)
 
 
 def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -> Start:
@@ -72,35 +80,40 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
     GPTQ is tried with each damping, the safest first; the unit's modules hold the exact weights before. Matrices that
     lie on the grid already keep their codes, and those of experts that are seldom used the nearest ones.
     """
-    states: dict[str, RoundingState] = {}
-    for m in unit.matrices:
-        scales = initial_scales(m.grid, m.weight, m.importance, settings.scale_init)
-        states[m.name] = RoundingState.start(m.grid, m.weight, scales, settings.positions)
+    scales = {m.name: initial_scales(m.grid, m.exact, m.importance, settings.scale_init) for m in unit.matrices}
+
+    def state(m: Matrix) -> RoundingState:
+        return RoundingState.start(m.grid, m.exact, scales[m.name], settings.positions)
+
     targets, inherited = dict[str, _GptqTarget](), 0.0
     if settings.start == "gptq" and settings.steps:
-        targets, inherited = _gptq_targets(unit, states, settings, autocast)  # needs the exact weights in the modules
-    nearest = quantized(states)
-    settled = frozenset(m.name for m in unit.matrices if lies_on_grid(m.weight, nearest[m.name]) or m.seldom)
+        targets, inherited = _gptq_targets(unit, scales, settings, autocast)  # needs the exact weights in the modules
+    nearest = {m.name: state(m).quantized() for m in unit.matrices}
+    settled = frozenset(m.name for m in unit.matrices if lies_on_grid(m.exact, nearest[m.name]) or m.seldom)
     targets = {name: target for name, target in targets.items() if name not in settled}
     unit.install(nearest)
     rounded = held_out_loss(unit, settings, autocast)
-    start = Start(nearest, rounded, states, nearest, rounded, settled)
+    # One matrix after another, and no more states at a time than are compared: they are most of what tuning keeps.
+    found, tensors, best = dict[str, RoundingState](), nearest, rounded
     for damping in DAMPING if targets else ():
-        candidate = states | {name: target.state(settings, damping) for name, target in targets.items()}
-        tensors = quantized(candidate)
-        unit.install(tensors)
+        candidate = {name: target.state(settings, damping) for name, target in targets.items()}
+        codes = nearest | quantized(candidate)
+        unit.install(codes)
         loss = held_out_loss(unit, settings, autocast)
-        if loss < start.loss * (1 - _RISK if start.states is not states else 1):
+        if loss < best * (1 - _RISK if found else 1):
             left = (loss - inherited) / (rounded - inherited) if inherited < loss else 1.0
             for name, target in targets.items():
                 candidate[name].travel = travel_from_gptq(settings, target.codes, left, len(unit.train))
-            start = Start(nearest, rounded, candidate, tensors, loss, settled)
-    unit.install(start.tensors)
-    return start
+            found, tensors, best = candidate, codes, loss
+        del candidate
+    targets.clear()
+    unit.install(tensors)
+    states = {m.name: found.get(m.name) or state(m) for m in unit.matrices}
+    return Start(nearest, rounded, states, tensors, best, settled)
 
 
 def _gptq_targets(
-    unit: Unit, nearest: dict[str, RoundingState], settings: TuningSettings, autocast: torch.autocast
+    unit: Unit, nearest: dict[str, BlockScales], settings: TuningSettings, autocast: torch.autocast
 ) -> tuple[dict[str, _GptqTarget], float]:
     """What GPTQ rounds, after the correction of drift, and the unit's held-out loss if nothing were rounded.
 
@@ -112,12 +125,11 @@ def _gptq_targets(
     for m in unit.matrices:
         if m.name not in found.hessians:
             continue
-        scales, weight = nearest[m.name].initial, m.weight
-        if m.name in found.weights:
-            weight = found.weights[m.name]
-            scales = initial_scales(m.grid, weight, m.importance, settings.scale_init)
+        scales, corrected = nearest[m.name], found.weights.get(m.name)
+        if corrected is not None:
+            scales = initial_scales(m.grid, corrected, m.importance, settings.scale_init)
         damping = DAMPING[0] if m.underdetermined else 0.0
-        targets[m.name] = _GptqTarget(m.grid, weight, scales, found.hessians[m.name], damping)
+        targets[m.name] = _GptqTarget(m, corrected, scales, found.hessians[m.name], damping)
     return targets, found.loss
 
 

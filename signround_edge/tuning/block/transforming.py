@@ -105,4 +105,4 @@ def transformed_matrix(matrix: Matrix, scales: ChannelScales) -> Matrix:
     """A matrix of the source as the transform makes it: the weight scaled, E[x²] that of the scaled inputs."""
     columns = scales.columns
     importance = matrix.importance if columns is None else matrix.importance / columns.square()
-    return replace(matrix, weight=scales.apply(matrix.weight), importance=importance)
+    return replace(matrix, weight=scales.apply(matrix.exact), importance=importance)

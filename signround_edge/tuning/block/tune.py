@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -70,23 +71,14 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
     check_at = check_steps(settings.steps, settings.checks)
     dtype = compute_dtype(settings, (m.grid for m in unit.matrices), device)
     tuned = [m for m in unit.matrices if m.name not in start.settled]
-    weights = _tunable_weights(tuned, dtype) if settings.steps else {}
+    steps = _Steps(states, settings)
+    if settings.steps:
+        steps.watch(tuned, dtype)
     for step in range(settings.steps if tuned else 0):
         index = next(batches)
         with autocast:
             output = unit.forward(index).float()
-        output.backward(loss_gradient(unit, output.detach(), index))
-        for matrix in tuned:
-            weight = weights[matrix.name]
-            if weight.grad is None:  # an expert that no token of these samples was routed to
-                assert split_expert(matrix.name)[1] is not None, matrix.name
-                continue
-            gradient, out = weight.grad, weight.data
-            if is_transposed(matrix.module):
-                _transposed_step(states[matrix.name], gradient, out, step, settings)
-            else:
-                fused_step(states[matrix.name], gradient, out, step, settings, compiled=device.type == "cuda")
-            weight.grad = None
+        steps.take(step, output, loss_gradient(unit, output.detach(), index))
         if step + 1 in check_at:
             candidate = quantized(states)
             found = held_out_loss(unit, settings, autocast)
@@ -95,10 +87,61 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
                 histograms = {name: v_histogram(state) for name, state in states.items()}
     unit.install(best)
     statistics = {
-        m.name: rounding_statistics(m.weight, start.nearest[m.name], best[m.name], histograms[m.name], m.importance)
+        m.name: rounding_statistics(m.exact, start.nearest[m.name], best[m.name], histograms[m.name], m.importance)
         for m in unit.matrices
     }
     return TunedUnit(best, UnitReport(start.rounded, start.loss, best_loss, best_step), statistics)
+
+
+@dataclass
+class _Steps:
+    """The steps of a unit's matrices, each taken as soon as its gradient is there.
+
+    On a CPU that is within the backward pass, so that no more than one gradient exists at a time; on a GPU it is after
+    it, as compiled kernels are not to be made in the threads of that pass.
+    """
+
+    states: dict[str, RoundingState]
+    settings: TuningSettings
+    step: int = 0
+    done: set[str] = field(default_factory=set)
+    weights: dict[str, nn.Parameter] = field(default_factory=dict)
+    matrices: list[Matrix] = field(default_factory=list)
+
+    def watch(self, matrices: list[Matrix], dtype: torch.dtype) -> None:
+        """Make each module's weight a leaf that receives a gradient.
+
+        It has the dtype of the products, so that neither it nor its gradient is converted at every step.
+        """
+        self.matrices = matrices
+        for m in matrices:
+            weight = set_weight(m.module, weight_of(m.module).to(dtype, copy=True), True)
+            self.weights[m.name] = weight
+            if not weight.is_cuda:
+                weight.register_post_accumulate_grad_hook(functools.partial(self._update, m))
+
+    def take(self, step: int, output: Tensor, gradient: Tensor) -> None:
+        """One step of all matrices, from the gradient of the loss with respect to the unit's output."""
+        self.step, self.done = step, set()
+        output.backward(gradient)
+        for matrix in self.matrices:
+            weight = self.weights[matrix.name]
+            if weight.grad is not None:
+                self._update(matrix, weight)
+            elif matrix.name not in self.done:  # an expert that no token of these samples was routed to
+                assert split_expert(matrix.name)[1] is not None, matrix.name
+
+    def _update(self, matrix: Matrix, weight: Tensor) -> None:
+        """From a weight's gradient to the next weight, and no gradient."""
+        gradient, out, state = weight.grad, weight.data, self.states[matrix.name]
+        assert gradient is not None
+        with torch.no_grad():
+            if is_transposed(matrix.module):
+                _transposed_step(state, gradient, out, self.step, self.settings)
+            else:
+                fused_step(state, gradient, out, self.step, self.settings, compiled=weight.is_cuda)
+        weight.grad = None
+        self.done.add(matrix.name)
 
 
 def compute_dtype(settings: TuningSettings, grids: Iterable[Grid], device: torch.device) -> torch.dtype:
@@ -116,14 +159,6 @@ def compute_context(settings: TuningSettings, grids: Iterable[Grid], device: tor
     """Within, matrix products have `compute_dtype`."""
     dtype = compute_dtype(settings, grids, device)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
-def _tunable_weights(matrices: list[Matrix], dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """Make each module's weight a leaf that receives a gradient: name → parameter.
-
-    It has the dtype of the products, so that neither it nor its gradient is converted at every step.
-    """
-    return {m.name: set_weight(m.module, weight_of(m.module).to(dtype, copy=True), True) for m in matrices}
 
 
 def _transposed_step(state: RoundingState, gradient: Tensor, out: Tensor, step: int, settings: TuningSettings) -> None:

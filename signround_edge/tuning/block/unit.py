@@ -19,7 +19,7 @@ class Matrix:
         name: parameter name.
         module: the nn.Linear (or Conv1D) whose weight is tuned.
         grid: target grid.
-        weight: original weight f32 [out, in].
+        weight: original weight [out, in], in 16 bits where the checkpoint has it so: of large blocks it is kept long.
         importance: E[x²] f32 [in].
         writes_to_stream: whether its output is added to the residual stream as it is.
         seldom: it is an expert's that hardly any token came to: tuning would fit these few, so it is left out.
@@ -34,6 +34,11 @@ class Matrix:
     writes_to_stream: bool = False
     seldom: bool = False
     underdetermined: bool = False
+
+    @property
+    def exact(self) -> Tensor:
+        """The original weight f32 [out, in]."""
+        return self.weight.float()
 
     def install(self, weight: Tensor) -> None:
         """Put a weight f32 [out, in] into the module."""

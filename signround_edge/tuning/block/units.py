@@ -20,20 +20,22 @@ from signround_edge.tuning.job import Job
 FEWEST_TOKENS = 0.005  # of the calibration's, that an expert must have seen to be tuned
 
 
-def block_matrices(job: Job, index: int, moments: SecondMoments) -> list[Matrix]:
+def block_matrices(
+    job: Job, index: int, importance: dict[str, Tensor], moments: SecondMoments | None = None
+) -> list[Matrix]:
     """The quantized matrices of a loaded block, with the weights that are in it.
 
     Args:
-        moments: of their inputs in the exact model.
+        importance: parameter name → E[x²] f32 [in features].
+        moments: which counted the tokens that came to each expert.
     """
-    importance = job.importance.settle(moments.result(), job.device)
     model_type = str(getattr(job.decoder.model.config, "model_type", ""))
     return [
         Matrix(
             name,
             module,
             job.grid(name),
-            out_in(module).contiguous(),
+            _as_stored(out_in(module).contiguous(), job.weights.dtype(name)),
             importance[name],
             writes_to_stream(name, model_type),
             _is_below(moments, name, FEWEST_TOKENS * job.tokens.numel()),
@@ -44,10 +46,16 @@ def block_matrices(job: Job, index: int, moments: SecondMoments) -> list[Matrix]
     ]
 
 
-def _is_below(moments: SecondMoments, name: str, tokens: float) -> bool:
+def _as_stored(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight f32 in the checkpoint's dtype, where that holds it exactly."""
+    stored = weight.to(dtype)
+    return stored if torch.equal(stored.float(), weight) else weight
+
+
+def _is_below(moments: SecondMoments | None, name: str, tokens: float) -> bool:
     """Whether fewer tokens than that came to the expert that the matrix belongs to, where they were counted."""
-    seen = moments.tokens(name)
-    return split_expert(name)[1] is not None and seen is not None and seen < tokens
+    seen = None if moments is None or split_expert(name)[1] is None else moments.tokens(name)
+    return seen is not None and seen < tokens
 
 
 def block_unit(job: Job, shell: Shell, index: int, matrices: list[Matrix], inputs: Stream, target: Tensor) -> Unit:

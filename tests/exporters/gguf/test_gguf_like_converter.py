@@ -1,7 +1,7 @@
 """A file of the built-in route is what llama.cpp's own converter writes: metadata, tensors, and every value.
 
-Both get the same weights: the run's, dequantized, are the model that the converter is given. And the converter's file as
-a template leads to the same tensors as the built-in route.
+Both get the same weights: the run's, dequantized, are the model that the converter is given. And the converter's file,
+as a template, leads to the same tensors as the built-in route.
 """
 
 from __future__ import annotations

@@ -1,0 +1,57 @@
+"""One model in a process of its own, with a limit of time: a library that dies or hangs takes no other with it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import queue
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.llama_converter import ConversionFailed, Converter
+from benchmarks.models.small_models import build
+from benchmarks.models.stages import ConverterRefused, Found, run_stages
+
+LIMIT_S = 400
+
+
+def in_a_process(name: str, with_template: bool, with_onnx: bool) -> Found:
+    """What becomes of a small model, by name."""
+    context = multiprocessing.get_context("spawn")
+    answers: multiprocessing.Queue[Found] = context.Queue()
+    process = context.Process(target=_work, args=(name, with_template, with_onnx, answers))
+    process.start()
+    try:
+        return answers.get(timeout=LIMIT_S)
+    except queue.Empty:
+        return {"tune": f"no: no answer within {LIMIT_S} s"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def _work(name: str, with_template: bool, with_onnx: bool, answers: multiprocessing.Queue[Found]) -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="signround-models-") as temporary:
+        model = build(name, Path(temporary) / name)
+        if not with_template:
+            answers.put(run_stages(model, Path(temporary), None, with_onnx))
+            return
+        with Converter() as converter:
+            answers.put(run_stages(model, Path(temporary), partial(_convert, converter), with_onnx))
+
+
+def _convert(converter: Converter, model: Path, out: Path) -> Path:
+    try:
+        # tiny-llama's pre-tokenizer; models without heads for more than one token are converted as such.
+        return converter.convert(model, out, "f32", _options(model), pre="llama-bpe")
+    except ConversionFailed as error:
+        raise ConverterRefused(f"llama.cpp's converter: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _options(model: Path) -> list[str]:
+    kind = str(json.loads((model / "config.json").read_text())["model_type"])
+    return ["--no-mtp"] if kind.startswith(("qwen3_5", "qwen3_next")) else []

@@ -1,6 +1,7 @@
 """llama.cpp's multimodal library in a process of its own: `python -m … TEXT.gguf MMPROJ.gguf IMAGE.npy OUT.npy`.
 
-IMAGE is uint8 [height, width, 3]. OUT gets the embeddings that the language model would be given, f32 [tokens, width].
+IMAGE is uint8 [height, width, 3]. OUT gets the embeddings that the language model would be given, f32 [tokens, width];
+"M-RoPE" is printed where its tokens have a place in each dimension.
 Source: tools/mtmd/mtmd.h of the build that `llama_cpp_bindings` names.
 """
 
@@ -51,6 +52,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "mtmd_default_marker": (c_char_p, []),
     "mtmd_context_params_default": (Params, []),
     "mtmd_init_from_file": (c_void_p, [c_char_p, c_void_p, Params]),
+    "mtmd_decode_use_mrope": (c_bool, [c_void_p]),
     "mtmd_free": (None, [c_void_p]),
     "mtmd_bitmap_init": (c_void_p, [c_uint32, c_uint32, c_char_p]),
     "mtmd_input_chunks_init": (c_void_p, []),
@@ -94,7 +96,8 @@ def main(text_file: str, mmproj: str, image_file: str, out: str) -> None:
             values = np.ctypeslib.as_array(library.mtmd_get_output_embd(context), (tokens, width))
             found.append(values.copy())
     np.save(out, np.concatenate(found))
-    print([len(one) for one in found])
+    if library.mtmd_decode_use_mrope(context):
+        print("M-RoPE")
     library.mtmd_free(context)
     library.llama_model_free(model)
 

@@ -125,6 +125,8 @@ def export(
     scale_dtype: str | None = None,
     ort_format: bool = False,
     card_text: StrPath | None = None,
+    mmproj: StrPath | None = None,
+    mmproj_from: StrPath | None = None,
     progress: OnProgress = None,
 ) -> Export:
     """Write the integers and scales of a run, unchanged, as a GGUF file or an ONNX folder, whole or not at all.
@@ -137,6 +139,7 @@ def export(
         split_max_size: split the data into files of at most this size: 500_000_000, "500M" or "4G".
         accuracy_level, scale_dtype, ort_format: ONNX: see `exporters.onnx.options.OnnxOptions`.
         card_text: ONNX: text on which the card says what accuracy level 4 costs; None takes shipped speeches.
+        mmproj, mmproj_from: GGUF: see `exporters.gguf.options.GgufOptions`.
 
     Raises:
         CheckFailed: what was written is not the run's; the message names the tensor.
@@ -152,7 +155,8 @@ def export(
     given = {
         "template": _path("--template", template), "dtype": dtype, "split_max_bytes": _bytes_of(split_max_size),
         "log": shown.line, "accuracy_level": accuracy_level, "scale_dtype": scale_dtype,
-        "ort_format": ort_format or None,
+        "ort_format": ort_format or None, "mmproj": _path("--mmproj", mmproj),
+        "mmproj_from": None if mmproj_from is None else _text("--mmproj-from", mmproj_from),
     }  # fmt: skip
     options, text = options_for(format, known, given), _path("--card-text", card_text)
     if text is not None and not isinstance(options, OnnxOptions):

@@ -196,6 +196,8 @@ def rotate(model: str, out: Path, seed: int) -> None:
 @click.option("--format", "target", required=True, help="gguf or onnx.")
 @click.option("-o", "--out", type=_PATH, required=True, help="File or folder to write.")
 @click.option("--template", type=_PATH, help="GGUF: metadata to copy; ONNX: your float graph.")
+@click.option("--mmproj", type=_PATH, help="GGUF: file for images to write, too.")
+@click.option("--mmproj-from", metavar="MODEL", help="GGUF: the model that RUN was made from, for --mmproj.")
 @click.option("--accuracy-level", type=click.Choice(list(map(str, ACCURACY_LEVELS))), help="Of MatMulNBits, ONNX only.")
 @click.option("--scale-dtype", type=click.Choice(SCALE_DTYPES), help="Stored scales, ONNX only.")
 @click.option("--card-text", type=_PATH, help="ONNX: text to measure level 4 on, for the card.")
@@ -204,7 +206,8 @@ def rotate(model: str, out: Path, seed: int) -> None:
 @click.option("--ort-format", is_flag=True, help="ONNX: also write model.ort and the list of operators that it needs.")
 def export(
     run: Path, target: str, out: Path, template: Path | None, accuracy_level: str | None, scale_dtype: str | None,
-    card_text: Path | None, dtype: str | None, split_max_size: str | None, ort_format: bool,
+    card_text: Path | None, dtype: str | None, split_max_size: str | None, ort_format: bool, mmproj: Path | None,
+    mmproj_from: str | None,
 ) -> None:  # fmt: skip
     """Write the integers and scales of RUN, unchanged, as GGUF or ONNX."""
     from signround_edge import api
@@ -212,7 +215,7 @@ def export(
     written = api.export(
         run, target, out, template=template, dtype=dtype, split_max_size=split_max_size,
         accuracy_level=None if accuracy_level is None else int(accuracy_level), scale_dtype=scale_dtype,
-        ort_format=ort_format, card_text=card_text, progress=_say,
+        ort_format=ort_format, card_text=card_text, mmproj=mmproj, mmproj_from=mmproj_from, progress=_say,
     )  # fmt: skip
     _say(f"wrote {written.path}")
 

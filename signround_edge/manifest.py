@@ -61,7 +61,8 @@ class Manifest:
     Attributes:
         scheme: the scheme's text.
         targets: exporters that need no further rounding ("gguf", "onnx").
-        source: {"model": path or name, "files": {file name: sha256}}.
+        source: {"model": path or name, "files": {file name: sha256}}, and where the run is of the language model inside
+            a model that reads more than text, "inside": that one's model_type.
         settings: tuning settings, seed, the hash of the calibration tokens and the BOS in front of each sample.
         versions: versions of the libraries that ran.
         parts: part names in order.
@@ -90,6 +91,12 @@ class Manifest:
         """Either "complete" or "incomplete"."""
         pending = self.settings.get("whole_model_steps", 0) and self.whole_model is None
         return "complete" if all(p in self.complete for p in self.parts) and not pending else "incomplete"
+
+    @property
+    def inside(self) -> str | None:
+        """model_type of the model that reads more than text, whose language model the run is; None for all others."""
+        found = self.source.get("inside")
+        return None if found is None else str(found)
 
     @property
     def source_line(self) -> str:

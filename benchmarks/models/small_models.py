@@ -512,12 +512,16 @@ MODELS: dict[str, SmallModel] = {
 
 def build(name: str, out: Path) -> Path:
     """Save a model in f32, and tiny-llama's tokenizer beside it, in the folder `out`."""
+    return build_model(MODELS[name], out)
+
+
+def build_model(row: SmallModel, out: Path) -> Path:
+    """The same, of a row that need not be in the table."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
-    row = MODELS[name]
     config = transformers.AutoConfig.for_model(row.model_type, **row.config)
     if row.model_type == "t5":
         model_class: Any = transformers.T5ForConditionalGeneration

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from exporters.gguf.options import GgufOptions
 from exporters.interface import ExpectedTensor, ExportOptions
 from signround_edge.inspection import TensorInfo
 from signround_edge.run_directory import RunDirectory
@@ -17,7 +18,7 @@ class GgufExporter:
     """Writes one .gguf file, or several that belong together; see `exporters.gguf.export`."""
 
     name = "gguf"
-    options = ExportOptions
+    options: type[ExportOptions] = GgufOptions
 
     def recognises(self, path: Path) -> bool:
         """Whether it is a file that begins like GGUF, or is called so (a damaged one should be reported as damaged)."""
@@ -33,18 +34,18 @@ class GgufExporter:
         return [TensorInfo(row.name, row.type, row.shape, row.bytes) for row in read_tensors(path)]
 
     def export(self, run: RunDirectory, out: Path, options: ExportOptions) -> Path:
-        """Write `out` (a file, or `model.gguf` in it when it is a folder) whole or not at all.
+        """Write `out` (a file, or `model.gguf` in it when it is a folder) whole or not at all; perhaps an mmproj file.
 
         Returns:
             Its path, or the first file's when the model is split.
 
         Raises:
             UserError: no built-in metadata and no template, a grid without GGUF type, an unknown tokenizer, a
-                template that does not fit, a full disk.
+                template that does not fit, a full disk; a model without the towers that an mmproj file is to hold.
         """
         from exporters.gguf.export import export
 
-        return export(run, out, options)
+        return export(run, out, GgufOptions.of(options))
 
     def way(self, config: Mapping[str, Any], parameters: Sequence[str]) -> str:
         """Built in; UserError for models that need a template."""

@@ -10,12 +10,14 @@ from exporters.gguf.container.writer import check_target, write_file
 from exporters.gguf.families.architecture import add_architecture
 from exporters.gguf.families.rope import factor_tensors
 from exporters.gguf.families.table import canonical_config, family_of
+from exporters.gguf.mmproj.export import Mmproj
+from exporters.gguf.mmproj.table import way
+from exporters.gguf.options import GgufOptions
 from exporters.gguf.placement import builtin_placements
 from exporters.gguf.provenance import add_provenance, file_type, model_name, source_name
 from exporters.gguf.routes.template import export_with_template
 from exporters.gguf.tensors import f32_tensor, plan_tensor, say_floats, zeros
 from exporters.gguf.tokenizer.tokenizer import add_tokenizer
-from exporters.interface import ExportOptions
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 
@@ -32,11 +34,28 @@ _ALWAYS_F32 = (
 )
 
 
-def export(run: RunDirectory, out: Path, options: ExportOptions) -> Path:
-    """Write a run as GGUF; see `GgufExporter.export`."""
+def export(run: RunDirectory, out: Path, options: GgufOptions) -> Path:
+    """Write a run as GGUF, and its model's towers; see `GgufExporter.export`."""
     path = out / "model.gguf" if out.is_dir() else out
     inputs = {"the run": run.path, "--template": options.template}
     check_target(path, inputs)  # before any long work; the names of several files are checked when they are known
+    mmproj = None
+    if options.mmproj is not None:
+        if options.mmproj.resolve() == path.resolve():
+            raise UserError(f"--mmproj and -o are the same file ({path}); give --mmproj another name")
+        mmproj = Mmproj(run, options.mmproj, options.mmproj_from)
+        inputs["--mmproj-from"] = mmproj.folder
+        check_target(path, inputs)
+    written = _export_text(run, path, options, inputs)
+    if mmproj is not None:
+        options.log(mmproj.about)
+        mmproj.write()
+    elif run.manifest.inside is not None:
+        options.log(f"note: {written.name} is for text only; for images, {way(run.manifest.inside)}")
+    return written
+
+
+def _export_text(run: RunDirectory, path: Path, options: GgufOptions, inputs: dict[str, Path | None]) -> Path:
     if options.template is not None:
         return export_with_template(run, path, options, options.template)
     config = canonical_config(run.config)

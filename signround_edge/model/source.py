@@ -47,6 +47,19 @@ def resolve_model(model: str) -> Path:
         ) from error
 
 
+def local_model(name: str) -> Path | None:
+    """The folder of a model in the Hugging Face cache, by the name that `model_name` gives; None where it is not."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
 def model_name(path: Path) -> str:
     """What a model folder is called: "org/model" in the Hugging Face cache, else the folder's own name."""
     folder = path.resolve()

@@ -186,6 +186,11 @@ class ModelWeights:
         """Whether the model is the language model of one that reads more than text."""
         return reads_more_than_text(self._whole_model.config)
 
+    @property
+    def outer_type(self) -> str | None:
+        """model_type of the model that reads more than text, whose language model this is; None for all others."""
+        return str(self._whole_model.config.model_type) if self.is_inside else None
+
     def _whole(self, name: str) -> str:
         """The name of the tensor of transformers' model that holds it, of two that are tied the one that is stored."""
         part = self.decoder.experts.get(name)

@@ -105,7 +105,11 @@ def quantize(
     manifest = Manifest(
         scheme=scheme.text,
         targets=list(scheme.targets),
-        source={"model": model_name(model), "files": weights.source.hashes()},
+        source={
+            "model": model_name(model),
+            "files": weights.source.hashes(),
+            **({} if weights.outer_type is None else {"inside": weights.outer_type}),
+        },
         settings={
             **settings.to_json(),
             "tensor_types": scheme.override_texts,

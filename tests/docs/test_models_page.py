@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from exporters.gguf import GgufExporter
+from exporters.gguf.mmproj.table import TOWERS
 from exporters.interface import ExportOptions
 from exporters.onnx import OnnxExporter
 from exporters.onnx.builder_names import ARCHITECTURES, builder_knows
@@ -50,6 +51,11 @@ def as_pattern(quoted: str) -> str:
 def quoted_blocks(heading: str) -> list[str]:
     """The sentences quoted in the fenced blocks of a section, each in one line."""
     return [" ".join(block.text.split()) for block in parse(section(PAGE, heading))]
+
+
+def test_the_models_with_images_are_those_of_the_table() -> None:
+    rows = table_rows(section(PAGE, "## Images in llama.cpp"))
+    assert {name for row in rows for name in code_spans(row[0]) if name != "model_type"} == set(TOWERS)
 
 
 def test_the_built_in_families_are_those_that_the_refusal_lists(tmp_path: Path) -> None:

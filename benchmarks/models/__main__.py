@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="models (default: all)")
     parser.add_argument("--page", action="store_true", help="write the table of docs/models.md")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--without-onnx", action="store_true", help="leave out ONNX, which takes longest")
     args = parser.parse_args(arguments)
     unknown = [name for name in args.names if name not in MODELS]
@@ -44,13 +45,17 @@ def main(arguments: list[str] | None = None) -> None:
     if reason is not None:
         print(f"without templates: {reason}")
     kept: dict[str, Found] = json.loads(FILE.read_text())["models"] if FILE.exists() else {}
-    for name in args.names or MODELS:
-        started = time.monotonic()
-        found = in_a_process(name, reason is None, not args.without_onnx)
-        kept[name] = {**kept.get(name, {}), **found} if args.without_onnx else found
-        print(f"{name:26} {time.monotonic() - started:4.0f} s  {found}", flush=True)
-        results = {known: kept[known] for known in MODELS if known in kept}
-        FILE.write_text(to_json(results, _versions()))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = {
+            pool.submit(in_a_process, name, reason is None, not args.without_onnx): name
+            for name in args.names or MODELS
+        }
+        for run in as_completed(runs):
+            name, found = runs[run], run.result()
+            kept[name] = {**kept.get(name, {}), **found} if args.without_onnx else found
+            print(f"{name:26} {found}", flush=True)
+            results = {known: kept[known] for known in MODELS if known in kept}
+            FILE.write_text(to_json(results, _versions()))
 
 
 def _versions() -> dict[str, Any]:

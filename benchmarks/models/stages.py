@@ -73,6 +73,8 @@ def run_stages(model: Path, work: Path, convert: Convert | None, with_onnx: bool
             found["F16 top-1"] = f"{_top1(run, work / 'f16.gguf', template):.1%}"
     if with_onnx:
         found |= _onnx(run, work)
+    else:
+        del found["ONNX"], found["KV cache"]
     return found
 
 

@@ -53,7 +53,9 @@ class OnnxExporter:
         """By the builder or by tracing; UserError for what neither takes."""
         from exporters.onnx.builder_names import builder_knows, check_rope, check_traceable
 
-        known, source = dict(config), "config.json"
+        from signround_edge.model.config import CONFIG_FILE
+
+        known, source = dict(config), CONFIG_FILE
         if builder_knows(known):
             check_rope(known, source)
             return "by onnxruntime-genai's builder, with a key-value cache"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     LlamaConfig,
@@ -114,10 +117,28 @@ def test_what_quantize_refuses_reads_as_quoted(
     quoted = [row[1] for row in table_rows(section(PAGE, "## What `quantize` takes"))]
     gptq = LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})
     odd = LlamaConfig(**{**SIZES, "hidden_size": 40, "vocab_size": 3072}, head_dim=32, **TOKENS)
-    folders = [config_only(T5Config(), tmp_path / "t5", tiny_llama), config_only(gptq, tmp_path / "gptq", tiny_llama)]
-    folders += [shutil.copytree(tiny_llama, tmp_path / "compiled"), tiny_llama]
-    compiled = {f"_orig_mod.{name}": t for name, t in load_file(tiny_llama / "model.safetensors").items()}
-    save_file(compiled, tmp_path / "compiled" / "model.safetensors", metadata={"format": "pt"})
+    weights = load_file(tiny_llama / "model.safetensors")
+    up = "model.layers.0.mlp.up_proj.weight"
+    fp8 = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
+    in_fp8 = {**weights, up: weights[up].to(torch.float8_e4m3fn), f"{up}_scale": torch.ones(1)}
+    head = {"tie_word_embeddings": False, "architectures": ["LlamaForSequenceClassification"]}
+    own = {"model_type": "unknown", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    folders = [
+        config_only(T5Config(), tmp_path / "t5", tiny_llama),
+        config_only(gptq, tmp_path / "gptq", tiny_llama),
+        changed(tiny_llama, tmp_path / "int8", {**weights, up: weights[up].to(torch.int8)}),
+        changed(tiny_llama, tmp_path / "fp8", in_fp8, quantization_config=fp8),
+        changed(tiny_llama, tmp_path / "own", weights, **own),
+        changed(tiny_llama, tmp_path / "compiled", {f"_orig_mod.{name}": t for name, t in weights.items()}),
+        shutil.copytree(tiny_llama, tmp_path / "adapter"),
+        changed(
+            tiny_llama, tmp_path / "lora", {n.replace("q_proj.", "q_proj.base_layer."): t for n, t in weights.items()}
+        ),
+        changed(tiny_llama, tmp_path / "reward", weights, **head),
+        changed(tiny_llama, tmp_path / "twice", {**weights, up.removeprefix("model."): weights[up] * 2}),
+        tiny_llama,
+    ]
+    (tmp_path / "adapter/model.safetensors").rename(tmp_path / "adapter/adapter_model.safetensors")
     pickle = config_only(LlamaConfig(), tmp_path / "pickle", tiny_llama)
     (pickle / "model.safetensors").rename(pickle / "pytorch_model.bin")
     folders += [pickle, save_random_model(odd, tmp_path / "odd", tokenizer_from=tiny_llama)]
@@ -127,6 +148,15 @@ def test_what_quantize_refuses_reads_as_quoted(
         result = CliRunner().invoke(main, ["quantize", str(folder), *map(str, arguments)])
         assert result.exit_code == 2
         assert re.search(as_pattern(sentence), result.stderr), result.stderr
+
+
+def changed(model: Path, folder: Path, tensors: dict[str, Tensor], **config: object) -> Path:
+    """A copy of a model folder with other weights, and other settings in its config."""
+    shutil.copytree(model, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, **config}))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def config_only(config: PretrainedConfig, folder: Path, tiny_llama: Path) -> Path:

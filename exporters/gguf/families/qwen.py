@@ -34,6 +34,14 @@ def _vl_keys(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_rope_dimension_sections([*sections, *[0] * (4 - len(sections))])
 
 
+def _vl_notes(config: Config) -> Iterator[str]:
+    """Source: `load_arch_hparams` in src/models/qwen2vl.cpp of build 11549, which lost the line that reads it."""
+    yield (
+        f"llama.cpp's qwen2vl (build 11549) does not read the epsilon of norms ({config['norm_eps']}) and adds none: "
+        "logits differ in late digits"
+    )
+
+
 def _vl3_keys(writer: gguf.GGUFWriter, config: Config) -> None:
     _vl_keys(writer, config)
     writer.add_num_deepstack_layers(int(config["num_deepstack_layers"]))
@@ -72,7 +80,7 @@ def _with_images(text: Family, inside: Family) -> Family:
 
 
 ROWS = (
-    _with_images(_QWEN2, replace(_QWEN2, arch=gguf.MODEL_ARCH.QWEN2VL, keys=_vl_keys)),
+    _with_images(_QWEN2, replace(_QWEN2, arch=gguf.MODEL_ARCH.QWEN2VL, keys=_vl_keys, notes=_vl_notes)),
     Family(
         "qwen2_moe",
         gguf.MODEL_ARCH.QWEN2MOE,

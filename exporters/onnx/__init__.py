@@ -52,7 +52,6 @@ class OnnxExporter:
     def way(self, config: Mapping[str, Any], parameters: Sequence[str]) -> str:
         """By the builder or by tracing; UserError for what neither takes."""
         from exporters.onnx.builder_names import builder_knows, check_rope, check_traceable
-
         from signround_edge.model.config import CONFIG_FILE
 
         known, source = dict(config), CONFIG_FILE

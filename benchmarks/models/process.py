@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import queue
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 
@@ -25,8 +27,12 @@ def in_a_process(name: str, with_template: bool, with_onnx: bool) -> Found:
     process = context.Process(target=_work, args=(name, with_template, with_onnx, answers))
     process.start()
     try:
-        return answers.get(timeout=LIMIT_S)
-    except queue.Empty:
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):
+                return answers.get(timeout=1)
+            if not process.is_alive() and answers.empty():
+                return {"tune": f"no: its process died with code {process.exitcode}"}
         return {"tune": f"no: no answer within {LIMIT_S} s"}
     finally:
         process.kill()

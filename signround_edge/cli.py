@@ -315,7 +315,7 @@ def inspect(path: Path, as_json: bool) -> None:
 @click.argument("model", required=False)
 @_json
 def models(model: str | None, as_json: bool) -> None:
-    """What will work for MODEL, a folder in Hugging Face layout; without it, which families were tried, and how far."""
+    """What will work for MODEL (a folder, or a name such as org/model); without it, which families were tried."""
     from signround_edge.terminal.models import render_outlook, render_tested
 
     if model is None:

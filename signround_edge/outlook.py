@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,18 +40,16 @@ class Outlook:
         return asdict(self)
 
 
-def outlook(model: str | os.PathLike[str]) -> Outlook:
-    """Look at a folder in Hugging Face layout.
+def outlook(model: str) -> Outlook:
+    """Look at a model: a folder in Hugging Face layout, or a name such as "org/model" to download.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no such model.
     """
-    from signround_edge.arguments import path_of
+    from signround_edge.model.source import resolve_model
     from signround_edge.model.weights import ModelWeights
 
-    path = path_of("the model", model)
-    if not path.is_dir():
-        raise UserError(f"{path} is no folder; give a model in Hugging Face layout (config.json and safetensors)")
+    path = resolve_model(model)
     try:
         weights = ModelWeights.open(path)
     except UserError as error:

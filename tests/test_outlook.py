@@ -19,7 +19,7 @@ from signround_edge.tested_models import TestedModels
 
 def test_each_way_is_said_before_a_weight_is_read(tmp_path: Path) -> None:
     model = save_random_model(LlamaConfig(**SIZES), tmp_path)
-    found = outlook(model)
+    found = outlook(str(model))
     ways = {answer.step: (answer.works, answer.how) for answer in found.answers}
     assert ways["quantize"] == (True, "2 blocks of model.layers")
     assert ways["export --format gguf"] == (True, "built in, as llama.cpp's llama")
@@ -29,24 +29,24 @@ def test_each_way_is_said_before_a_weight_is_read(tmp_path: Path) -> None:
 
 def test_what_will_not_work_is_said_with_the_way_out(tmp_path: Path) -> None:
     config = OPTConfig(hidden_size=64, ffn_dim=64, word_embed_proj_dim=64, num_hidden_layers=1, num_attention_heads=2)
-    ways = {a.step: a for a in outlook(save_random_model(config, tmp_path / "opt")).answers}
+    ways = {a.step: a for a in outlook(str(save_random_model(config, tmp_path / "opt"))).answers}
     assert not ways["export --format gguf"].works
     assert "give it as --template" in ways["export --format gguf"].how
     experts = MixtralConfig(**SIZES, num_local_experts=2)
-    ways = {a.step: a for a in outlook(save_random_model(experts, tmp_path / "experts")).answers}
+    ways = {a.step: a for a in outlook(str(save_random_model(experts, tmp_path / "experts"))).answers}
     assert ways["export --format gguf"].works
     assert "mixture of experts" in ways["export --format onnx"].how
     rope = LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
-    ways = {a.step: a for a in outlook(save_random_model(rope, tmp_path / "rope")).answers}
+    ways = {a.step: a for a in outlook(str(save_random_model(rope, tmp_path / "rope"))).answers}
     assert "RoPE type 'linear'" in ways["export --format onnx"].how
 
 
 def test_a_folder_that_is_no_model_is_an_answer_and_no_folder_an_error(tmp_path: Path) -> None:
-    (answer,) = outlook(tmp_path).answers
+    (answer,) = outlook(str(tmp_path)).answers
     assert (answer.step, answer.works) == ("quantize", False)
     assert "config.json" in answer.how
-    with pytest.raises(UserError, match=r"nowhere is no folder; give a model in Hugging Face layout"):
-        outlook(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"nowhere does not exist; give a model folder"):
+        outlook(str(tmp_path / "nowhere"))
 
 
 def test_the_command_prints_both_tables(tmp_path: Path) -> None:

@@ -67,9 +67,12 @@ def find_row_order(ours: Matrix, theirs: Matrix, heads: Iterable[int]) -> tuple[
     return best >= _SAME, order
 
 
-def find_vector(ours: Matrix, theirs: Matrix, orders: Iterable[RowOrder]) -> FoundVector | None:
+def find_vector(ours: Matrix, theirs: Matrix, orders: Iterable[RowOrder], named: bool = True) -> FoundVector | None:
     """The same for vectors [n], with the orders of the weight they belong to as candidates, and functions of values.
 
+    Args:
+        named: the vectors have the same name, so that ours may have been changed by a transform; without that, only
+            equal values count.
     Returns:
         None when `theirs` is another vector.
     """
@@ -88,7 +91,7 @@ def find_vector(ours: Matrix, theirs: Matrix, orders: Iterable[RowOrder]) -> Fou
             if np.linalg.norm(found.applied(ours) - theirs) <= _F16 * size:
                 return found
     # Transforms may have moved a vector a little; a function of it is met exactly or not at all.
-    allowed = _VECTOR_ERROR if candidates[least].function in (None, ONE_PLUS) else _F16
+    allowed = _VECTOR_ERROR if named and candidates[least].function in (None, ONE_PLUS) else _F16
     return candidates[least] if errors[least] <= allowed * size else None
 
 

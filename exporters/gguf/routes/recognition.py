@@ -44,8 +44,12 @@ class Recognition:
     heads: list[int]
     orders: dict[str, RowOrder]
 
-    def same(self, name: str, stack: Stack) -> Placement | None:
-        """The tensor as one parameter or one of each expert, perhaps its rows in another order or a function of it."""
+    def same(self, name: str, stack: Stack, named: bool = True) -> Placement | None:
+        """The tensor as one parameter or one of each expert, perhaps its rows in another order or a function of it.
+
+        Args:
+            named: gguf's table says so; see `find_vector`.
+        """
         plain = place(self.run, stack, Stored(name))
         stored = self.file.tensors[name]
         if math.prod(plain.shape) != math.prod(stored.shape):
@@ -55,7 +59,7 @@ class Recognition:
         if len(plain.shape) > 1 and plain.shape[-1] == stored.shape[-1]:
             placement = self._same_matrices(here)
         if placement is None and not self.run.is_quantized(stack[0]):
-            placement = self._same_vector(here)
+            placement = self._same_vector(here, named)
         return placement
 
     def _same_matrices(self, plain: Placement) -> Placement | None:
@@ -72,12 +76,12 @@ class Recognition:
             order = here if number == 0 else order
         return self._ordered(plain, order)
 
-    def _same_vector(self, plain: Placement) -> Placement | None:
+    def _same_vector(self, plain: Placement, named: bool) -> Placement | None:
         ours = np.concatenate([self._ours(piece).reshape(-1) for piece in plain.pieces])
         theirs = float_rows(self.file, plain.gguf_name).reshape(-1)
         single = len(plain.pieces) == 1
         weight = self.orders.get(plain.pieces[0].hf_name.removesuffix(".bias") + ".weight") if single else None
-        found = find_vector(ours, theirs, [] if weight is None else [weight])
+        found = find_vector(ours, theirs, [] if weight is None else [weight], named)
         return None if found is None else self._ordered(replace(plain, function=found.function), found.order)
 
     def _ordered(self, plain: Placement, order: RowOrder | None) -> Placement:
@@ -86,7 +90,7 @@ class Recognition:
     def changed(self, name: str, candidates: Sequence[Stack]) -> Placement | None:
         """The tensor as something else that is made of the candidates."""
         for stack in candidates:
-            placement = self.same(name, stack)
+            placement = self.same(name, stack, named=False)
             if placement is not None:
                 return placement
         shape = self.file.tensors[name].shape

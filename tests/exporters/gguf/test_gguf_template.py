@@ -263,3 +263,11 @@ def test_gemma_norms_are_written_with_their_offset(tmp_path: Path) -> None:
     run.write_part(OUTSIDE, {"norm.weight": torch.tensor([0.25, -0.5])}, {})
     placement = place(run, ["norm.weight"], Stored("blk.0.attn_norm.weight", function=ONE_PLUS))
     assert dequantized(run, placement).tolist() == [[1.25, 0.5]]
+
+
+def test_a_vector_without_a_name_in_common_counts_only_when_it_is_equal() -> None:
+    """Norms of trained models are near 1 and near one another."""
+    norm, other = 1 + 0.05 * np.random.default_rng(0).standard_normal((2, 64)).astype(np.float32)
+    assert find_vector(norm, other, []) == FoundVector()
+    assert find_vector(norm, other, [], named=False) is None
+    assert find_vector(norm, norm.astype(np.float16).astype(np.float32), [], named=False) == FoundVector()

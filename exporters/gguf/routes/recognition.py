@@ -53,7 +53,7 @@ class Recognition:
         plain = place(self.run, stack, Stored(name))
         stored = self.file.tensors[name]
         if math.prod(plain.shape) != math.prod(stored.shape):
-            return None
+            return self._filled_up(name, stack)
         here = replace(plain, shape=stored.shape)
         placement = None
         if len(plain.shape) > 1 and plain.shape[-1] == stored.shape[-1]:
@@ -61,6 +61,18 @@ class Recognition:
         if placement is None and not self.run.is_quantized(stack[0]):
             placement = self._same_vector(here, named)
         return placement
+
+    def _filled_up(self, name: str, stack: Stack) -> Placement | None:
+        """A table that the file has more rows of, for tokens without one: they take the first, as in transformers."""
+        shape, stored = self.run.entry(stack[0]).out_in_shape, self.file.tensors[name].shape
+        rows = shape[0]
+        if len(stack) > 1 or len(shape) != 2 or len(stored) != 2 or stored[1] != shape[1] or stored[0] < rows:
+            return None
+        found, order = find_row_order(self._ours(Piece(stack[0])), float_rows(self.file, name, slice(rows)), [])
+        if not found or order is not None:
+            return None
+        filled = np.concatenate([np.arange(rows), np.zeros(stored[0] - rows)]).astype(np.intp)
+        return Placement(name, (Piece(stack[0], filled),), stored)
 
     def _same_matrices(self, plain: Placement) -> Placement | None:
         rows = math.prod(plain.shape[:-1]) // len(plain.pieces)

@@ -61,7 +61,7 @@ class LoadedTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            hf = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             content = json.loads(hf.backend_tokenizer.to_str())
         except Exception as error:  # transformers and tokenizers raise what they like
             raise UserError(f"the tokenizer in {folder} cannot be loaded ({error}); {_TEMPLATE_HINT}") from error

@@ -1,7 +1,8 @@
 """Small random models of the families that people deploy: hidden 128, four layers, 3,072 tokens, some hundred kB.
 
 Saved by transformers itself, so that names are those of published checkpoints (`model.language_model.…`,
-`block_sparse_moe.…`, fused experts).
+`block_sparse_moe.…`, fused experts). What llama.cpp has as a constant is as in published models: Gemma 3n's sizes and
+number of layers, Llama 4's chunks, Phi's feed-forward width; and so are Qwen-VL's epsilon and the rule of its sections.
 """
 
 from __future__ import annotations
@@ -124,16 +125,17 @@ _GEMMA3 = _base(
     tie_word_embeddings=True,
 )
 _GEMMA3N = _base(
+    num_hidden_layers=22,
     vocab_size_per_layer_input=3072,
-    hidden_size_per_layer_input=32,
-    laurel_rank=32,
+    hidden_size_per_layer_input=256,
+    laurel_rank=64,
     num_kv_shared_layers=2,
     altup_num_inputs=4,
     sliding_window=16,
-    layer_types=_EVERY_SECOND_FULL,
+    layer_types=["sliding_attention", "full_attention"] * 11,
     rope_parameters=_TWO_ROPES,
-    activation_sparsity_pattern=[0.95, 0.95, 0.0, 0.0],
-    intermediate_size=[256] * 4,
+    activation_sparsity_pattern=[0.95] * 10 + [0.0] * 12,
+    intermediate_size=[2048] * 22,
     pad_token_id=1,
 )
 _GEMMA4 = _base(
@@ -219,7 +221,7 @@ MODELS: dict[str, SmallModel] = {
     "qwen2_vl": SmallModel(
         "qwen2_vl",
         {
-            "text_config": _base(_HD, rope_parameters=_MROPE),
+            "text_config": _base(_HD, rope_parameters=_MROPE, rms_norm_eps=1e-6),
             "vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 2, "patch_size": 14},
             **_QWEN_TOKENS,
         },
@@ -228,7 +230,7 @@ MODELS: dict[str, SmallModel] = {
     "qwen2_5_vl": SmallModel(
         "qwen2_5_vl",
         {
-            "text_config": _base(_HD, rope_parameters=_MROPE),
+            "text_config": _base(_HD, rope_parameters=_MROPE, rms_norm_eps=1e-6),
             "vision_config": {
                 "depth": 2,
                 "hidden_size": 64,
@@ -244,7 +246,7 @@ MODELS: dict[str, SmallModel] = {
     "qwen3_vl": SmallModel(
         "qwen3_vl",
         {
-            "text_config": _base(rope_parameters={**_MROPE, "mrope_interleaved": True}),
+            "text_config": _base(rope_parameters=_default_rope(mrope_section=[6, 5, 5], mrope_interleaved=True)),
             "vision_config": {**_QWEN_VISION, "deepstack_visual_indexes": [0]},
             **_QWEN_TOKENS,
         },
@@ -265,7 +267,17 @@ MODELS: dict[str, SmallModel] = {
         True,
     ),
     "gemma3n_text": SmallModel("gemma3n_text", _GEMMA3N),
-    "gemma3n_text_nosharing": SmallModel("gemma3n_text", {**_GEMMA3N, "num_kv_shared_layers": 0}),
+    "gemma3n_text_nosharing": SmallModel(
+        "gemma3n_text",
+        {
+            **_GEMMA3N,
+            "num_hidden_layers": 20,
+            "num_kv_shared_layers": 0,
+            "layer_types": _GEMMA3N["layer_types"][:20],
+            "activation_sparsity_pattern": _GEMMA3N["activation_sparsity_pattern"][:20],
+            "intermediate_size": [2048] * 20,
+        },
+    ),
     "gemma4_text_plain": SmallModel("gemma4_text", _GEMMA4_PLAIN),
     "gemma4_text_k_eq_v": SmallModel("gemma4_text", {**_GEMMA4_PLAIN, "attention_k_eq_v": True}),
     "gemma4_text_ple_only": SmallModel("gemma4_text", _GEMMA4_OWN_KEYS),
@@ -298,7 +310,7 @@ MODELS: dict[str, SmallModel] = {
         },
         True,
     ),
-    "phi": SmallModel("phi", _base(_HD, num_key_value_heads=4)),
+    "phi": SmallModel("phi", _base(_HD, num_key_value_heads=4, intermediate_size=512)),
     "phi3": SmallModel("phi3", _base(_HD, original_max_position_embeddings=512, pad_token_id=1)),
     "phi4_mini": SmallModel(
         "phi3",
@@ -354,7 +366,7 @@ MODELS: dict[str, SmallModel] = {
             num_experts_per_tok=1,
             interleave_moe_layer_step=2,
             no_rope_layers=[1, 1, 1, 0],
-            attention_chunk_size=32,
+            attention_chunk_size=8192,
             pad_token_id=1,
         ),
     ),
@@ -542,6 +554,7 @@ def build_model(row: SmallModel, out: Path) -> Path:
 def _randomize(model: nn.Module) -> None:
     """Weights of a size that keeps activations near 1; norms, biases and stored buffers that are not their defaults."""
     generator = torch.Generator().manual_seed(0)
+    attention_is_unscaled = any(type(module).__name__ == "Gemma4TextAttention" for module in model.modules())
 
     def normal(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator)
@@ -556,6 +569,8 @@ def _randomize(model: nn.Module) -> None:
             parameter.copy_(normal(parameter) / parameter.shape[-1] ** 0.5)
         elif "norm" in name.lower() and leaf == "weight":
             parameter.add_(0.2 * normal(parameter))
+            if attention_is_unscaled and "q_norm" in name:  # trained ones keep attention as soft as others' scale does
+                parameter.mul_(parameter.shape[0] ** -0.5)
         elif leaf == "bias":
             parameter.add_(0.1 * normal(parameter))
         elif parameter.is_floating_point():

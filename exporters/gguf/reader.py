@@ -15,6 +15,7 @@ from exporters.gguf.container.reader import GgufFile
 from exporters.gguf.families.row_orders import RowOrder
 from exporters.gguf.families.table import canonical_config, family_of
 from exporters.gguf.placement import Placement, builtin_placements, names_of
+from exporters.gguf.provenance import PROVENANCE
 from exporters.gguf.routes.template import match_by_value
 from exporters.gguf.tensors import dequantized
 from signround_edge.errors import CheckFailed, UserError
@@ -93,10 +94,11 @@ def _expected(run: RunDirectory, placement: Placement, ggml_type: GgmlType) -> C
 
 def _placements(run: RunDirectory, file: GgufFile) -> list[Placement]:
     placements = None
-    with suppress(UserError):  # a model that the built-in route refuses: a template made the file
-        config = canonical_config(run.config)
-        if file.architecture == family_of(config).name:
-            placements = builtin_placements(run, config)
+    if file.get(f"{PROVENANCE}.template") is None:  # a converter may order rows otherwise than the built-in route
+        with suppress(UserError):  # a file from before that key, of a model that the built-in route refuses
+            config = canonical_config(run.config)
+            if file.architecture == family_of(config).name:
+                placements = builtin_placements(run, config)
     if placements is None:
         placements = match_by_value(run, file)
     absent = set(run.names()) - names_of(p for p in placements if p.gguf_name in file.tensors)

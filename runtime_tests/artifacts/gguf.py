@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType, quants
 
 from exporters.gguf import GgufExporter
 from exporters.gguf.container.reader import GgufFile, shown
@@ -18,7 +19,6 @@ from exporters.gguf.provenance import PROVENANCE
 from exporters.interface import ExportOptions
 from runtime_tests.artifacts.expectation import Expectation
 from runtime_tests.interface import Runtime, Session
-from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import FloatArray
 from signround_edge.run_directory import RunDirectory
 
@@ -85,15 +85,12 @@ def _activation(run: RunDirectory) -> str | None:
 
 
 def _raw(file: GgufFile, name: str) -> Callable[[], FloatArray]:
-    """An F32 tensor of a file that stems from no parameter of the run (rope_freqs)."""
+    """A tensor of a file that stems from no parameter of the run (rope_freqs, zeros that llama.cpp demands)."""
 
     def weights() -> FloatArray:
         info = file.tensors[name]
-        if info.ggml_type.name != "F32":
-            raise UserError(
-                f"{file.path}: tensor {name} is {info.ggml_type.name} and not of the run; it cannot be checked"
-            )
-        data: FloatArray = np.array(file.raw(name)).reshape(-1).view(np.float32).reshape(-1, info.shape[-1])
+        kind = GGMLQuantizationType(info.ggml_type.number)
+        data: FloatArray = quants.dequantize(np.array(file.raw(name)), kind).reshape(-1, info.shape[-1])
         return data
 
     return weights

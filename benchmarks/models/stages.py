@@ -123,7 +123,7 @@ def _short(error: Exception) -> str:
 
 def _shortened(text: str) -> str:
     """The first clause, without the names of temporary files."""
-    text = re.sub(r"\S*/(\S+)", r"\1", text)
+    text = re.sub(r"\S*/(\S+)", r"\1", text.partition(" (there is for")[0])
     return text.partition("; ")[0].replace("|", "/")[:300]
 
 

@@ -33,6 +33,7 @@ CONFIGS: dict[str, transformers.PretrainedConfig] = {
     "opt": transformers.OPTConfig(
         hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=3072, word_embed_proj_dim=64
     ),
+    "falcon": transformers.FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=3072),
     "bloom": transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=3072),
     "gpt2": transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=3072),
     "gpt_neox": transformers.GPTNeoXConfig(

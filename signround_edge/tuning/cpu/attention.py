@@ -9,6 +9,7 @@ wide inputs go to torch's kernel.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -19,9 +20,14 @@ _MAX_PROBABILITIES = 1 << 27  # values kept for the backward pass: 256 MB in bf1
 
 
 def use_blocked_attention(model: nn.Module, device: torch.device) -> None:
-    """Let a model that would use torch's fused attention use this one, where it pays: on CPUs."""
+    """Let a model that would use torch's fused attention use this one, where it pays: on CPUs.
+
+    Only where the model takes its attention from transformers' table of functions: Falcon compares the name with "sdpa"
+    itself, and computes attention without a mask under any other name.
+    """
     config: Any = model.config
-    if device.type == "cpu" and getattr(config, "_attn_implementation", None) == "sdpa":
+    asks = hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
+    if asks and device.type == "cpu" and getattr(config, "_attn_implementation", None) == "sdpa":
         _register()
         config._attn_implementation = NAME
 

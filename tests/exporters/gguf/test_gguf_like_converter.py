@@ -131,6 +131,29 @@ DIFFERENT: dict[str, dict[str, str]] = {
 }
 # Some matrices stay in F32 in an F16 file: norms of each head, positions, routers. Other rows are in the full tests.
 F16 = ("llama", "qwen3", "gpt2", "mixtral")
+# Families that are always compared: each way of storing, and the newest; the others are in the full tests.
+COMPARED = (
+    "llama",
+    "mixtral",
+    "qwen3",
+    "gpt2",
+    "gpt_neox",
+    "bloom",
+    "falcon",
+    "phi3",
+    "gemma3",
+    "gemma3n",
+    "gemma4",
+    "olmo3",
+    "granitemoehybrid",
+    "gpt_oss",
+    "llama4",
+    "deepseek_v3",
+    "qwen3_next",
+    "qwen3_5",
+    "nemotron_h_moe",
+    "lfm2_moe",
+)
 RARE = ("llama_tied_with_biases", "llama3_rope", "qwen2_yarn", "qwen2_yarn_attention", "olmo3_without_windows")
 CASES: dict[str, tuple[PretrainedConfig, Row]] = {name: (row.config, row) for name, row in FAMILIES.items()}
 CASES |= {
@@ -153,8 +176,8 @@ def converter() -> Iterator[Converter]:
 
 
 def params() -> list[Any]:
-    """Every case in either type; quick ones are the families themselves in F32, and `F16`."""
-    rare = {(name, dtype) for name in CASES for dtype in ("f32", "f16") if name in RARE or dtype == "f16"}
+    """Every case in either type; quick ones are `COMPARED` in F32, and `F16`."""
+    rare = {(name, dtype) for name in CASES for dtype in ("f32", "f16") if name not in COMPARED or dtype == "f16"}
     rare -= {(name, "f16") for name in F16}
     cases = [(name, dtype) for name in CASES for dtype in ("f32", "f16")]
     return [pytest.param(*case, marks=pytest.mark.full if case in rare else ()) for case in cases]

@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 
 from exporters.gguf.container.writer import check_target, write_file
-from exporters.gguf.families.architecture import add_architecture
+from exporters.gguf.families.architecture import add_architecture, refuse_what_differs
 from exporters.gguf.families.rope import factor_tensors
 from exporters.gguf.families.table import canonical_config, family_of
 from exporters.gguf.mmproj.export import Mmproj
@@ -60,6 +60,7 @@ def _export_text(run: RunDirectory, path: Path, options: GgufOptions, inputs: di
         return export_with_template(run, path, options, options.template)
     config = canonical_config(run.config)
     family = family_of(config)
+    refuse_what_differs(family, config)  # before a parameter without a place, which says less
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.arch])
     writer.add_type(gguf.GGUFType.MODEL)
     placements = builtin_placements(run, config)

@@ -21,13 +21,12 @@ _WAY_OUT = "to take what llama.cpp makes of it, give an f16 GGUF made by its con
 def add_architecture(
     writer: gguf.GGUFWriter, family: Family, config: Config, vocab_size: int, log: Callable[[str], None]
 ) -> None:
-    """All `<arch>.*` keys. UserError for what llama.cpp's graph of the family cannot compute.
+    """All `<arch>.*` keys, of a model that `refuse_what_differs` lets pass.
 
     Args:
         config: as `canonical_config` gives it. Where layers differ, `key_heads_by_layer` and `feed_forward_by_layer`
             have a number for each. `intermediate_size` may be absent where experts are all there is.
     """
-    refuse_what_differs(family, config)
     for note in family.notes(config):
         log(note)
     if config.get("hidden_act") == "gelu":

@@ -490,7 +490,7 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
         "residual.*--template",
     ),
     "falcon_alibi": (FalconConfig(**_FALCON, alibi=True), "ALiBi.*--template"),
-    "falcon_sequential": (FalconConfig(**_FALCON, parallel_attn=False), r"post_attention_layernorm.*--template"),
+    "falcon_sequential": (FalconConfig(**_FALCON, parallel_attn=False), r"side by side.*--template"),
     "falcon_bias": (FalconConfig(**_FALCON, bias=True), "biases.*--template"),
     "gemma2_soft_cap": (Gemma2Config(**_GEMMA, attn_logit_softcapping=None), "soft caps.*--template"),
     "gemma2_scale": (

@@ -13,6 +13,7 @@ from signround_edge.files import sha256_of
 from signround_edge.model.config import CONFIG_FILE
 from signround_edge.model.decoder import whole_model
 from signround_edge.model.language_model import name_of, reads_more_than_text
+from signround_edge.model.matching import match_names
 from signround_edge.model.source import SourceModel
 
 
@@ -42,23 +43,11 @@ class WholeCheckpoint:
             UserError: no such model, one that reads text only, or a tensor of the towers that is missing or of another
                 shape.
         """
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
         source, model = SourceModel.open(path), whole_model(path)
         if not reads_more_than_text(model.config):
             raise UserError(f"{path} reads text only, so it has no towers; leave --mmproj out")
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        mapping = get_model_conversion_mapping(model)
-        renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-        converters = [one for one in mapping if isinstance(one, WeightConverter)]
-        stored: dict[str, str] = {}
-        for key in source.files:
-            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
-            if name not in shapes and key in shapes:
-                name, pattern = key, None
-            if name in shapes and pattern is None:
-                stored[name] = key
+        stored = match_names(source, model).direct
         decoder = f"{name_of(model, model.get_decoder())}."
         head = f"{name_of(model, model.get_output_embeddings())}."
         towers = frozenset(name for name in shapes if not name.startswith((decoder, head)))

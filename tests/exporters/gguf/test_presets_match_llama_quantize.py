@@ -116,6 +116,7 @@ NEW: dict[str, PretrainedConfig] = {
     ),
     "vision_text": Qwen3Config(**_NEW, head_dim=128, mrope_section=[24, 20, 20], num_deepstack_layers=3),
 }
+NEW_QUICK = ("hybrid_experts", "mla", "per_layer_embeddings")
 # With a matrix the IQ4 presets and Q2_K_S are as ours; Q4_0 and Q5_0 are as ours without (see gguf_presets).
 WITHOUT_IMATRIX = ("q4_0", "q5_0")
 QUICK = [
@@ -171,7 +172,7 @@ def test_types_and_bytes_are_those_of_llama_quantize(
 
 
 @pytest.mark.parametrize("preset", ["q4_k_m", pytest.param("q2_k_s", marks=pytest.mark.full)])
-@pytest.mark.parametrize("model", NEW)
+@pytest.mark.parametrize("model", [n if n in NEW_QUICK else pytest.param(n, marks=pytest.mark.full) for n in NEW])
 def test_types_of_newer_kinds_of_layers_are_those_of_llama_quantize(
     model: str, preset: str, byte_level_folder: Path, calibration_text: Path, tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from signround_edge.errors import UserError
 from signround_edge.inspection import TensorInfo
@@ -96,7 +96,6 @@ class Exporter(Protocol):
         ...
 
 
-@runtime_checkable
 class KnowsItsWay(Protocol):
     """An exporter that can say, before anything heavy, how it would export a model."""
 

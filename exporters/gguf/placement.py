@@ -136,7 +136,7 @@ def candidate_names(run: RunDirectory, block_count: int, arch: str) -> dict[str,
     archs = [known for known, name in gguf.MODEL_ARCH_NAMES.items() if name == arch]
     maps = [name_table(known, block_count) for known in archs]
     found: dict[str, tuple[str, ...]] = {}
-    for stack, data_names in with_tied(run):
+    for stack, data_names in _with_tied(run):
         for names in maps:
             for spelling in _spellings(stack):
                 gguf_name = names.get_name(spelling, try_suffixes=_SUFFIXES)
@@ -145,7 +145,7 @@ def candidate_names(run: RunDirectory, block_count: int, arch: str) -> dict[str,
     return found
 
 
-def with_tied(run: RunDirectory) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _with_tied(run: RunDirectory) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(name, names of the parameters that hold its data); for experts, the name without a number."""
     yield from ((stack, tuple(names)) for stack, names in stacks(run.names()).items())
     yield from ((name, (owner,)) for name, owner in run.manifest.tied.items())

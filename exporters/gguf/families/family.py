@@ -57,11 +57,6 @@ def as_named(config: Config, hf_name: str, shape: tuple[int, ...]) -> tuple[Stor
     return None
 
 
-def no_notes(config: Config) -> Iterator[str]:
-    """llama.cpp computes every model of the family to the last digit."""
-    return iter(())
-
-
 def none_unread(config: Config) -> dict[str, tuple[int, ...]]:
     """llama.cpp reads every tensor that it demands."""
     return {}
@@ -103,7 +98,7 @@ class Family:
     derived: Callable[[Config], Config] = lambda config: {}
     keys: Callable[[gguf.GGUFWriter, Config], None] = no_keys
     problems: Callable[[Config], Iterator[str]] = no_problems
-    notes: Callable[[Config], Iterator[str]] = no_notes
+    notes: Callable[[Config], Iterator[str]] = no_problems
     layer_norm: bool = False
     rotary: bool = True
     partial_rotary: bool = False

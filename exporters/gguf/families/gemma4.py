@@ -46,8 +46,8 @@ def _derived(config: Config) -> Config:
         "head_dim": full[0],
         "head_dim_in_windows": in_windows[0] if in_windows else full[0],
         "num_head_dims": (len(set(full)), len(set(in_windows))),
-        "num_key_value_heads": [int(layer["num_key_value_heads"]) for layer in layers],
-        "intermediate_size": widths,
+        "key_heads_by_layer": [int(layer["num_key_value_heads"]) for layer in layers],
+        "feed_forward_by_layer": widths,
         "num_experts_per_tok": config["top_k_experts"],
     }
 

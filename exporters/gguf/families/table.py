@@ -50,8 +50,7 @@ def canonical_config(config: dict[str, Any]) -> Config:
     `states_head_dim` says whether the config itself has a `head_dim`.
 
     Missing entries and the older spellings of published configs are read as transformers reads them, since its model is
-    what was tuned. `num_key_value_heads` and `intermediate_size` are lists, a value for each layer, where a family's
-    `derived` says so.
+    what was tuned.
 
     Raises:
         UserError: a family that is not built in, or a config that transformers refuses.

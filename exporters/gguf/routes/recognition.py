@@ -124,8 +124,8 @@ class Recognition:
             pieces = [Piece(per_expert[which][expert], order) for expert in range(shape[0]) for which, order in found]
             placement = Placement(name, tuple(pieces), shape)
             return placement if self._agrees(placement) else None
-        found = self._rows_of(name, slice(rows), [stack[0] for stack in sources if len(stack) == 1])
         singles = [stack[0] for stack in sources if len(stack) == 1]
+        found = self._rows_of(name, slice(rows), singles)
         return None if found is None else Placement(name, tuple(Piece(singles[i], order) for i, order in found), shape)
 
     def _rows_of(self, name: str, rows: slice, sources: list[str]) -> list[tuple[int, RowOrder | None]] | None:

@@ -89,7 +89,8 @@ def match_by_value(run: RunDirectory, file: GgufFile) -> list[Placement]:
     # Weights first: a bias has the order of its weight's rows.
     for gguf_name in sorted(set(names) & set(file.tensors), key=lambda name: name.endswith(".bias")):
         _keep(seen, found, _safely(seen.same, gguf_name, names[gguf_name]))
-    left = stacks([name for name in run.names() if name not in names_of(found.values())])
+    placed = names_of(found.values())
+    left = stacks([name for name in run.names() if name not in placed])
     by_block: dict[int | None, list[Stack]] = {}
     for stack, members in left.items():
         by_block.setdefault(_block(_OUR_BLOCK, stack), []).append(tuple(members))

@@ -355,7 +355,7 @@ PUBLISHED = {
         {
             "head_dim": 512,
             "head_dim_in_windows": 256,
-            "num_key_value_heads": [8, 8, 8, 8, 8, 2] * 5,
+            "key_heads_by_layer": [8, 8, 8, 8, 8, 2] * 5,
             "num_head_dims": (1, 1),
             "rotary_dims": 512,
             "rope_type": "proportional",

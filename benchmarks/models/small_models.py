@@ -55,6 +55,7 @@ def _default_rope(theta: float = 1e4, **more: Any) -> Config:
 
 
 _HD = "head_dim"
+_UNSCALED = ("Gemma3nTextAttention", "Gemma4TextAttention")  # softmax of q·k as it is
 _EVERY_SECOND_FULL = ["sliding_attention", "full_attention"] * 2
 _EVERY_SECOND_LINEAR = ["linear_attention", "full_attention"] * 2
 _EVERY_SECOND_CONV = ["conv", "full_attention"] * 2
@@ -554,7 +555,7 @@ def build_model(row: SmallModel, out: Path) -> Path:
 def _randomize(model: nn.Module) -> None:
     """Weights of a size that keeps activations near 1; norms, biases and stored buffers that are not their defaults."""
     generator = torch.Generator().manual_seed(0)
-    attention_is_unscaled = any(type(module).__name__ == "Gemma4TextAttention" for module in model.modules())
+    attention_is_unscaled = any(type(module).__name__ in _UNSCALED for module in model.modules())
 
     def normal(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator)

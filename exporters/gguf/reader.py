@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporters.gguf.blocks.ggml_types import F16, GgmlType
-from exporters.gguf.container.reader import GgufFile
+from exporters.gguf.container.reader import MMPROJ, GgufFile
 from exporters.gguf.families.row_orders import RowOrder
 from exporters.gguf.families.table import canonical_config, family_of
 from exporters.gguf.placement import Placement, builtin_placements, names_of
@@ -93,6 +93,11 @@ def _expected(run: RunDirectory, placement: Placement, ggml_type: GgmlType) -> C
 
 
 def _placements(run: RunDirectory, file: GgufFile) -> list[Placement]:
+    if file.architecture == MMPROJ:
+        raise UserError(
+            f"{file.path} is an mmproj file: it holds the towers for images and sound as they were, and nothing of the "
+            "run; give the text model's file"
+        )
     placements = None
     if file.get(f"{PROVENANCE}.template") is None:  # a converter may order rows otherwise than the built-in route
         with suppress(UserError):  # a file from before that key, of a model that the built-in route refuses

@@ -21,6 +21,7 @@ from exporters.gguf.container.splits import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS
 from signround_edge.errors import UserError
 
 MAGIC = b"GGUF"
+MMPROJ = "clip"  # general.architecture of the files that llama.cpp calls mmproj
 VERSIONS = (2, 3)
 _MAX_DIMS = 4
 _SMALLEST_ENTRY = 13  # a key of no letters (8), a type (4) and one byte of value

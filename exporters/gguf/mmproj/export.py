@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from exporters.gguf.blocks.ggml_types import F16, F32, FILE_TYPES
+from exporters.gguf.container.reader import MMPROJ
 from exporters.gguf.container.writer import PlannedTensor, check_target, write_file
 from exporters.gguf.mmproj.preprocessor import Preprocessor
 from exporters.gguf.mmproj.table import CONVERTER, TOWERS
@@ -26,7 +27,6 @@ from signround_edge.model.towers import WholeCheckpoint
 from signround_edge.run_directory import RunDirectory
 
 _FLAG = "--mmproj"
-_ARCHITECTURE = "clip"
 
 
 class Mmproj:
@@ -68,7 +68,7 @@ class Mmproj:
 
     def write(self) -> Path:
         """Write the file, whole or not at all."""
-        writer = gguf.GGUFWriter(None, _ARCHITECTURE)
+        writer = gguf.GGUFWriter(None, MMPROJ)
         writer.add_type(gguf.GGUFType.MMPROJ)
         writer.add_name(source_name(self._run, {}))
         writer.add_file_type(FILE_TYPES["f16"])

@@ -27,6 +27,7 @@ from exporters.gguf.mmproj.table import TOWERS
 from runtime_tests.worker.llama_cpp_bindings import why_unavailable as no_llama_cpp
 from signround_edge import api
 from signround_edge.cli import main
+from signround_edge.demo import evaluation_text_path
 from signround_edge.errors import UserError
 from signround_edge.manifest import Manifest
 from signround_edge.tuning.settings import TuningSettings
@@ -185,6 +186,14 @@ def refusal(folder: Path, out: Path, model: Path | None, mmproj: str = "mmproj.g
         api.export(folder / "run", "gguf", out / "text.gguf", mmproj=out / mmproj, mmproj_from=model)
     assert list(out.glob("*.gguf")) == []
     return str(caught.value)
+
+
+def test_verify_says_what_an_mmproj_file_is(made: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = made("gemma3")
+    file = write_mmproj(folder, tmp_path / "mmproj.gguf")
+    report = api.verify(folder / "run", [file], evaluation_text_path(), windows=1, n_ctx=64)
+    assert not report.passed
+    assert "mmproj.gguf is an mmproj file" in str(report.artifacts[0].reason)
 
 
 def test_what_no_mmproj_file_can_be_made_of_is_said(made: Callable[[str], Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from exporters.onnx.options import LevelCost
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
+from runtime_tests.worker.onnxruntime_engine import model_file
 from signround_edge.arguments import read_text
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import Windows
@@ -41,7 +42,8 @@ def level_4_cost(folder: Path, config_dir: Path, text: Path | None) -> LevelCost
     """
     if text is not None:
         return measure_level_4(folder, config_dir, text)
-    size = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
+    model = model_file(folder)
+    size = sum(file.stat().st_size for file in model.parent.glob(f"{model.name}*"))
     if size > UNASKED_BYTES:
         return f"the model has {size / 1e9:.1f} GB, and measuring holds it twice in memory; export with --card-text"
     from signround_edge.demo import evaluation_text_path

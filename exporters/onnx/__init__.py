@@ -29,7 +29,9 @@ class OnnxExporter:
 
     def recognises(self, path: Path) -> bool:
         """Whether it is an .onnx or .ort file, or a folder that holds an .onnx file."""
-        return any(path.glob("*.onnx")) if path.is_dir() else path.suffix in (".onnx", ".ort")
+        from exporters.onnx.artifact.layouts import find_model
+
+        return bool(find_model(path)) if path.is_dir() else path.suffix in (".onnx", ".ort")
 
     def inspect(self, path: Path) -> list[TensorInfo]:
         """Tensors of a folder or .onnx file; UserError when it is truncated or broken."""

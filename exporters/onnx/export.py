@@ -14,15 +14,17 @@ import onnx_ir as ir
 
 from exporters.onnx.artifact.card import CARD, NOT_MEASURED, render_card
 from exporters.onnx.artifact.check import check_bindings, check_complete
+from exporters.onnx.artifact.layouts import layout_of
 from exporters.onnx.artifact.model_file import write_model
 from exporters.onnx.artifact.ort_format import write_ort_format
 from exporters.onnx.artifact.sidecar import SIDECAR, Sidecar, hash_files
+from exporters.onnx.artifact.transformers_js import prepare_graph, write_companions
 from exporters.onnx.builder_names import builder_knows, check_rope, check_traceable
-from exporters.onnx.options import OnnxOptions
+from exporters.onnx.options import TRANSFORMERS_JS, OnnxOptions
 from exporters.onnx.passes.provenance import provenance, set_provenance
 from exporters.onnx.routes.built import build
 from exporters.onnx.routes.chat_templates import lay_out_chat_templates
-from exporters.onnx.routes.graph import MODEL_FILE, FinishedGraph
+from exporters.onnx.routes.graph import FinishedGraph
 from exporters.onnx.routes.template import from_template
 from exporters.onnx.routes.tracing import trace
 from exporters.onnx.run_weights import RunWeights
@@ -48,18 +50,25 @@ def export_folder(run: RunDirectory, out: Path, options: OnnxOptions) -> Path:
         lay_out_chat_templates(companions, run.config_dir, options.log)
         facts = provenance(weights, graph.made_by)
         set_provenance(graph.model, facts)
-        options.log("onnx: writing model.onnx and model.onnx.data")
-        write_model(graph.model, partial / MODEL_FILE, options.split_max_bytes)
+        layout = layout_of(options.layout, graph.model.graph)
+        if options.layout == TRANSFORMERS_JS:
+            prepare_graph(graph.model.graph, companions)
+        model = partial / layout.model
+        model.parent.mkdir(exist_ok=True)
+        options.log(f"onnx: writing {layout.model} and its data")
+        write_model(graph.model, model, options.split_max_bytes, layout.data)
         # Once more on what is really in the files: this is what a device will load.
-        check_bindings(ir.load(partial / MODEL_FILE).graph, graph.bindings, weights)
+        check_bindings(ir.load(model).graph, graph.bindings, weights)
         zero_biases = check_complete(graph.bindings, weights)
         if options.ort_format:
             options.log("onnx: writing model.ort")
-            write_ort_format(partial / MODEL_FILE)
+            write_ort_format(model)
         for file in sorted(companions.iterdir()):
             shutil.move(file, partial / file.name)
         companions.rmdir()
         shutil.rmtree(scratch, ignore_errors=True)
+        if options.layout == TRANSFORMERS_JS:
+            write_companions(run, partial, graph.model.graph, layout, options.log)
         sidecar = Sidecar(
             facts,
             options.dtype,

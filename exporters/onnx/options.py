@@ -14,6 +14,8 @@ ACCURACY_LEVELS = {
     4: "MatMulNBits rounds its inputs to int8, which is faster on most CPUs and less exact",
 }
 SCALE_DTYPES = ("f32", "f16")
+# Whose names and places of files.
+GENAI, TRANSFORMERS_JS = LAYOUTS = ("onnxruntime-genai", "transformers.js")
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,13 @@ class OnnxOptions(ExportOptions):
         accuracy_level: of every MatMulNBits, one of `ACCURACY_LEVELS`.
         scale_dtype: how scales are stored, one of `SCALE_DTYPES`; the integers and weights are the same.
         ort_format: also write ONNX Runtime's own file format.
+        layout: where the files lie, one of `LAYOUTS`.
     """
 
     accuracy_level: int = 0
     scale_dtype: str = "f32"
     ort_format: bool = False
+    layout: str = GENAI
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,6 +46,10 @@ class OnnxOptions(ExportOptions):
             raise UserError(
                 f"--scale-dtype {self.scale_dtype} is unknown; scales are stored in {' or '.join(SCALE_DTYPES)}"
             )
+        if self.layout not in LAYOUTS:
+            raise UserError(f"--layout {self.layout} is unknown; there are {' and '.join(LAYOUTS)}")
+        if self.layout != GENAI and self.ort_format:
+            raise UserError(f"--ort-format is for the layout {GENAI}; leave it out with --layout {self.layout}")
 
     @classmethod
     def of(cls, options: ExportOptions) -> OnnxOptions:

@@ -16,7 +16,7 @@ from runtime_tests.interface import StoredTensor
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from runtime_tests.runtimes.worker_session import WorkerSession
 from runtime_tests.setup.npm import ONNXRUNTIME_NODE, ONNXRUNTIME_WEB
-from runtime_tests.worker.onnxruntime_engine import decoder_config, model_file
+from runtime_tests.worker.onnxruntime_engine import decoder_config, exported_folder, model_file
 from signround_edge.errors import UserError
 
 
@@ -33,7 +33,11 @@ class OnnxRuntimeWeb(OnnxRuntime):
     def open(self, artifact: Path, accuracy_level: int | None = None) -> WorkerSession:
         """Load a folder or .onnx file; the level makes no difference."""
         model = model_file(artifact)
-        options = {"model": model.name, "external": external_files(model), "decoder": decoder_config(model.parent)}
+        options = {
+            "model": model.name,
+            "external": external_files(model),
+            "decoder": decoder_config(exported_folder(model)),
+        }
         return WorkerSession(self.name, self.transport, model.parent, self.timeout, options, self.digest)
 
     def stored_tensors(self, artifact: Path) -> Iterator[StoredTensor]:

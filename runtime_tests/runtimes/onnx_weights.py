@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.onnx.artifact.reader import Artifact, open_artifact, stored_floats
-from exporters.onnx.artifact.sidecar import SIDECAR
+from exporters.onnx.artifact.reader import Artifact, has_sidecar, open_artifact, stored_floats
 from exporters.onnx.bindings import quantized_initializers, scales_cast
 from runtime_tests.transports.interface import WorkerFailure
 from runtime_tests.worker.onnx_dequantize import NodeModel, run_node_model
@@ -44,7 +43,7 @@ def dequantize_through_runtime(
     opened = open_artifact(artifact)
     for node in opened.quantized_nodes():
         yield node.name or "", dequantize_node(opened, node, dequantizer)
-    if (opened.path.parent / SIDECAR).is_file():
+    if has_sidecar(opened.path):
         yield from stored_floats(opened)
 
 

@@ -62,3 +62,4 @@ class NpmPackage:
 ONNXRUNTIME_WEB = NpmPackage("onnxruntime-web", "1.30.0")
 ONNXRUNTIME_NODE = NpmPackage("onnxruntime-node", "1.30.0")
 WLLAMA = NpmPackage("@wllama/wllama", "2.4.0")
+TRANSFORMERS_JS = NpmPackage("@huggingface/transformers", "4.3.2")

@@ -20,7 +20,7 @@ def files_of(artifact: Path) -> list[Path]:
     An .ort file holds its tensors; what its graph leaves open (the shape of the cache) stands beside it.
     """
     if artifact.is_dir():
-        return sorted(path for path in artifact.iterdir() if path.is_file())
+        return sorted(path for path in [*artifact.iterdir(), *artifact.glob("onnx/*")] if path.is_file())
     if artifact.suffix == ".onnx":
         return files_of(artifact.parent)
     if artifact.suffix == ".ort":

@@ -18,7 +18,8 @@ from signround_edge.evaluation.metrics import FloatArray, TokenArray
 
 _DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32}
 _DTYPES |= {"tensor(float16)": np.float16}
-_MODEL = "model.onnx"
+_MODEL, _GENAI_CONFIG = "model.onnx", "genai_config.json"
+_TRANSFORMERS_JS = "onnx"  # the folder of the model in its layout
 _SKIP_NORMALIZATIONS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 _SUM_OUTPUT = 3  # input + skip: the residual stream
 _OUTPUTS_AT_ONCE = 200  # bounds memory; each group is a run of the whole graph
@@ -39,7 +40,7 @@ class OnnxEngine:
         self._artifact = artifact
         self._level = accuracy_level
         model = model_file(artifact)
-        self._decoder = decoder_config(model.parent)
+        self._decoder = decoder_config(exported_folder(model))
         if accuracy_level is not None and model.suffix == ".ort":
             self._session = _ort_session_at(model, accuracy_level)
         else:
@@ -132,23 +133,33 @@ class OnnxEngine:
 def model_file(artifact: Path) -> Path:
     """The decoder's file of an artifact: the .onnx or .ort file itself, or in a folder what genai_config.json names.
 
-    Without genai_config.json (a graph that onnxruntime-genai cannot run) it is model.onnx.
+    Without genai_config.json (a graph that onnxruntime-genai cannot run) it is model.onnx, or the only one in `onnx`.
 
     Raises:
         UserError: there is none.
     """
     if artifact.is_file() and artifact.suffix in (".onnx", ".ort"):
         return artifact
-    decoder = decoder_config(artifact)
-    file = artifact / Path(str(decoder.get("filename", _MODEL))).name  # a name, never a path out of the folder
+    named = Path(str(decoder_config(artifact).get("filename", _MODEL)))
+    # A name here or in transformers.js's folder, never a path out of the folder; on devices all files lie together.
+    file = artifact / named.name
+    inside = sorted((artifact / _TRANSFORMERS_JS).glob(named.name if named.parent.name else "*.onnx"))
+    if not file.is_file() and len(inside) == 1:
+        file = inside[0]
     if not file.is_file():
         raise UserError(f"{artifact} is neither an .onnx file nor a folder with {file.name}; export it again")
     return file
 
 
+def exported_folder(model: Path) -> Path:
+    """The folder in which genai_config.json lies, if there is one, of an .onnx or .ort file."""
+    beside = model.parent
+    return beside.parent if beside.name == _TRANSFORMERS_JS and not (beside / _GENAI_CONFIG).is_file() else beside
+
+
 def decoder_config(folder: Path) -> dict[str, Any]:
     """`model.decoder` of genai_config.json; empty when there is no such file. UserError when it is not readable."""
-    config = folder / "genai_config.json"
+    config = folder / _GENAI_CONFIG
     if not config.is_file():
         return {}
     try:

@@ -107,12 +107,13 @@ def _how_to_run(folder: Path) -> str:
         feeds = ", ".join(f'"{name}": {_FEEDS[name]}' for name in inputs)
         return f"```python\n{_PLAIN.format(feeds=f'{{{feeds}}}')}```"
     if (folder / GENAI_CONFIG).is_file():
-        code = _GENAI.format(special_tokens=_SPECIAL_TOKENS if _adds_special_tokens(folder) else "")
+        code = _GENAI.format(special_tokens=_SPECIAL_TOKENS if adds_special_tokens(folder) else "")
         return f"```python\n{code}```"
     return f"Its inputs are those of the template: {', '.join(inputs)}."
 
 
-def _adds_special_tokens(folder: Path) -> bool:
+def adds_special_tokens(folder: Path) -> bool:
+    """Whether the tokenizer of an export puts tokens around a text."""
     try:
         return bool(load_tokenizer(folder).num_special_tokens_to_add() > 0)
     except UserError:  # onnxruntime-genai cannot load it either

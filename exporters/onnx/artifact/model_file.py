@@ -21,10 +21,11 @@ class _DataFiles:
     Attributes:
         model: path of model.onnx.
         most: bytes of a file at most; a larger tensor has a file of its own. None for no limit.
+        ending: of a data file's name, before its number.
     """
 
-    def __init__(self, model: Path, most: int | None) -> None:
-        self.model, self.most = model, most
+    def __init__(self, model: Path, most: int | None, ending: str) -> None:
+        self.model, self.most, self.ending = model, most, ending
         self._count = 0
         self._file = self._open()
 
@@ -47,14 +48,14 @@ class _DataFiles:
 
     def _open(self) -> BinaryIO:
         number = f"_{self._count}" if self._count else ""
-        return self.model.with_name(f"{self.model.name}.data{number}").open("wb")
+        return self.model.with_name(f"{self.model.name}{self.ending}{number}").open("wb")
 
 
-def write_model(model: ir.Model, path: Path, max_shard_bytes: int | None = None) -> None:
+def write_model(model: ir.Model, path: Path, max_shard_bytes: int | None = None, ending: str = ".data") -> None:
     """Write the model at `path` and its data beside it; initializers marked SHARES_BYTES point at another's data."""
     initializers = model.graph.initializers
     shared = [v for v in initializers.values() if SHARES_BYTES in v.meta]
-    files = _DataFiles(path, max_shard_bytes)
+    files = _DataFiles(path, max_shard_bytes, ending)
     try:
         for value in initializers.values():
             if SHARES_BYTES in value.meta:

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from exporters.onnx.artifact.layouts import find_model, folder_of
 from exporters.onnx.artifact.ort_format import read_ort_format
 from exporters.onnx.artifact.sidecar import SIDECAR, Sidecar, hash_files
 from exporters.onnx.bindings import QUANTIZED_INPUTS, Binding, quantized_initializers
@@ -78,7 +79,7 @@ class Artifact:
 def resolve(path: Path) -> Path:
     """The .onnx file of an artifact given as a folder or as the file; UserError when there is none."""
     if path.is_dir():
-        files = sorted(path.glob("*.onnx"))
+        files = find_model(path)
         if (path / _MODEL) in files:
             return path / _MODEL
         if len(files) == 1:
@@ -128,7 +129,7 @@ def read_tensors(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:
         kind = f"{node.op_type}-{bits}x{block_size}"
         rows.append((node.name or "", kind, (shape[0], values // max(shape[0], 1)), size))
     transposed: set[str] = set()
-    if (artifact.path.parent / SIDECAR).is_file():
+    if has_sidecar(artifact.path):
         transposed = {b.name for b in read_sidecar(path).bindings if b.transposed}
     for name, value in initializers.items():
         if name not in inside:
@@ -140,13 +141,18 @@ def read_tensors(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:
 
 def read_sidecar(path: Path) -> Sidecar:
     """`signround_edge.json` beside the model; UserError when there is none or it is not readable."""
-    return Sidecar.read(resolve(path).parent)
+    return Sidecar.read(folder_of(resolve(path)))
+
+
+def has_sidecar(model: Path) -> bool:
+    """Whether an .onnx or .ort file belongs to an export of ours."""
+    return (folder_of(model) / SIDECAR).is_file()
 
 
 def changed_files(path: Path) -> list[str]:
     """Names of files whose sha256 is not the one recorded at export, or that are missing."""
     file = resolve(path)
-    found = hash_files(file.parent)
+    found = hash_files(folder_of(file))
     return [name for name, digest in read_sidecar(path).files.items() if found.get(name) != digest]
 
 

@@ -21,6 +21,7 @@ from exporters.onnx.artifact.sidecar import SIDECAR, Sidecar, hash_files
 from exporters.onnx.artifact.transformers_js import prepare_graph, write_companions
 from exporters.onnx.builder_names import builder_knows, check_rope, check_traceable
 from exporters.onnx.options import TRANSFORMERS_JS, OnnxOptions
+from exporters.onnx.passes.portable_gather import use_portable_gathers
 from exporters.onnx.passes.provenance import provenance, set_provenance
 from exporters.onnx.routes.built import build
 from exporters.onnx.routes.chat_templates import lay_out_chat_templates
@@ -53,6 +54,7 @@ def export_folder(run: RunDirectory, out: Path, options: OnnxOptions) -> Path:
         layout = layout_of(options.layout, graph.model.graph)
         if options.layout == TRANSFORMERS_JS:
             prepare_graph(graph.model.graph, companions)
+            use_portable_gathers(graph.model)
         model = partial / layout.model
         model.parent.mkdir(exist_ok=True)
         options.log(f"onnx: writing {layout.model} and its data")

@@ -14,6 +14,8 @@ ACCURACY_LEVELS = {
     4: "MatMulNBits rounds its inputs to int8, which is faster on most CPUs and less exact",
 }
 SCALE_DTYPES = ("f32", "f16")
+# matmulnbits: ONNX Runtime's own, MatMulNBits and GatherBlockQuantized; qdq: ONNX's, DequantizeLinear in front.
+OPERATORS = ("matmulnbits", "qdq")
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,13 @@ class OnnxOptions(ExportOptions):
         accuracy_level: of every MatMulNBits, one of `ACCURACY_LEVELS`.
         scale_dtype: how scales are stored, one of `SCALE_DTYPES`; the integers and weights are the same.
         ort_format: also write ONNX Runtime's own file format.
+        operators: which hold the integers, one of `OPERATORS`.
     """
 
     accuracy_level: int = 0
     scale_dtype: str = "f32"
     ort_format: bool = False
+    operators: str = "matmulnbits"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,6 +45,15 @@ class OnnxOptions(ExportOptions):
         if self.scale_dtype not in SCALE_DTYPES:
             raise UserError(
                 f"--scale-dtype {self.scale_dtype} is unknown; scales are stored in {' or '.join(SCALE_DTYPES)}"
+            )
+
+        if self.operators not in OPERATORS:
+            raise UserError(f"--operators {self.operators} is unknown; known are {' and '.join(OPERATORS)}")
+        if self.operators == "qdq" and self.dtype is not None:
+            raise UserError(f"--operators qdq holds integers, and --dtype {self.dtype} writes floats; give one of them")
+        if self.operators == "qdq" and self.ort_format:
+            raise UserError(
+                "--ort-format: ONNX Runtime writes MatMulNBits for --operators qdq there; give one of the two options"
             )
 
     @classmethod

@@ -10,12 +10,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from signround_edge.errors import UserError
+
 FUSED_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 
 
 def set_fused_level(genai_config: Path, level: int) -> None:
-    """Write the option into genai_config.json, where there is one."""
+    """Write the option into genai_config.json, where there is one.
+
+    Raises:
+        UserError: another level than 0 is asked for, and no file can say it.
+    """
     if not genai_config.is_file():
+        if level:
+            raise UserError(
+                f"--accuracy-level {level} with --operators qdq needs a genai_config.json, and this graph has none; "
+                f"leave it out and set {FUSED_LEVEL} in your app's session options"
+            )
         return
     config = json.loads(genai_config.read_text(encoding="utf-8"))
     config["model"]["decoder"].setdefault("session_options", {})[FUSED_LEVEL] = str(level)

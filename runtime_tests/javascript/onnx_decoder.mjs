@@ -6,6 +6,9 @@ import { adapterOf, webgpuProvider } from './webgpu.mjs';
 
 // Runtime → the one execution provider that its sessions ask for; ONNX Runtime adds its CPU provider behind each.
 const PROVIDERS = { 'onnxruntime-web': () => 'wasm', 'onnxruntime-webgpu': webgpuProvider, 'onnxruntime-node': () => 'cpu' };
+// At which accuracy level ONNX Runtime fuses DequantizeLinear and MatMul into MatMulNBits. Its own default is 4; a folder
+// says its level in genai_config.json, for onnxruntime-genai.
+const FUSED_LEVEL = 'qdq_matmulnbits_accuracy_level';
 const NAMED = ['input_ids', 'attention_mask', 'position_ids'];
 const IDENTITY_ROWS = 512;
 
@@ -29,8 +32,9 @@ export class OnnxDecoder {
 
   static async create(ort, model, runtime, options, decoder) {
     let session, placements;
+    const level = decoder.session_options?.[`session.${FUSED_LEVEL}`] ?? '0';
     try {
-      ({ session, placements } = await createSession(ort, model, runtime, options));
+      ({ session, placements } = await createSession(ort, model, runtime, { ...options, extra: { session: { [FUSED_LEVEL]: level } } }));
     } catch (error) {
       if (error instanceof Refusal) throw error;
       throw new Refusal(`ONNX Runtime refuses the model: ${firstLine(error)}`);

@@ -22,6 +22,7 @@ from signround_edge.errors import UserError
 SHIPPED = {
     "cpu-x86",
     "cpu-genai",
+    "cpu-openvino",
     "arm64-armv8.0",
     "arm64-armv8.6",
     "raspberry-pi-5",

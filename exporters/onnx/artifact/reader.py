@@ -46,8 +46,16 @@ class Artifact:
     graph: ir.Graph
 
     def quantized_nodes(self) -> list[ir.Node]:
-        """MatMulNBits, GatherBlockQuantized and DequantizeLinear nodes whose codes are stored here, in graph order."""
-        return [n for n in self.graph if n.op_type in QUANTIZED_INPUTS and "weight" in quantized_initializers(n)]
+        """MatMulNBits, GatherBlockQuantized and DequantizeLinear nodes whose codes are stored here, in graph order.
+
+        DequantizeLinear counts in front of matrices; in other people's graphs it stands in many places.
+        """
+        nodes = [n for n in self.graph if n.op_type in QUANTIZED_INPUTS and "weight" in quantized_initializers(n)]
+        return [n for n in nodes if n.op_type != "DequantizeLinear" or self._dequantizes_a_matrix(n)]
+
+    def _dequantizes_a_matrix(self, node: ir.Node) -> bool:
+        stored = self.graph.initializers[quantized_initializers(node)["weight"]].const_value
+        return len(stored.shape) == 2 and stored.dtype.bitwidth <= 8
 
     def form(self, node: ir.Node) -> tuple[int, int, tuple[int, int]]:
         """(bits, block size, [N, K]) of a quantized node; UserError when its attributes are no positive integers."""
@@ -56,8 +64,6 @@ class Artifact:
         if node.op_type != "DequantizeLinear":
             bits, block_size = (self.attribute(node, a) for a in ("bits", "block_size"))
             return bits, block_size, (shape[0], int(np.prod(shape)) * 8 // bits // max(shape[0], 1))
-        if len(shape) != 2:
-            raise UserError(f"{self.path}: node {node.name} dequantizes no matrix but {list(shape)}")
         rows_first = shape if not holds_columns_first(node) else shape[::-1]
         blocks = "block_size" in node.attributes
         return stored.dtype.bitwidth, self.attribute(node, "block_size") if blocks else rows_first[1], rows_first

@@ -13,15 +13,17 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporters.onnx.bindings import Binding, quantized_initializers
+from exporters.onnx.bindings import Binding, quantized_initializers, scales_cast
 from exporters.onnx.passes.graph_edit import SHARES_BYTES, cast_to_float
 from exporters.onnx.qdq import OPERATOR, QdqLayout, packed_tensor, qdq_layout, qdq_operands
 from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import UserError
 
+_REPLACED = ("MatMulNBits", "GatherBlockQuantized")
 OPSET, OPSET_2_BITS = 21, 25
 _IR_VERSION, _IR_VERSION_2_BITS = 10, 13
 _OLDEST = 18  # from here to opset 25 nothing that a language model has computes anything else
+_BIAS = 5  # of MatMulNBits' inputs
 _SCALES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
 
@@ -35,15 +37,15 @@ def use_standard_operators(model: ir.Model, bindings: list[Binding], weights: Ru
     Returns:
         What it holds now.
     Raises:
-        UserError: the graph's opset is too old (a template's may be).
+        UserError: the graph's opset is too old (a template's may be), or it computes in f16.
     """
     graph = model.graph
-    by_node = {binding.node: binding for binding in bindings if binding.quantized}
+    by_node = {binding.node: binding for binding in bindings if binding.op in _REPLACED}
     by_codes = {binding.initializers["weight"]: binding.parameters for binding in by_node.values()}
     _raise_opset(model, any(weights.layout(parameters).bits == 2 for parameters in by_codes.values()))
     made: dict[str, tuple[QdqLayout, dict[str, ir.Value]]] = {}  # initializer of codes → its operands
     renamed: dict[str, Binding] = {}
-    nodes = [node for node in graph if node.op_type in ("MatMulNBits", "GatherBlockQuantized")]
+    nodes = [node for node in graph if node.op_type in _REPLACED]
     for node in sorted(nodes, key=lambda n: n.op_type == "GatherBlockQuantized"):  # heads before their embeddings
         old = quantized_initializers(node)
         codes = graph.initializers[old["weight"]]
@@ -64,7 +66,7 @@ def use_standard_operators(model: ir.Model, bindings: list[Binding], weights: Ru
             binding = by_node[node.name]
             renamed[node.name] = replace(binding, node=str(dequantize.name), op=OPERATOR, initializers=names)
     _drop_unused(graph)
-    return [renamed.get(binding.node, binding) if binding.quantized else binding for binding in bindings]
+    return [renamed[binding.node] if binding.op in _REPLACED else binding for binding in bindings]
 
 
 def _raise_opset(model: ir.Model, two_bits: bool) -> None:
@@ -131,6 +133,11 @@ def _dequantize(graph: ir.Graph, node: ir.Node, layout: QdqLayout, operands: dic
     name = str(node.name)
     base = name.replace(node.op_type, standard) if node.op_type in name else f"{name}/{standard}"
     scales = operands["scales"]
+    if scales.dtype == ir.DataType.FLOAT16 and scales_cast(node) is None:
+        raise UserError(
+            f"--operators qdq needs activations in f32, and node {name} has them in f16, in which DequantizeLinear "
+            "would round the weights; export a graph in f32"
+        )
     inputs = [operands["weight"], scales, operands.get("zero_points")]
     if layout.scale_dtype == "float16":
         # Its output has the dtype of the scales, and must be f32. ONNX Runtime folds the Cast.
@@ -149,6 +156,9 @@ def _dequantize(graph: ir.Graph, node: ir.Node, layout: QdqLayout, operands: dic
     weight.type, weight.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(layout.weight_shape)
     if not gathers:
         chain = [ir.node("MatMul", [node.inputs[0], weight], name=base, num_outputs=1)]
+        if len(node.inputs) > _BIAS and node.inputs[_BIAS] is not None:
+            sum_of = [chain[0].outputs[0], node.inputs[_BIAS]]
+            chain.append(ir.node("Add", sum_of, name=f"{base}/Add", num_outputs=1))
     elif not layout.columns_first:
         chain = [ir.node("Gather", [weight, node.inputs[1]], {"axis": 0}, name=base, num_outputs=1)]
     else:

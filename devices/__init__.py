@@ -8,6 +8,7 @@ runtimes          names of the runtimes to run there
 memory_budget_mb  memory that an app may take there, in MB (10^6 bytes)
 cpu_features      instruction-set extensions that matter to the kernels, for people
 cpu               the CPU that qemu emulates (qemu only)
+gpu               true: the browser may use WebGPU, on a graphics card or else in software (chromium only)
 address           where it is: user@host[:port] for ssh, a serial number for adb, host[:port] to listen on for browsers
 logits            "full": all logits of a window come back; "digest": its most likely tokens and losses only
 timeout_s         seconds that one window may take before the device counts as hung
@@ -70,6 +71,7 @@ class DeviceProfile:
     memory_budget_mb: int | None = None
     cpu_features: tuple[str, ...] = ()
     cpu: str | None = None
+    gpu: bool = False
     address: str | None = None
     logits: str = "full"
     timeout_s: float = 900.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from devices import DeviceProfile
 from runtime_tests.transports.interface import Transport
@@ -36,6 +36,16 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free it."""
+        ...
+
+
+@runtime_checkable
+class SaysNotes(Protocol):
+    """A session that a person should know something about which decides nothing, such as what it computes on."""
+
+    @property
+    def notes(self) -> list[str]:
+        """In sentences."""
         ...
 
 

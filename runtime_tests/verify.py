@@ -22,7 +22,7 @@ from runtime_tests.checks.exactness import check_exactness
 from runtime_tests.checks.layers import TOKENS, ShowsHiddenStates, locate
 from runtime_tests.checks.parity import ComputesAhead, Contender, GivesLogits, score
 from runtime_tests.checks.torch_points import torch_points
-from runtime_tests.interface import Runtime, Session
+from runtime_tests.interface import Runtime, SaysNotes, Session
 from runtime_tests.llama_binaries.kl_base import KlBaseWriter
 from runtime_tests.llama_binaries.perplexity import RUNTIME, CannotStart, LlamaBinaries, measure
 from runtime_tests.report.evidence import Evidence
@@ -217,6 +217,7 @@ def _open(job: _Job, runtime: Runtime, trial: Trial, path: Path, expectation: Ex
         trial.artifact = Contender(session)
         note = expectation.tokenizer_note(session, job.windows, job.text)
         report.notes += [note] if note else []
+        report.notes += session.notes if isinstance(session, SaysNotes) else []
         _compute_ahead(session, job.windows)
         if expectation.open_control is not None:
             trial.control = Contender(_opened(expectation.open_control(runtime), job.stack))

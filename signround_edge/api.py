@@ -123,6 +123,7 @@ def export(
     split_max_size: str | int | None = None,
     accuracy_level: int | None = None,
     scale_dtype: str | None = None,
+    operators: str | None = None,
     ort_format: bool = False,
     layout: str | None = None,
     card_text: StrPath | None = None,
@@ -138,7 +139,7 @@ def export(
         template: GGUF: a file whose metadata to copy; ONNX: a float graph of the model.
         dtype: "f32" or "f16" writes the dequantized weights as floats instead.
         split_max_size: split the data into files of at most this size: 500_000_000, "500M" or "4G".
-        accuracy_level, scale_dtype, ort_format, layout: ONNX: see `exporters.onnx.options.OnnxOptions`.
+        accuracy_level, scale_dtype, operators, ort_format, layout: ONNX: see `exporters.onnx.options.OnnxOptions`.
         card_text: ONNX: text on which the card says what accuracy level 4 costs; None takes shipped speeches.
         mmproj, mmproj_from: GGUF: see `exporters.gguf.options.GgufOptions`.
 
@@ -156,7 +157,7 @@ def export(
     given = {
         "template": _path("--template", template), "dtype": dtype, "split_max_bytes": _bytes_of(split_max_size),
         "log": shown.line, "accuracy_level": accuracy_level, "scale_dtype": scale_dtype,
-        "ort_format": ort_format or None, "layout": layout, "mmproj": _path("--mmproj", mmproj),
+        "operators": operators, "ort_format": ort_format or None, "layout": layout, "mmproj": _path("--mmproj", mmproj),
         "mmproj_from": None if mmproj_from is None else _text("--mmproj-from", mmproj_from),
     }  # fmt: skip
     options, text = options_for(format, known, given), _path("--card-text", card_text)

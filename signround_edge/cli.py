@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from exporters.interface import DTYPES
-from exporters.onnx.options import ACCURACY_LEVELS, LAYOUTS, SCALE_DTYPES
+from exporters.onnx.options import ACCURACY_LEVELS, LAYOUTS, OPERATORS, SCALE_DTYPES
 from signround_edge import __version__
 from signround_edge.arguments import path_of
 from signround_edge.errors import CheckFailed, UserError
@@ -200,6 +200,7 @@ def rotate(model: str, out: Path, seed: int) -> None:
 @click.option("--mmproj-from", metavar="MODEL", help="GGUF: the model that RUN was made from, for --mmproj.")
 @click.option("--accuracy-level", type=click.Choice(list(map(str, ACCURACY_LEVELS))), help="Of MatMulNBits, ONNX only.")
 @click.option("--scale-dtype", type=click.Choice(SCALE_DTYPES), help="Stored scales, ONNX only.")
+@click.option("--operators", type=click.Choice(OPERATORS), help="ONNX: which operators hold the integers.")
 @click.option("--card-text", type=_PATH, help="ONNX: text to measure level 4 on, for the card.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Write the dequantized weights as floats instead.")
 @click.option("--split-max-size", "--max-shard-size", help="Split the data into files of at most this size (500M, 4G).")
@@ -207,8 +208,8 @@ def rotate(model: str, out: Path, seed: int) -> None:
 @click.option("--layout", type=click.Choice(LAYOUTS), help="ONNX: whose names and places of files.")
 def export(
     run: Path, target: str, out: Path, template: Path | None, accuracy_level: str | None, scale_dtype: str | None,
-    card_text: Path | None, dtype: str | None, split_max_size: str | None, ort_format: bool, mmproj: Path | None,
-    mmproj_from: str | None, layout: str | None,
+    operators: str | None, card_text: Path | None, dtype: str | None, split_max_size: str | None, ort_format: bool,
+    mmproj: Path | None, mmproj_from: str | None, layout: str | None,
 ) -> None:  # fmt: skip
     """Write the integers and scales of RUN, unchanged, as GGUF or ONNX."""
     from signround_edge import api
@@ -216,7 +217,8 @@ def export(
     written = api.export(
         run, target, out, template=template, dtype=dtype, split_max_size=split_max_size,
         accuracy_level=None if accuracy_level is None else int(accuracy_level), scale_dtype=scale_dtype,
-        ort_format=ort_format, layout=layout, card_text=card_text, mmproj=mmproj, mmproj_from=mmproj_from,
+        operators=operators, ort_format=ort_format, layout=layout, card_text=card_text, mmproj=mmproj,
+        mmproj_from=mmproj_from,
         progress=_say,
     )  # fmt: skip
     _say(f"wrote {written.path}")

@@ -18,6 +18,7 @@ from exporters.onnx.builder_names import parameters_of
 QUANTIZED_INPUTS = {
     "MatMulNBits": {"weight": 1, "scales": 2, "zero_points": 3},
     "GatherBlockQuantized": {"weight": 0, "scales": 2, "zero_points": 3},
+    "DequantizeLinear": {"weight": 0, "scales": 1, "zero_points": 2},
 }
 # What messages call them.
 OPERAND_WORDS = {"weight": "codes", "scales": "scales", "zero_points": "zero points"}
@@ -95,6 +96,12 @@ def quantized_initializers(node: ir.Node) -> dict[str, str]:
         if value is not None and value.name and value.is_initializer():
             found[role] = value.name
     return found
+
+
+def holds_columns_first(node: ir.Node) -> bool:
+    """Whether a DequantizeLinear of ours holds [K, N]: its blocks are along axis 0, or its channels along axis 1."""
+    axis = node.attributes.get("axis")
+    return (1 if axis is None else axis.as_int()) == (0 if "block_size" in node.attributes else 1)
 
 
 def scales_cast(node: ir.Node) -> ir.Node | None:

@@ -19,10 +19,12 @@ from exporters.onnx.artifact.model_file import write_model
 from exporters.onnx.artifact.ort_format import write_ort_format
 from exporters.onnx.artifact.sidecar import SIDECAR, Sidecar, hash_files
 from exporters.onnx.artifact.transformers_js import prepare_graph, write_companions
-from exporters.onnx.builder_names import builder_knows, check_rope, check_traceable
+from exporters.onnx.builder_names import GENAI_CONFIG, builder_knows, check_rope, check_traceable
+from exporters.onnx.fused_level import set_fused_level
 from exporters.onnx.options import TRANSFORMERS_JS, OnnxOptions
 from exporters.onnx.passes.portable_gather import use_portable_gathers
 from exporters.onnx.passes.provenance import provenance, set_provenance
+from exporters.onnx.passes.standard_operators import use_standard_operators
 from exporters.onnx.routes.built import build
 from exporters.onnx.routes.chat_templates import lay_out_chat_templates
 from exporters.onnx.routes.graph import FinishedGraph
@@ -48,6 +50,9 @@ def export_folder(run: RunDirectory, out: Path, options: OnnxOptions) -> Path:
         scratch, companions = partial / "scratch", partial / "companions"
         companions.mkdir()
         graph = _make_graph(weights, scratch, companions, options)
+        if options.operators == "qdq":
+            graph = replace(graph, bindings=use_standard_operators(graph.model, graph.bindings, weights))
+            set_fused_level(companions / GENAI_CONFIG, options.accuracy_level)
         lay_out_chat_templates(companions, run.config_dir, options.log)
         facts = provenance(weights, graph.made_by)
         set_provenance(graph.model, facts)
@@ -79,6 +84,7 @@ def export_folder(run: RunDirectory, out: Path, options: OnnxOptions) -> Path:
             zero_biases,
             kv_cache=graph.kv_cache,
             scale_dtype=options.scale_dtype,
+            operators=options.operators,
         )
         (partial / CARD).write_bytes(render_card(partial, sidecar, NOT_MEASURED).encode())
         (partial / SIDECAR).write_bytes(replace(sidecar, files=hash_files(partial)).to_bytes())

@@ -16,6 +16,8 @@ ACCURACY_LEVELS = {
 SCALE_DTYPES = ("f32", "f16")
 # Whose names and places of files.
 GENAI, TRANSFORMERS_JS = LAYOUTS = ("onnxruntime-genai", "transformers.js")
+# matmulnbits: ONNX Runtime's own, MatMulNBits and GatherBlockQuantized; qdq: ONNX's, DequantizeLinear in front.
+OPERATORS = ("matmulnbits", "qdq")
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class OnnxOptions(ExportOptions):
         scale_dtype: how scales are stored, one of `SCALE_DTYPES`; the integers and weights are the same.
         ort_format: also write ONNX Runtime's own file format.
         layout: where the files lie, one of `LAYOUTS`.
+        operators: which hold the integers, one of `OPERATORS`.
     """
 
     accuracy_level: int = 0
     scale_dtype: str = "f32"
     ort_format: bool = False
     layout: str = GENAI
+    operators: str = "matmulnbits"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +54,16 @@ class OnnxOptions(ExportOptions):
             raise UserError(f"--layout {self.layout} is unknown; there are {' and '.join(LAYOUTS)}")
         if self.layout != GENAI and self.ort_format:
             raise UserError(f"--ort-format is for the layout {GENAI}; leave it out with --layout {self.layout}")
+        if self.operators not in OPERATORS:
+            raise UserError(f"--operators {self.operators} is unknown; known are {' and '.join(OPERATORS)}")
+        if self.operators == "qdq" and self.dtype is not None:
+            raise UserError(f"--operators qdq holds integers, and --dtype {self.dtype} writes floats; give one of them")
+        if self.operators == "qdq" and self.layout == TRANSFORMERS_JS:
+            raise UserError(f"--layout {TRANSFORMERS_JS} names its file by MatMulNBits; leave --operators qdq out")
+        if self.operators == "qdq" and self.ort_format:
+            raise UserError(
+                "--ort-format: ONNX Runtime writes MatMulNBits for --operators qdq there; give one of the two options"
+            )
 
     @classmethod
     def of(cls, options: ExportOptions) -> OnnxOptions:

@@ -23,7 +23,7 @@ SCHEMA_VERSION = 1
 KIND = "signround-edge parity certificate"
 FILE_NAME = "certificate.json"
 VERDICTS = {"pass": "pass", "fail": "fail", "skipped": "incomplete"}
-_PACKAGES = ("torch", "transformers", "numpy", "onnxruntime", "xllamacpp", "gguf", "onnx")
+_PACKAGES = ("torch", "transformers", "numpy", "onnxruntime", "openvino", "xllamacpp", "gguf", "onnx")
 _DIGITS = 6  # of per-token figures
 
 

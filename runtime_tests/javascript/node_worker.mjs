@@ -25,7 +25,7 @@ async function ort(runtime) {
 }
 
 const engines = {
-  'onnxruntime-web': async (folder, options) => OnnxDecoder.open(await ort('onnxruntime-web'), options, (name) => readBytes(folder, name)),
+  'onnxruntime-web': async (folder, options) => OnnxDecoder.open(await ort('onnxruntime-web'), 'onnxruntime-web', options, (name) => readBytes(folder, name)),
   'onnxruntime-node': async (folder, options) => OnnxDecoder.openFile(await ort('onnxruntime-node'), options, path.join(folder, options.model)),
 };
 

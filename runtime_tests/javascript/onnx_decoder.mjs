@@ -1,51 +1,60 @@
 // A decoder in ONNX Runtime's JavaScript API (onnxruntime-web or onnxruntime-node), one thread.
 
 import { Refusal } from './worker.mjs';
+import { withPlacements } from './placements.mjs';
+import { adapterOf, webgpuProvider } from './webgpu.mjs';
 
+// Runtime → the one execution provider that its sessions ask for; ONNX Runtime adds its CPU provider behind each.
+const PROVIDERS = { 'onnxruntime-web': () => 'wasm', 'onnxruntime-webgpu': webgpuProvider, 'onnxruntime-node': () => 'cpu' };
+// At which accuracy level ONNX Runtime fuses DequantizeLinear and MatMul into MatMulNBits. Its own default is 4; a folder
+// says its level in genai_config.json, for onnxruntime-genai.
+const FUSED_LEVEL = 'qdq_matmulnbits_accuracy_level';
 const NAMED = ['input_ids', 'attention_mask', 'position_ids'];
 const IDENTITY_ROWS = 512;
 
 export class OnnxDecoder {
   /**
    * @param ort the module
+   * @param runtime "onnxruntime-web" or "onnxruntime-webgpu"
    * @param options {model: name of the .onnx file, external: names of its data files, decoder: of genai_config.json}
    * @param read async name → Uint8Array
    */
-  static async open(ort, { model, external, decoder }, read) {
+  static async open(ort, runtime, { model, external, decoder }, read) {
     const externalData = [];
     for (const name of external) externalData.push({ path: name, data: await read(name) });
-    return OnnxDecoder.create(ort, await read(model), { executionProviders: ['wasm'], externalData }, decoder);
+    return OnnxDecoder.create(ort, await read(model), runtime, { externalData }, decoder);
   }
 
-  /** The same for a runtime that reads files itself. */
+  /** The same for onnxruntime-node, which reads files itself. */
   static async openFile(ort, { decoder }, path) {
-    return OnnxDecoder.create(ort, path, { executionProviders: ['cpu'], intraOpNumThreads: 1, interOpNumThreads: 1 }, decoder);
+    return OnnxDecoder.create(ort, path, 'onnxruntime-node', { intraOpNumThreads: 1, interOpNumThreads: 1 }, decoder);
   }
 
-  static async create(ort, model, options, decoder) {
-    let session;
+  static async create(ort, model, runtime, options, decoder) {
+    let session, placements;
+    const level = decoder.session_options?.[`session.${FUSED_LEVEL}`] ?? '0';
     try {
-      session = await ort.InferenceSession.create(model, { ...options, logSeverityLevel: 4 });
+      ({ session, placements } = await createSession(ort, model, runtime, { ...options, extra: { session: { [FUSED_LEVEL]: level } } }));
     } catch (error) {
+      if (error instanceof Refusal) throw error;
       throw new Refusal(`ONNX Runtime refuses the model: ${firstLine(error)}`);
     }
     const unknown = session.inputNames.filter((name) => !NAMED.includes(name) && !name.startsWith('past'));
     if (!session.inputNames.includes('input_ids') || !session.outputNames.includes('logits') || unknown.length)
       throw new Refusal(`the model is not a decoder that verify can feed: inputs ${session.inputNames.slice(0, 4)}…; export it again`);
-    return new OnnxDecoder(ort, session, decoder);
+    const adapter = runtime === 'onnxruntime-webgpu' ? await adapterOf(ort) : null;
+    return new OnnxDecoder(ort, session, decoder, { placements, adapter });
   }
 
-  constructor(ort, session, config) {
-    this.ort = ort;
-    this.session = session;
-    this.config = config;
+  constructor(ort, session, config, where) {
+    Object.assign(this, { ort, session, config, where });
     this.inputs = new Map(session.inputMetadata.map((input) => [input.name, input]));
   }
 
   facts() {
     const shape = this.session.outputMetadata.find((output) => output.name === 'logits')?.shape ?? [];
     const width = shape[shape.length - 1];
-    return { vocab_size: typeof width === 'number' ? width : null };
+    return { vocab_size: typeof width === 'number' ? width : null, ...this.where };
   }
 
   /** Float32Array [last − first, vocab]: the predictions at positions first … last−1, from an empty cache. */
@@ -94,11 +103,12 @@ export class OnnxDecoder {
 }
 
 /** Float32Array [rows, cols] of one node's weights: see `NodeModel` in runtime_tests/worker/onnx_dequantize.py. */
-export async function dequantizeNode(ort, model, { node_op, rows, cols, dtype }) {
+export async function dequantizeNode(ort, model, { runtime, node_op, rows, cols, dtype }) {
   if (dtype !== 'float32') throw new Refusal(`scales of ${dtype} cannot be compared in JavaScript`);
-  let session;
+  let session, placements;
   try {
-    session = await ort.InferenceSession.create(model, { logSeverityLevel: 4, intraOpNumThreads: 1 });
+    ({ session, placements } = await createSession(ort, model, runtime, { intraOpNumThreads: 1 }));
+    if (placements?.CPUExecutionProvider) throw new Error(`${node_op} with these bits and blocks does not run on WebGPU`);
     if (node_op !== 'MatMulNBits') {
       const ids = BigInt64Array.from({ length: rows }, (_, i) => BigInt(i));
       const { Y } = await session.run({ X: new ort.Tensor('int64', ids, [rows]) });
@@ -118,6 +128,15 @@ export async function dequantizeNode(ort, model, { node_op, rows, cols, dtype })
   } finally {
     await session?.release();
   }
+}
+
+/** {session, placements}: see `withPlacements`; null for CPU providers, which run every node. */
+async function createSession(ort, model, runtime, options) {
+  const executionProviders = [await PROVIDERS[runtime]()];
+  const create = (severity) => ort.InferenceSession.create(model, { ...options, executionProviders, logSeverityLevel: severity });
+  if (runtime !== 'onnxruntime-webgpu') return { session: await create(4), placements: null };
+  const [session, placements] = await withPlacements(() => create(0));
+  return { session, placements };
 }
 
 function firstLine(error) {

@@ -7,19 +7,21 @@ import { Worker as Requests } from './worker.mjs';
 const packages = new URL('../packages/onnxruntime-web/dist/', import.meta.url);
 const report = (fraction, text) => postMessage({ progress: [fraction, text] });
 
-async function ort() {
-  const module = await import(new URL('ort.wasm.min.mjs', packages));
+async function ort(runtime) {
+  const build = runtime === 'onnxruntime-webgpu' ? 'webgpu' : 'wasm';
+  const module = await import(new URL(`ort.${build}.min.mjs`, packages));
   module.env.wasm.numThreads = 1;
   module.env.wasm.wasmPaths = packages.href;
   return module;
 }
 
-async function open(folder, options) {
+const open = (runtime) => async (folder, options) => {
   const base = new URL(`../${folder}`, import.meta.url);
-  return OnnxDecoder.open(await ort(), options, (name) => download(base, name, report));
-}
+  return OnnxDecoder.open(await ort(runtime), runtime, options, (name) => download(base, name, report));
+};
 
-const requests = new Requests({ 'onnxruntime-web': open }, ort, () => null, report);
+const engines = { 'onnxruntime-web': open('onnxruntime-web'), 'onnxruntime-webgpu': open('onnxruntime-webgpu') };
+const requests = new Requests(engines, ort, () => null, report);
 
 onmessage = async ({ data: [header, arrays] }) => {
   try {

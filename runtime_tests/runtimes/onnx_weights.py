@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporters.onnx.artifact.reader import Artifact, has_sidecar, open_artifact, stored_floats
-from exporters.onnx.bindings import quantized_initializers, scales_cast
+from exporters.onnx.bindings import holds_columns_first, quantized_initializers, scales_cast
 from runtime_tests.transports.interface import WorkerFailure
 from runtime_tests.worker.onnx_dequantize import NodeModel, run_node_model
 from signround_edge.errors import UserError, first_line
@@ -38,7 +39,7 @@ def dequantize_through_runtime(
         artifact: the folder or the .onnx file.
         dequantizer: runs the node models; by default ONNX Runtime in this process.
     Raises:
-        UserError: the file is broken, or ONNX Runtime refuses a node.
+        UserError: the file is broken, or the runtime refuses a node.
     """
     opened = open_artifact(artifact)
     for node in opened.quantized_nodes():
@@ -48,18 +49,21 @@ def dequantize_through_runtime(
 
 
 def dequantize_node(artifact: Artifact, node: Any, dequantizer: Dequantizer = run_node_model) -> FloatArray:
-    """f32 [N, K] of one MatMulNBits or GatherBlockQuantized node (an `onnx_ir.Node`)."""
+    """f32 [N, K] of one MatMulNBits, GatherBlockQuantized or DequantizeLinear node (an `onnx_ir.Node`)."""
     operands = {role: artifact.array(name) for role, name in quantized_initializers(node).items()}
     if scales_cast(node) is not None:
         operands["scales"] = operands["scales"].astype(np.float32)  # as the graph does before it computes
-    attributes = {name: artifact.attribute(node, name) for name in ("bits", "block_size")}
+    if node.op_type != "DequantizeLinear":
+        attributes = {name: artifact.attribute(node, name) for name in ("bits", "block_size")}
     try:
+        if node.op_type == "DequantizeLinear":
+            return dequantize_standard(node, operands, dequantizer)
         return dequantize_operands(node.op_type, operands, attributes, dequantizer)
     except WorkerFailure:
         raise
     except Exception as error:  # onnxruntime's error classes share no base but Exception
         raise UserError(
-            f"{artifact.path}: ONNX Runtime refuses the weights of node {node.name} ({first_line(error)}); "
+            f"{artifact.path}: the runtime refuses the weights of node {node.name} ({first_line(error)}); "
             "export the run again"
         ) from error
 
@@ -89,6 +93,64 @@ def dequantize_operands(
     return weights
 
 
+def dequantize_standard(
+    node: Any, operands: dict[str, NDArray[Any]], dequantizer: Dequantizer = run_node_model
+) -> FloatArray:
+    """f32 [N, K] of the operands of a DequantizeLinear, through ONNX Runtime, in parts of whole rows.
+
+    Args:
+        node: whose attributes to take.
+        operands: "weight" [K, N] or [N, K] with a code in each item, "scales" and perhaps "zero_points".
+        dequantizer: runs the node models.
+    """
+    row_axis = 1 if holds_columns_first(node) else 0
+    rows, cols = operands["weight"].shape[row_axis], operands["weight"].shape[1 - row_axis]
+    weights = np.empty((rows, cols), dtype=np.float32)
+    step = max(1, _WEIGHTS_PER_MODEL // max(cols, 1))
+    for start in range(0, rows, step):
+        part = {
+            role: array[start : start + step]
+            if array.ndim == 1
+            else array.take(range(start, min(start + step, rows)), row_axis)
+            for role, array in operands.items()
+        }
+        weights[start : start + step] = dequantizer(_standard_model(node, part, row_axis))
+    return weights
+
+
+def _standard_model(node: Any, operands: dict[str, NDArray[Any]], row_axis: int) -> NodeModel:
+    """DequantizeLinear, and a Gather of all rows behind it, so that it has the input and output of the others."""
+    from onnx import TensorProto, helper
+
+    attributes = {name: attribute.as_int() for name, attribute in node.attributes.items()}
+    nodes = [helper.make_node("DequantizeLinear", [*operands], ["W"], **attributes)]
+    if row_axis == 1:
+        nodes.append(helper.make_node("Transpose", ["W"], ["rows"], perm=[1, 0]))
+    nodes.append(helper.make_node("Gather", ["rows" if row_axis == 1 else "W", "X"], ["Y"], axis=0))
+    graph = helper.make_graph(
+        nodes,
+        "dequantize",
+        [_input(TensorProto.INT64, [None])],
+        [helper.make_tensor_value_info("Y", helper.np_dtype_to_tensor_dtype(operands["scales"].dtype), None)],
+        [_initializer(role, array) for role, array in operands.items()],
+    )
+    two_bits = ir.DataType.from_numpy(operands["weight"].dtype).bitwidth == 2
+    opset, ir_version = (25, 13) if two_bits else (21, 10)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+    rows, cols = operands["weight"].shape[row_axis], operands["weight"].shape[1 - row_axis]
+    return NodeModel(model.SerializeToString(), "DequantizeLinear", rows, cols, str(operands["scales"].dtype))
+
+
+def _input(dtype: int, shape: list[int | None]) -> Any:
+    from onnx import helper
+
+    return helper.make_tensor_value_info("X", dtype, shape)  # OpenVINO wants to know the rank
+
+
+def _initializer(name: str, array: NDArray[Any]) -> Any:
+    return ir.to_proto(ir.Tensor(np.ascontiguousarray(array), dtype=ir.DataType.from_numpy(array.dtype), name=name))
+
+
 def _node_model(op: str, operands: dict[str, NDArray[Any]], attributes: dict[str, int], cols: int) -> NodeModel:
     from onnx import TensorProto, helper, numpy_helper
 
@@ -105,7 +167,7 @@ def _node_model(op: str, operands: dict[str, NDArray[Any]], attributes: dict[str
     graph = helper.make_graph(
         [helper.make_node(op, inputs, ["Y"], domain="com.microsoft", **attributes)],
         "dequantize",
-        [helper.make_tensor_value_info("X", scale_type if multiplies else TensorProto.INT64, None)],
+        [_input(scale_type, [None, cols]) if multiplies else _input(TensorProto.INT64, [None])],
         [helper.make_tensor_value_info("Y", scale_type, None)],
         [numpy_helper.from_array(np.ascontiguousarray(array), role) for role, array in operands.items()],
     )

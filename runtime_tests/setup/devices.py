@@ -22,6 +22,7 @@ _TRANSPORTS: dict[str, tuple[Requirement, ...]] = {
 }
 _RUNTIMES: dict[str, Requirement] = {
     "onnxruntime-web": ONNXRUNTIME_WEB,
+    "onnxruntime-webgpu": ONNXRUNTIME_WEB,
     "onnxruntime-node": ONNXRUNTIME_NODE,
     "wllama": WLLAMA,
 }
@@ -49,7 +50,7 @@ def requirements(profile: DeviceProfile) -> list[Requirement]:
     if profile.transport == "qemu":
         return [Emulator(), Arm64Python(), _EmulatedPackages()]
     javascript = [_RUNTIMES[name] for name in profile.runtimes if name in _RUNTIMES]
-    return [*_TRANSPORTS.get(profile.transport, ()), *javascript]
+    return list(dict.fromkeys([*_TRANSPORTS.get(profile.transport, ()), *javascript]))
 
 
 def missing(profile: DeviceProfile) -> list[str]:

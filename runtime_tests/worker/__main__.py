@@ -15,7 +15,7 @@ Requests, by their "op":
                                              their digest (see `runtime_tests.worker.digest`)
     dequantize  {type, count} + data u8    → weights f32 [count]   (libggml)
     have, put, arrange                     as in `runtime_tests.worker.remote_store`, data u8
-    dequantize_node {node_op, rows, cols, dtype} + model u8 → weights f32 [rows, cols]   (ONNX Runtime)
+    dequantize_node {node_op, rows, cols, dtype} + model u8 → weights f32 [rows, cols]   (ONNX Runtime, or OpenVINO)
 Replies of logits and run also say the seconds that they took and the peak_memory_bytes of the process so far.
 A reply with "error" holds one sentence about the input; a crash holds none.
 """
@@ -119,12 +119,18 @@ class Worker:
         return Message({}, {"weights": ggml_to_float(h["type"], request.arrays["data"], h["count"])})
 
     def _dequantize_node(self, request: Message) -> Message:
-        from runtime_tests.worker.onnx_dequantize import NodeModel, run_node_model
+        from runtime_tests.worker.onnx_dequantize import NodeModel
 
         h = request.header
+        if h.get("runtime") == "openvino":
+            from runtime_tests.worker.openvino_engine import run_node_model
+        else:
+            from runtime_tests.worker.onnx_dequantize import run_node_model
         node = NodeModel(request.arrays["model"].tobytes(), h["node_op"], h["rows"], h["cols"], h["dtype"])
         try:
             return Message({}, {"weights": run_node_model(node)})
+        except UserError:
+            raise
         except Exception as error:  # onnxruntime's error classes share no base but Exception
             raise UserError(first_line(error)) from error
 

@@ -1,7 +1,8 @@
 """ONNX Runtime's own dequantizer, one quantized node at a time.
 
 A MatMulNBits of accuracy level 0 applied to the identity returns its dequantized weights bit for bit: every output is
-one product 1·w plus zeros. GatherBlockQuantized returns its rows directly.
+one product 1·w plus zeros. GatherBlockQuantized returns its rows directly, and so does a Gather behind
+DequantizeLinear.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 from runtime_tests.worker.onnx_session import cpu_session
 from signround_edge.evaluation.metrics import FloatArray
 
-_IDENTITY_ROWS = 1024  # input features in one run: bounds memory
+IDENTITY_ROWS = 1024  # input features in one run: bounds memory
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class NodeModel:
 
     Attributes:
         model: the serialised ModelProto.
-        op: "MatMulNBits" (X is [n, cols], Y [n, rows]) or "GatherBlockQuantized" (X is int64 [n], Y [n, cols]).
+        op: "MatMulNBits" (X is [n, cols], Y [n, rows]), "GatherBlockQuantized" or "DequantizeLinear" with a Gather
+            behind it (X is int64 [n], Y [n, cols]).
         rows, cols: shape of the weights.
         dtype: of X and Y of MatMulNBits, and of Y otherwise: "float32" or "float16".
     """
@@ -41,8 +43,8 @@ def run_node_model(node: NodeModel) -> FloatArray:
     if node.op != "MatMulNBits":
         weights[:] = session.run(None, {"X": np.arange(node.rows, dtype=np.int64)})[0]
         return weights
-    for start in range(0, node.cols, _IDENTITY_ROWS):
-        stop = min(start + _IDENTITY_ROWS, node.cols)
+    for start in range(0, node.cols, IDENTITY_ROWS):
+        stop = min(start + IDENTITY_ROWS, node.cols)
         identity = np.eye(stop - start, node.cols, k=start, dtype=node.dtype)
         weights[:, start:stop] = session.run(None, {"X": identity})[0].T
     return weights

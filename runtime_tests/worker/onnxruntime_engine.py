@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime_tests.worker.onnx_session import cpu_session
+from runtime_tests.worker.onnx_session import FUSED_LEVEL, cpu_session
 from runtime_tests.worker.ort_level import with_accuracy_level
 from signround_edge.errors import UserError, first_line
 from signround_edge.evaluation.metrics import FloatArray, TokenArray
@@ -41,11 +41,12 @@ class OnnxEngine:
         self._level = accuracy_level
         model = model_file(artifact)
         self._decoder = decoder_config(exported_folder(model))
+        self._fused_level = fused_level(self._decoder) if accuracy_level is None else accuracy_level
         if accuracy_level is not None and model.suffix == ".ort":
             self._session = _ort_session_at(model, accuracy_level)
         else:
             edited = None if accuracy_level is None else partial(_set_accuracy_level, level=accuracy_level)
-            self._session = _session(model, edited)
+            self._session = _session(model, edited, self._fused_level)
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         outputs = [o.name for o in self._session.get_outputs()]
         unknown = [n for n in self._inputs if n not in _NAMED_INPUTS and not n.startswith("past")]
@@ -91,7 +92,7 @@ class OnnxEngine:
                 _set_accuracy_level(graph, self._level)
             names.extend(_give_out_everything(graph))
 
-        session = _session(model_file(self._artifact), edited)
+        session = _session(model_file(self._artifact), edited, self._fused_level)
         feeds = {name: self._feed(name, tokens) for name in self._inputs}
         found: dict[str, FloatArray] = {}
         for start in range(0, len(names), _OUTPUTS_AT_ONCE):
@@ -106,28 +107,38 @@ class OnnxEngine:
         return found
 
     def _feed(self, name: str, tokens: TokenArray) -> NDArray[Any]:
-        dtype = _DTYPES.get(self._inputs[name].type)
-        if dtype is None:
-            raise UserError(
-                f"{self._artifact}: input {name} has type {self._inputs[name].type}, which verify cannot feed"
-            )
-        if name == "input_ids":
-            return tokens.astype(dtype).reshape(1, -1)
-        if name == "attention_mask":
-            return np.ones((1, len(tokens)), dtype=dtype)
-        if name == "position_ids":
-            return np.arange(len(tokens), dtype=dtype).reshape(1, -1)
-        return np.zeros(self._empty_cache(name), dtype=dtype)
+        source = self._inputs[name]
+        return feed_of(self._artifact, name, source.type, source.shape, tokens, self._decoder)
 
-    def _empty_cache(self, name: str) -> tuple[int, int, int, int]:
-        """[batch, heads, past length, values a head]; what the graph leaves open stands in genai_config.json."""
-        shape = self._inputs[name].shape
-        if len(shape) == 4:
-            heads = shape[1] if isinstance(shape[1], int) else self._decoder.get("num_key_value_heads")
-            size = shape[3] if isinstance(shape[3], int) else self._decoder.get("head_size")
-            if isinstance(heads, int) and isinstance(size, int):
-                return 1, heads, 0, size
-        raise UserError(f"{self._artifact}: input {name} has the shape {shape}, which is no key-value cache")
+
+def feed_of(
+    artifact: Path, name: str, type_: str, shape: list[Any], tokens: TokenArray, decoder: dict[str, Any]
+) -> NDArray[Any]:
+    """What an input of a decoder is given for int32 [n] tokens and an empty cache.
+
+    Args:
+        artifact: for messages.
+        name, type_, shape: of the input; the type as ONNX Runtime says it ("tensor(int64)"), open dimensions as text.
+        decoder: see `decoder_config`.
+    Raises:
+        UserError: the input is none that verify knows.
+    """
+    dtype = _DTYPES.get(type_)
+    if dtype is None:
+        raise UserError(f"{artifact}: input {name} has type {type_}, which verify cannot feed")
+    if name == "input_ids":
+        return tokens.astype(dtype).reshape(1, -1)
+    if name == "attention_mask":
+        return np.ones((1, len(tokens)), dtype=dtype)
+    if name == "position_ids":
+        return np.arange(len(tokens), dtype=dtype).reshape(1, -1)
+    # [batch, heads, past length, values a head]; what the graph leaves open stands in genai_config.json.
+    if len(shape) == 4:
+        heads = shape[1] if isinstance(shape[1], int) else decoder.get("num_key_value_heads")
+        size = shape[3] if isinstance(shape[3], int) else decoder.get("head_size")
+        if isinstance(heads, int) and isinstance(size, int):
+            return np.zeros((1, heads, 0, size), dtype=dtype)
+    raise UserError(f"{artifact}: input {name} has the shape {shape}, which is no key-value cache")
 
 
 def model_file(artifact: Path) -> Path:
@@ -168,10 +179,15 @@ def decoder_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{config} is not a readable genai_config.json ({error!r}); export it again") from error
 
 
-def _session(model: Path, edit: Callable[[Any], None] | None = None) -> Any:
+def fused_level(decoder: dict[str, Any]) -> int:
+    """At which level onnxruntime-genai runs what ONNX Runtime fuses; 0 where genai_config.json does not say."""
+    return int(decoder.get("session_options", {}).get(FUSED_LEVEL, "0"))
+
+
+def _session(model: Path, edit: Callable[[Any], None] | None = None, fused: int = 0) -> Any:
     """A session with one thread; `edit` changes the graph first, while its external data stays where it is."""
     if edit is None:
-        return _inference_session(model)
+        return _inference_session(model, None, fused)
     import onnx
 
     try:
@@ -179,7 +195,7 @@ def _session(model: Path, edit: Callable[[Any], None] | None = None) -> Any:
     except Exception as error:  # protobuf's error classes share no base but Exception
         raise UserError(f"ONNX Runtime refuses {model}: {first_line(error)}") from error
     edit(proto.graph)
-    return _inference_session(model, proto.SerializeToString())
+    return _inference_session(model, proto.SerializeToString(), fused)
 
 
 def _ort_session_at(model: Path, level: int) -> Any:
@@ -187,9 +203,9 @@ def _ort_session_at(model: Path, level: int) -> Any:
     return _inference_session(model, with_accuracy_level(model, level))
 
 
-def _inference_session(model: Path, edited: bytes | None = None) -> Any:
+def _inference_session(model: Path, edited: bytes | None = None, fused: int = 0) -> Any:
     try:
-        return cpu_session(model) if edited is None else cpu_session(edited, model.parent)
+        return cpu_session(model, None, fused) if edited is None else cpu_session(edited, model.parent, fused)
     except Exception as error:  # its error classes share no base but Exception
         raise UserError(f"ONNX Runtime refuses {model}: {first_line(error)}") from error
 

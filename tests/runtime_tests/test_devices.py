@@ -22,12 +22,14 @@ from signround_edge.errors import UserError
 SHIPPED = {
     "cpu-x86",
     "cpu-genai",
+    "cpu-openvino",
     "arm64-armv8.0",
     "arm64-armv8.6",
     "raspberry-pi-5",
     "pixel-8",
     "galaxy-s23",
     "browser-wasm",
+    "browser-webgpu",
     "node-wasm",
     "node-native",
     "phone-browser",
@@ -71,7 +73,7 @@ def test_a_profile_with_an_unknown_word_is_refused(line: str, what: str, tmp_pat
 def test_every_device_that_is_not_ready_names_a_reason(empty_cache: Path) -> None:
     """Nothing is in the cache: what needs it says so, and how to get it."""
     by_name = {status.profile.name: status for status in list_devices()}
-    for name in ("node-wasm", "arm64-armv8.0", "phone-browser", "browser-wasm"):
+    for name in ("node-wasm", "arm64-armv8.0", "phone-browser", "browser-wasm", "browser-webgpu"):
         status = by_name[name]
         assert not status.ready
         assert status.why_not

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from exporters.onnx import OnnxExporter
+from exporters.onnx.options import OnnxOptions
 from runtime_tests.runtimes.onnx_javascript import OnnxRuntimeNode, OnnxRuntimeWeb
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from runtime_tests.transports.interface import WorkerFailure
@@ -69,6 +71,18 @@ def test_onnxruntime_node_verifies(run: RunDirectory, onnx_folder: Path, text: P
     assert [(r.name, r.status, r.reason) for r in report.runtimes] == [("onnxruntime-node", "pass", None)]
     with pytest.raises(UserError, match="at its own accuracy level only"):
         OnnxRuntimeNode().open(onnx_folder, accuracy_level=0)
+
+
+@pytest.mark.full
+def test_standard_operators_run_at_the_folders_level(run: RunDirectory, text: Path, tmp_path: Path) -> None:
+    """ONNX Runtime's own default would round activations, and onnxruntime-node would be 1e-4 off."""
+    ready_device("node-native")
+    ready_device("node-wasm")
+    folder = OnnxExporter().export(run, tmp_path / "qdq", OnnxOptions(operators="qdq", log=str))
+    report = verify(run, [folder], text, devices=["node-native", "node-wasm"], n_ctx=64, max_windows=2, log=str)
+    found = [(r.name, r.status, r.gate, r.reason) for r in report.runtimes]
+    assert found == [("onnxruntime-node", "pass", "exact", None), ("onnxruntime-web", "pass", "exact", None)]
+    assert report.weights_exact
 
 
 def test_a_file_that_onnx_runtime_refuses_is_one_sentence(

@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 import pytest
 
+from exporters.onnx import OnnxExporter
+from exporters.onnx.options import OnnxOptions
 from runtime_tests.runtimes.onnx_genai import OnnxRuntimeGenai
 from runtime_tests.runtimes.onnx_runtime import OnnxRuntime
 from runtime_tests.verify import verify
@@ -94,3 +96,14 @@ def test_a_graph_without_cache_is_not_for_onnxruntime_genai(onnx_folder: Path, t
         shutil.copy(onnx_folder / name, tmp_path)
     with pytest.raises(UserError, match="runs in plain ONNX Runtime only"):
         OnnxRuntimeGenai().open(tmp_path)
+
+
+def test_standard_operators_have_a_level_and_a_control(run: RunDirectory, text: Path, tmp_path: Path) -> None:
+    options = OnnxOptions(operators="qdq", accuracy_level=4, log=str)
+    folder = OnnxExporter().export(run, tmp_path / "qdq", options)
+    report = verify(run, [folder], text, devices=["cpu-x86", "cpu-genai"], n_ctx=64, max_windows=2, log=str)
+    assert [(r.status, r.gate, r.reason) for r in report.runtimes] == [("pass", "quantized", None)] * 2
+    for runtime in report.runtimes:
+        assert runtime.parity is not None
+        assert runtime.control is not None
+        assert runtime.parity.kld_mean > 10 * abs(runtime.control.kld_mean)  # type: ignore[operator, arg-type]

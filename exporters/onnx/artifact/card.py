@@ -8,6 +8,7 @@ from pathlib import Path
 from exporters.onnx.artifact.reader import open_artifact, read_tensors
 from exporters.onnx.artifact.sidecar import Sidecar
 from exporters.onnx.builder_names import GENAI_CONFIG
+from exporters.onnx.fused_level import FUSED_LEVEL
 from exporters.onnx.options import ACCURACY_LEVELS, LevelCost
 from signround_edge.errors import UserError
 from signround_edge.model.tokenizer import load_tokenizer
@@ -38,7 +39,7 @@ import onnxruntime
 import transformers
 
 # No key-value cache: give the whole text for each new token.
-session = onnxruntime.InferenceSession("model.onnx")
+{session}
 tokenizer = transformers.AutoTokenizer.from_pretrained(".")
 ids = np.array([tokenizer.encode("Once")])
 for _ in range(20):
@@ -46,6 +47,16 @@ for _ in range(20):
     ids = np.append(ids, logits[:, -1:].argmax(-1), axis=1)
 print(tokenizer.decode(ids[0]))
 """
+_SESSION = 'session = onnxruntime.InferenceSession("model.onnx")'
+_FUSING_SESSION = f"""\
+options = onnxruntime.SessionOptions()
+options.add_session_config_entry("{FUSED_LEVEL}", "0")
+session = onnxruntime.InferenceSession("model.onnx", options)"""
+_FUSED = (
+    "The graph has DequantizeLinear in front of MatMul. ONNX Runtime makes MatMulNBits of both when it loads it, at "
+    f"the level of the session option `{FUSED_LEVEL}`. Its own default is 4; genai_config.json, where there is one, "
+    "sets this folder's level."
+)
 _FEEDS = {
     "input_ids": "ids",
     "attention_mask": "np.ones_like(ids)",
@@ -64,8 +75,8 @@ def render_card(folder: Path, sidecar: Sidecar, cost: LevelCost | str) -> str:
     facts = sidecar.provenance
     sections = [f"# {facts['scheme']} by signround-edge {facts['version']}", _provenance(facts), _contents(folder)]
     if sidecar.dtype is None:
-        sections.append(_accuracy(sidecar.accuracy_level, cost))
-    sections.append(f"## Running it\n\n{_how_to_run(folder)}")
+        sections.append(_accuracy(sidecar, cost))
+    sections.append(f"## Running it\n\n{_how_to_run(folder, sidecar.operators == 'qdq')}")
     return "\n\n".join(sections) + "\n"
 
 
@@ -88,8 +99,11 @@ def _contents(folder: Path) -> str:
     return "\n".join([*lines, f"| all | {sum(counts.values())} | {sum(sizes.values()):,} |"])
 
 
-def _accuracy(level: int, cost: LevelCost | str) -> str:
+def _accuracy(sidecar: Sidecar, cost: LevelCost | str) -> str:
+    level = sidecar.accuracy_level
     lines = ["## Accuracy level", "", f"{level}: {ACCURACY_LEVELS[level]}. WebAssembly ignores it."]
+    if sidecar.operators == "qdq":
+        lines += ["", _FUSED]
     if isinstance(cost, str):
         return "\n".join([*lines, f"What level 4 costs on this model was not measured: {cost}."])
     lines += ["", "| on this model | level 0 or 1 | level 4 |", "|---|---|---|"]
@@ -97,15 +111,19 @@ def _accuracy(level: int, cost: LevelCost | str) -> str:
     lines.append(f"| mean KL divergence from level 1 | 0 | {cost.kld_mean:.2e} |")
     lines.append(f"| same most likely token | 100 % | {100 * cost.top1_agreement:.2f} % |")
     how = f"Measured at export: {cost.tokens:,} tokens of {cost.text}, through ONNX Runtime on the exporting x86 CPU."
-    return "\n".join([*lines, "", how, "The level is an attribute of the nodes: export again to change it."])
+    lines += ["", how]
+    if sidecar.operators != "qdq":
+        lines.append("The level is an attribute of the nodes: export again to change it.")
+    return "\n".join(lines)
 
 
-def _how_to_run(folder: Path) -> str:
+def _how_to_run(folder: Path, fuses: bool) -> str:
     """A program that runs in the folder as it stands; a template's inputs may leave none to give."""
     inputs = [str(value.name) for value in open_artifact(folder).graph.inputs]
     if set(inputs) <= set(_FEEDS):
         feeds = ", ".join(f'"{name}": {_FEEDS[name]}' for name in inputs)
-        return f"```python\n{_PLAIN.format(feeds=f'{{{feeds}}}')}```"
+        session = _FUSING_SESSION if fuses else _SESSION
+        return f"```python\n{_PLAIN.format(feeds=f'{{{feeds}}}', session=session)}```"
     if (folder / GENAI_CONFIG).is_file():
         code = _GENAI.format(special_tokens=_SPECIAL_TOKENS if adds_special_tokens(folder) else "")
         return f"```python\n{code}```"

@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporters.onnx.bindings import OPERAND_WORDS, Binding
+from exporters.onnx.bindings import OPERAND_WORDS, Binding, holds_columns_first
+from exporters.onnx.qdq import OPERATOR, qdq_layout, qdq_operands
 from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import CheckFailed
 
@@ -19,11 +20,30 @@ def check_bindings(graph: ir.Graph, bindings: list[Binding], weights: RunWeights
     """CheckFailed, naming the parameters and the node, at the first stored value that is not the run's."""
     nodes = {node.name: node for node in graph}
     for binding in bindings:
-        if binding.quantized:
+        if binding.op == OPERATOR:
+            _check_dequantized(graph, nodes[binding.node], binding, weights)
+        elif binding.quantized:
             check_quantized(graph, nodes[binding.node], binding, weights)
         else:
             _check_floats(graph, binding, weights)
         _release(graph, binding)
+
+
+def _check_dequantized(graph: ir.Graph, node: ir.Node, binding: Binding, weights: RunWeights) -> None:
+    """The operands of one DequantizeLinear, and the attributes that say how they are read."""
+    stored = graph.initializers[binding.initializers["weight"]]
+    layout = qdq_layout(weights, binding.parameters, columns_first=holds_columns_first(node))
+    attributes = {name: node.attributes[name].as_int() for name in node.attributes}
+    if attributes != layout.attributes or stored.dtype != layout.dtype:
+        raise CheckFailed(
+            f"tensor {binding.title} is {stored.dtype} with {attributes} in node {node.name}, but {layout.dtype} with "
+            f"{layout.attributes} in the run directory"
+        )
+    for role, expected in qdq_operands(weights, binding.parameters, layout).items():
+        if role not in binding.initializers:
+            raise CheckFailed(f"tensor {binding.title} has no {OPERAND_WORDS[role]} in node {node.name}")
+        found = _array(graph, binding.initializers[role])
+        _compare(binding, OPERAND_WORDS[role], found if role == "scales" else found.astype(expected.dtype), expected)
 
 
 def _check_floats(graph: ir.Graph, binding: Binding, weights: RunWeights) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from exporters.onnx.artifact.layouts import find_model, folder_of
 from exporters.onnx.artifact.ort_format import read_ort_format
 from exporters.onnx.artifact.sidecar import SIDECAR, Sidecar, hash_files
-from exporters.onnx.bindings import QUANTIZED_INPUTS, Binding, quantized_initializers
+from exporters.onnx.bindings import QUANTIZED_INPUTS, Binding, holds_columns_first, quantized_initializers
 from signround_edge.errors import UserError, first_line
 
 if TYPE_CHECKING:  # they load torch, which a runtime's worker process can do without
@@ -47,8 +47,27 @@ class Artifact:
     graph: ir.Graph
 
     def quantized_nodes(self) -> list[ir.Node]:
-        """MatMulNBits and GatherBlockQuantized nodes whose codes are stored in the file, in graph order."""
-        return [n for n in self.graph if n.op_type in QUANTIZED_INPUTS and "weight" in quantized_initializers(n)]
+        """MatMulNBits, GatherBlockQuantized and DequantizeLinear nodes whose codes are stored here, in graph order.
+
+        DequantizeLinear counts in front of matrices; in other people's graphs it stands in many places.
+        """
+        nodes = [n for n in self.graph if n.op_type in QUANTIZED_INPUTS and "weight" in quantized_initializers(n)]
+        return [n for n in nodes if n.op_type != "DequantizeLinear" or self._dequantizes_a_matrix(n)]
+
+    def _dequantizes_a_matrix(self, node: ir.Node) -> bool:
+        stored = self.graph.initializers[quantized_initializers(node)["weight"]].const_value
+        return len(stored.shape) == 2 and stored.dtype.bitwidth <= 8
+
+    def form(self, node: ir.Node) -> tuple[int, int, tuple[int, int]]:
+        """(bits, block size, [N, K]) of a quantized node; UserError when its attributes are no positive integers."""
+        stored = self.graph.initializers[quantized_initializers(node)["weight"]].const_value
+        shape = tuple(stored.shape.numpy())
+        if node.op_type != "DequantizeLinear":
+            bits, block_size = (self.attribute(node, a) for a in ("bits", "block_size"))
+            return bits, block_size, (shape[0], int(np.prod(shape)) * 8 // bits // max(shape[0], 1))
+        rows_first = shape if not holds_columns_first(node) else shape[::-1]
+        blocks = "block_size" in node.attributes
+        return stored.dtype.bitwidth, self.attribute(node, "block_size") if blocks else rows_first[1], rows_first
 
     def attribute(self, node: ir.Node, name: str) -> int:
         """The node's "bits", "block_size" or "K"; UserError when it is no positive integer."""
@@ -122,12 +141,9 @@ def read_tensors(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:
     for node in artifact.quantized_nodes():
         operands = quantized_initializers(node)
         inside.update(operands.values())
-        bits, block_size = (artifact.attribute(node, a) for a in ("bits", "block_size"))
-        shape = tuple(initializers[operands["weight"]].const_value.shape.numpy())
-        values = int(np.prod(shape)) * 8 // bits
+        bits, block_size, shape = artifact.form(node)
         size = sum(_bytes_once(initializers[name], counted) for name in operands.values())
-        kind = f"{node.op_type}-{bits}x{block_size}"
-        rows.append((node.name or "", kind, (shape[0], values // max(shape[0], 1)), size))
+        rows.append((node.name or "", f"{node.op_type}-{bits}x{block_size}", shape, size))
     transposed: set[str] = set()
     if has_sidecar(artifact.path):
         transposed = {b.name for b in read_sidecar(path).bindings if b.transposed}

@@ -28,6 +28,7 @@ class Sidecar:
         files: file name → sha256, for every other file of the folder.
         kv_cache: the graph has a key-value cache; without one it wants all tokens again for each new one.
         scale_dtype: "f32" or "f16", how the scales of packed integers are stored.
+        operators: which hold packed integers, "matmulnbits" or "qdq" (see `OnnxOptions`).
         level_4_cost: what accuracy level 4 costs on this model (`LevelCost`), where that was measured.
     """
 
@@ -40,6 +41,7 @@ class Sidecar:
     kv_cache: bool = True
     scale_dtype: str = "f32"
     level_4_cost: dict[str, Any] | None = None
+    operators: str = "matmulnbits"
 
     def to_bytes(self) -> bytes:
         """The file."""
@@ -50,6 +52,7 @@ class Sidecar:
             "accuracy_level": self.accuracy_level,
             "kv_cache": self.kv_cache,
             "scale_dtype": self.scale_dtype,
+            "operators": self.operators,
             "level_4_cost": self.level_4_cost,
             "files": self.files,
             "zero_biases": self.zero_biases,
@@ -78,6 +81,7 @@ class Sidecar:
                 data.get("kv_cache", True),
                 data.get("scale_dtype", "f32"),
                 data.get("level_4_cost"),
+                data.get("operators", "matmulnbits"),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is not readable ({type(error).__name__}); export the run again") from error

@@ -29,7 +29,6 @@ from signround_edge.errors import UserError, last_lines
 
 _FLAGS = (
     "--headless",
-    "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -38,6 +37,9 @@ _FLAGS = (
     "--disable-extensions",
     "--mute-audio",
 )
+_NO_GPU = ("--disable-gpu",)
+# An adapter of the graphics card; where there is none Chromium gives SwiftShader's, which computes on the CPU.
+_WEBGPU = ("--enable-unsafe-webgpu", "--enable-features=Vulkan")
 _START_SECONDS = 120.0
 
 
@@ -96,7 +98,14 @@ class PageWorker(Closing):
 
 
 class ChromiumTransport:
-    """Headless Chromium on this computer; every worker has a browser of its own."""
+    """Headless Chromium on this computer; every worker has a browser of its own.
+
+    Args:
+        gpu: pages may use WebGPU.
+    """
+
+    def __init__(self, gpu: bool = False) -> None:
+        self._gpu = gpu
 
     def unavailable(self) -> str | None:
         """Why no worker can be had."""
@@ -106,7 +115,7 @@ class ChromiumTransport:
         """See `Transport`."""
         server = PageServer("127.0.0.1")
         try:
-            browser = Chromium(server.url, on_exit=server.lose_page)
+            browser = Chromium(server.url, on_exit=server.lose_page, gpu=self._gpu)
         except BaseException:
             server.close()
             raise
@@ -137,14 +146,20 @@ class Chromium:
         url: the page.
         on_exit: called, in another thread, with why it ended when it ends before `close`.
         flags: more flags of Chromium.
+        gpu: the page may use WebGPU.
     """
 
     def __init__(
-        self, url: str, on_exit: Callable[[str], None] = lambda _why: None, flags: tuple[str, ...] = ()
+        self,
+        url: str,
+        on_exit: Callable[[str], None] = lambda _why: None,
+        flags: tuple[str, ...] = (),
+        gpu: bool = False,
     ) -> None:
         profile = tempfile.mkdtemp(prefix="signround-chromium-")
         root = ("--no-sandbox",) if hasattr(os, "geteuid") and os.geteuid() == 0 else ()
-        browser = [CHROMIUM.path() or "chromium", *_FLAGS, *root, *flags, f"--user-data-dir={profile}", url]
+        flags = (*_FLAGS, *(_WEBGPU if gpu else _NO_GPU), *root, *flags)
+        browser = [CHROMIUM.path() or "chromium", *flags, f"--user-data-dir={profile}", url]
         self._leash = Leash(profile)
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed in close()
         with self._leash.around(browser) as (held, inherited):
@@ -226,4 +241,4 @@ class PhoneTransport:
 
 def browser_transport(profile: DeviceProfile) -> Transport:
     """The transport of a profile."""
-    return PhoneTransport(profile) if profile.transport == "phone-browser" else ChromiumTransport()
+    return PhoneTransport(profile) if profile.transport == "phone-browser" else ChromiumTransport(profile.gpu)

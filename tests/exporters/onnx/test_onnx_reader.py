@@ -176,3 +176,26 @@ def test_the_run_of_another_model_is_refused(
     run = make_random_run(Qwen3Config(**{**BASE, "num_hidden_layers": 1}), "onnx:w4g32")
     with pytest.raises(UserError, match="another model"):
         next(iter_expected(run, artifact))
+
+
+def test_other_peoples_dequantized_biases_and_kernels_are_listed_as_they_are(tmp_path: Path) -> None:
+    """DequantizeLinear stands in front of anything; only a matrix of codes is a quantized matrix."""
+    arrays = {"bias": np.ones(4, np.int32), "kernel": np.ones((4, 3, 2, 2), np.int8), "codes": np.ones((4, 8), np.int8)}
+    nodes = [ir.node("DequantizeLinear", [value(name, array), value(f"{name}.scale", np.float32(0.5))], name=f"/{name}")
+             for name, array in arrays.items()]  # fmt: skip
+    initializers = [operand for node in nodes for operand in node.inputs]
+    graph = ir.Graph(
+        [], [node.outputs[0] for node in nodes], nodes=nodes, initializers=initializers, opset_imports={"": 21}
+    )
+    for node in nodes:
+        node.outputs[0].name = f"{node.name}/output"
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx")
+    rows = {name: (kind, shape) for name, kind, shape, _ in read_tensors(tmp_path)}
+    assert rows["bias"] == ("I32", (4,))
+    assert rows["kernel"] == ("I8", (4, 3, 2, 2))
+    assert rows["/codes"] == ("DequantizeLinear-8x4", (8, 4))  # [K, N] in front of a MatMul
+
+
+def value(name: str, array: object) -> ir.Value:
+    tensor = ir.Tensor(np.asarray(array), name=name)
+    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)

@@ -24,11 +24,13 @@ class OnnxOptions(ExportOptions):
         accuracy_level: of every MatMulNBits, one of `ACCURACY_LEVELS`.
         scale_dtype: how scales are stored, one of `SCALE_DTYPES`; the integers and weights are the same.
         ort_format: also write ONNX Runtime's own file format.
+        no_cache: of an architecture that is traced: the graph takes whole texts and keeps nothing between calls.
     """
 
     accuracy_level: int = 0
     scale_dtype: str = "f32"
     ort_format: bool = False
+    no_cache: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

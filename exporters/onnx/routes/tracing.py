@@ -1,7 +1,7 @@
 """The graph of any architecture, by torch.onnx.export of the model with the run's dequantized weights.
 
-For what onnxruntime-genai's model builder does not know. The graph takes whole texts: it has no key-value cache, so
-plain ONNX Runtime runs it and onnxruntime-genai does not. All weights are in memory in f32 while it is made.
+For what onnxruntime-genai's model builder does not know. The graph takes tokens and the states that the call before it
+left (`traced_cache`), or whole texts with `--no-cache`. All weights are in memory in f32 while it is made.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from exporters.onnx.artifact.check import check_complete
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx.routes.graph import FinishedGraph, copy_config_files, replace_weights
 from exporters.onnx.routes.matching import match_weights
+from exporters.onnx.routes.traced_cache import State, WithStates, find_states
 from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import UserError
 from signround_edge.evaluation.torch_models import load_run_model
@@ -61,44 +63,95 @@ def trace(weights: RunWeights, companions: Path, options: OnnxOptions) -> Finish
         CheckFailed: the graph lacks a parameter of the run.
     """
     options.log(
-        "onnx: onnxruntime-genai's model builder does not know this architecture; tracing it with torch.onnx.export. "
-        "The graph has no KV cache: it runs in plain ONNX Runtime, not in onnxruntime-genai"
+        "onnx: onnxruntime-genai's model builder does not know this architecture; tracing it with torch.onnx.export"
+        + (". The graph has no KV cache: it runs in plain ONNX Runtime, not in onnxruntime-genai" * options.no_cache)
     )
-    model = trace_graph(weights.run)
+    model = trace_graph(weights.run, not options.no_cache)
     options.log("onnx: matching the graph's weights with the run directory")
     matched = match_weights(model.graph, weights, limit=0.0).bindings
     check_complete(matched, weights)
     copy_config_files(weights.run, companions)
     bindings = replace_weights(model, matched, weights, options)
-    return FinishedGraph(model, bindings, f"torch.onnx.export (torch {torch.__version__})", False)
+    return FinishedGraph(model, bindings, f"torch.onnx.export (torch {torch.__version__})", not options.no_cache)
 
 
-def trace_graph(run: RunDirectory) -> ir.Model:
-    """The f32 graph (opset 20): input_ids and attention_mask int64 [batch, tokens] → logits [batch, tokens, vocab].
+def trace_graph(run: RunDirectory, with_cache: bool) -> ir.Model:
+    """The f32 graph (opset 20), int64 [batch, tokens] → logits [batch, tokens, vocab].
 
+    Args:
+        run: whose dequantized weights it holds.
+        with_cache: with the states of `traced_cache` as inputs and outputs; attention_mask is then int64
+            [batch, past + tokens], else [batch, tokens].
     Raises:
-        UserError: torch cannot trace this architecture.
+        UserError: torch cannot trace this architecture, or its states have no names.
     """
     model: Any = load_run_model(run)
     model.set_attn_implementation("eager")
-    tokens = torch.zeros((2, 8), dtype=torch.int64)
-    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=2)
-    shape = {0: batch, 1: length}
+    parameters = {f"model.{name}" for name, _ in model.named_parameters()}
+    if not with_cache:
+        return _export(model, parameters, _LogitsOnly(model).eval(), _without_states())
+    states = find_states(model)
+    return _export(model, parameters, WithStates(model, states).eval(), _with_states(states))
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """What a module is traced with.
+
+    Attributes:
+        arguments: example tensors.
+        shapes: which of their dimensions are open.
+        inputs, outputs: names.
+    """
+
+    arguments: tuple[Any, ...]
+    shapes: tuple[Any, ...]
+    inputs: list[str]
+    outputs: list[str]
+
+
+# torch takes a dimension of 1 for a constant. What is traced with 2 and more is right for 1 as well, and for a past of
+# no tokens: the tests run both.
+_BATCH, _TOKENS, _PAST = 2, 8, 5
+
+
+def _without_states() -> _Signature:
+    tokens = torch.zeros((_BATCH, _TOKENS), dtype=torch.int64)
+    shape = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("tokens", min=2)}
+    return _Signature((tokens, torch.ones_like(tokens)), (shape, shape), ["input_ids", "attention_mask"], ["logits"])
+
+
+def _with_states(states: list[State]) -> _Signature:
+    tokens = torch.zeros((_BATCH, _TOKENS), dtype=torch.int64)
+    past = _PAST if any(s.grows for s in states) else 0
+    mask = torch.ones((_BATCH, past + _TOKENS), dtype=torch.int64)
+    batch, length = torch.export.Dim("batch_size", min=1), torch.export.Dim("sequence_length", min=2)
+    before, total = torch.export.Dim("past_sequence_length"), torch.export.Dim("total_sequence_length")
+    shapes = [{0: batch, 2: before} if s.grows else {0: batch} for s in states]
+    return _Signature(
+        (tokens, mask, [s.zeros(_BATCH, past) for s in states]),
+        ({0: batch, 1: length}, {0: batch, 1: total}, shapes),
+        ["input_ids", "attention_mask", *(s.past for s in states)],
+        ["logits", *(s.present for s in states)],
+    )
+
+
+def _export(model: nn.Module, parameters: set[str], module: nn.Module, signature: _Signature) -> ir.Model:
     try:
         with _quiet():
             program = torch.onnx.export(
-                _LogitsOnly(model).eval(),
-                (tokens, torch.ones_like(tokens)),
+                module,
+                signature.arguments,
                 dynamo=True,
-                dynamic_shapes=(shape, shape),
-                input_names=["input_ids", "attention_mask"],
-                output_names=["logits"],
+                dynamic_shapes=signature.shapes,
+                input_names=signature.inputs,
+                output_names=signature.outputs,
                 opset_version=OPSET,
                 optimize=False,
                 verbose=False,
             )
             assert program is not None
-            _optimize(program.model, {f"model.{name}" for name, _ in model.named_parameters()})
+            _optimize(program.model, parameters)
     except Exception as error:  # torch and onnxscript raise whatever their parts raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(

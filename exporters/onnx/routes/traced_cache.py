@@ -1,0 +1,238 @@
+"""A traced graph's states: keys and values, convolution and recurrent states, as inputs and outputs of the graph.
+
+Which states a model has is not read from its config: it is called once, and what its own cache holds afterwards says
+it (layers that share keys hold none, DeepSeek's keys are wider than its values, Gemma 4's layers differ).
+
+Names are those of onnxruntime-genai (its models/builders/base.py, version 0.18.0): `past_key_values.N.key`, `.value`
+and `past.N.conv`, `past.N.recurrent` go in, `present.N.…` come out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+from signround_edge.errors import UserError
+
+GROWING = ("key", "value")  # by one row a token; the others have a fixed shape
+_PROBE = 5  # tokens of the call that shows what the cache holds
+
+
+@dataclass(frozen=True)
+class State:
+    """One tensor that a call leaves for the next one.
+
+    Attributes:
+        layer: index of the decoder layer.
+        kind: "key", "value", "conv" or "recurrent".
+        shape: without the batch; the length of keys and values is 0 here. [heads, 0, values a head] of a key or value,
+            [channels, kernel − 1] of a convolution's last inputs, any of a recurrent state.
+    """
+
+    layer: int
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def past(self) -> str:
+        """The graph's input."""
+        return f"past_key_values.{self.layer}.{self.kind}" if self.grows else f"past.{self.layer}.{self.kind}"
+
+    @property
+    def present(self) -> str:
+        """The graph's output."""
+        return f"present.{self.layer}.{self.kind}"
+
+    @property
+    def grows(self) -> bool:
+        """Whether it has a row for each token."""
+        return self.kind in GROWING
+
+    def zeros(self, batch: int, length: int) -> Tensor:
+        """f32 [batch, …]; keys and values of `length` tokens."""
+        shape = [self.shape[0], length, self.shape[2]] if self.grows else self.shape
+        return torch.zeros(batch, *shape)
+
+
+class WithStates(nn.Module):
+    """The causal language model as a function of tensors: tokens, mask and states → logits and new states."""
+
+    # torch writes it into the metadata of every node: a file does not depend on where this code lies.
+    __module__ = "exporters.onnx.tracing"
+
+    def __init__(self, model: nn.Module, states: list[State]) -> None:
+        super().__init__()
+        self.model = model
+        self.states = states
+        self.cache_argument = cache_argument(model)
+        self.count = layer_count(model, states)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, states: list[Tensor]) -> tuple[Tensor, ...]:
+        """f32 [batch, tokens, vocab] and the states after these tokens.
+
+        Args:
+            input_ids: int64 [batch, tokens].
+            attention_mask: int64 [batch, past + tokens].
+            states: in the order of `self.states`, each f32 [batch, …].
+        """
+        held = {(s.layer, s.kind): tensor for s, tensor in zip(self.states, states, strict=True)}
+        cache = _cache(held, self.count)
+        arguments = {self.cache_argument: cache}
+        logits: Tensor = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **arguments
+        ).logits
+        return logits, *(_read(cache, s) for s in self.states)
+
+
+def find_states(model: Any) -> list[State]:
+    """What the model's cache holds after a call, by layer.
+
+    Raises:
+        UserError: a state is of a kind that has no name in onnxruntime-genai.
+    """
+    tokens = torch.ones((1, _PROBE), dtype=torch.int64)
+    with torch.no_grad():
+        output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True)
+    cache = output.get(cache_argument(model))
+    if not isinstance(cache, Cache):
+        raise _unknown(model, type(cache).__name__)
+    states = [s for index, layer in enumerate(cache.layers) for s in _states_of(model, index, layer)]
+    if not states:
+        raise _unknown(model, "a cache without layers")
+    return states
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name under which a model takes and gives its cache: Mamba calls it otherwise."""
+    parameters = inspect.signature(model.forward).parameters
+    return "cache_params" if "cache_params" in parameters else "past_key_values"
+
+
+def _states_of(model: nn.Module, index: int, layer: Any) -> list[State]:
+    states: list[State] = []
+    if isinstance(layer, DynamicIndexedLayer):
+        raise _unknown(model, type(layer).__name__)
+    if isinstance(layer, DynamicLayer) and layer.keys is not None:
+        states += [
+            State(index, kind, (tensor.shape[1], 0, tensor.shape[3]))
+            for kind, tensor in zip(GROWING, (layer.keys, layer.values), strict=True)
+        ]
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        if layer.number_of_states != 1:
+            raise _unknown(model, f"{layer.number_of_states} states in one layer")
+        conv, recurrent = layer.conv_states[0], layer.recurrent_states[0]
+        if conv is not None:
+            states.append(State(index, "conv", (*conv.shape[1:-1], conv.shape[-1] - 1)))
+        if recurrent is not None:
+            states.append(State(index, "recurrent", tuple(recurrent.shape[1:])))
+    if not isinstance(layer, (DynamicLayer, LinearAttentionCacheLayerMixin, DummyLayer)):
+        raise _unknown(model, type(layer).__name__)
+    return states
+
+
+def _unknown(model: nn.Module, what: str) -> UserError:
+    return UserError(
+        f"--format onnx: {type(model).__name__} keeps between tokens what onnxruntime-genai has no names for ({what}); "
+        "export with --no-cache"
+    )
+
+
+class _KeysAndValues(DynamicLayer):
+    """transformers' growing layer, filled; windows are the mask's business, so the cache is as long as the text."""
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """transformers' also asks whether it is empty, and a trace would keep the answer."""
+        assert self.keys is not None
+        return self.keys.shape[-2]
+
+
+class _Linear(LinearAttentionLayer):
+    """transformers' layer of convolution and recurrent states, filled, and not written in place.
+
+    The convolution's state is the last kernel − 1 inputs; transformers keeps one more than it needs.
+    """
+
+    def hold(self, conv: Tensor | None, recurrent: Tensor | None) -> None:
+        self.conv_states[0], self.recurrent_states[0] = conv, recurrent
+        self.has_previous_state[0] = True
+
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The past inputs before the new ones: a causal convolution of both is right for any number of tokens."""
+        held = self.conv_states[state_idx]
+        assert held is not None
+        joined = torch.cat([held, conv_states], dim=-1)
+        self.conv_states[state_idx] = joined[..., -held.shape[-1] :]
+        return joined
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Another tensor, since writing in place would change the graph's input."""
+        self.recurrent_states[state_idx] = recurrent_states
+        return recurrent_states
+
+
+class _Both(_Linear, _KeysAndValues, LinearAttentionAndFullAttentionLayer):
+    """A layer that attends and has a recurrent state (Falcon-H1)."""
+
+
+class _StateCache(Cache):
+    """A cache of such layers."""
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """None: models then take the form of the convolution that is right for any number of tokens."""
+        return None
+
+
+def _cache(held: dict[tuple[int, str], Tensor], count: int) -> _StateCache:
+    return _StateCache(layers=[_layer(held, index) for index in range(count)])
+
+
+def _layer(held: dict[tuple[int, str], Tensor], index: int) -> Any:
+    keys, values, conv, recurrent = (held.get((index, kind)) for kind in (*GROWING, "conv", "recurrent"))
+    linear = conv is not None or recurrent is not None
+    layer: Any = DummyLayer()
+    if keys is not None and linear:
+        layer = _Both()
+    elif keys is not None:
+        layer = _KeysAndValues()
+    elif linear:
+        layer = _Linear()
+    if keys is not None:
+        _KeysAndValues.hold(layer, keys, values)
+    if linear:
+        _Linear.hold(layer, conv, recurrent)
+    return layer
+
+
+def _read(cache: Cache, state: State) -> Tensor:
+    layer: Any = cache.layers[state.layer]
+    if state.grows:
+        tensor: Tensor = layer.keys if state.kind == "key" else layer.values
+        return tensor
+    states = layer.conv_states if state.kind == "conv" else layer.recurrent_states
+    held: Tensor = states[0]
+    return held
+
+
+def layer_count(model: Any, states: list[State]) -> int:
+    """Layers of the cache: as many as the decoder has, also where the last ones keep nothing."""
+    config = model.config.get_text_config(decoder=True)
+    return max(int(config.num_hidden_layers), 1 + max(s.layer for s in states))

@@ -124,6 +124,7 @@ def export(
     accuracy_level: int | None = None,
     scale_dtype: str | None = None,
     ort_format: bool = False,
+    no_cache: bool = False,
     card_text: StrPath | None = None,
     mmproj: StrPath | None = None,
     mmproj_from: StrPath | None = None,
@@ -137,7 +138,7 @@ def export(
         template: GGUF: a file whose metadata to copy; ONNX: a float graph of the model.
         dtype: "f32" or "f16" writes the dequantized weights as floats instead.
         split_max_size: split the data into files of at most this size: 500_000_000, "500M" or "4G".
-        accuracy_level, scale_dtype, ort_format: ONNX: see `exporters.onnx.options.OnnxOptions`.
+        accuracy_level, scale_dtype, ort_format, no_cache: ONNX: see `exporters.onnx.options.OnnxOptions`.
         card_text: ONNX: text on which the card says what accuracy level 4 costs; None takes shipped speeches.
         mmproj, mmproj_from: GGUF: see `exporters.gguf.options.GgufOptions`.
 
@@ -155,7 +156,7 @@ def export(
     given = {
         "template": _path("--template", template), "dtype": dtype, "split_max_bytes": _bytes_of(split_max_size),
         "log": shown.line, "accuracy_level": accuracy_level, "scale_dtype": scale_dtype,
-        "ort_format": ort_format or None, "mmproj": _path("--mmproj", mmproj),
+        "ort_format": ort_format or None, "no_cache": no_cache or None, "mmproj": _path("--mmproj", mmproj),
         "mmproj_from": None if mmproj_from is None else _text("--mmproj-from", mmproj_from),
     }  # fmt: skip
     options, text = options_for(format, known, given), _path("--card-text", card_text)

@@ -204,10 +204,11 @@ def rotate(model: str, out: Path, seed: int) -> None:
 @click.option("--dtype", type=click.Choice(DTYPES), help="Write the dequantized weights as floats instead.")
 @click.option("--split-max-size", "--max-shard-size", help="Split the data into files of at most this size (500M, 4G).")
 @click.option("--ort-format", is_flag=True, help="ONNX: also write model.ort and the list of operators that it needs.")
+@click.option("--no-cache", is_flag=True, help="ONNX: a traced graph that takes whole texts.")
 def export(
     run: Path, target: str, out: Path, template: Path | None, accuracy_level: str | None, scale_dtype: str | None,
-    card_text: Path | None, dtype: str | None, split_max_size: str | None, ort_format: bool, mmproj: Path | None,
-    mmproj_from: str | None,
+    card_text: Path | None, dtype: str | None, split_max_size: str | None, ort_format: bool, no_cache: bool,
+    mmproj: Path | None, mmproj_from: str | None,
 ) -> None:  # fmt: skip
     """Write the integers and scales of RUN, unchanged, as GGUF or ONNX."""
     from signround_edge import api
@@ -215,7 +216,7 @@ def export(
     written = api.export(
         run, target, out, template=template, dtype=dtype, split_max_size=split_max_size,
         accuracy_level=None if accuracy_level is None else int(accuracy_level), scale_dtype=scale_dtype,
-        ort_format=ort_format, card_text=card_text, mmproj=mmproj, mmproj_from=mmproj_from, progress=_say,
+        ort_format=ort_format, no_cache=no_cache, card_text=card_text, mmproj=mmproj, mmproj_from=mmproj_from, progress=_say,
     )  # fmt: skip
     _say(f"wrote {written.path}")
 

@@ -13,6 +13,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import (
@@ -112,6 +113,17 @@ def find_states(model: Any) -> list[State]:
     states = [s for index, layer in enumerate(cache.layers) for s in _states_of(model, index, layer)]
     if not states:
         raise _unknown(model, "a cache without layers")
+    return states
+
+
+def states_of(graph: ir.Graph) -> list[State]:
+    """The states that a traced graph takes."""
+    states = []
+    for value in graph.inputs:
+        start, *rest = str(value.name).split(".")
+        if start in ("past_key_values", "past"):
+            _, *shape = value.shape
+            states.append(State(int(rest[0]), rest[1], tuple(n if isinstance(n, int) else 0 for n in shape)))
     return states
 
 

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from exporters.onnx.artifact.check import check_complete
 from exporters.onnx.options import OnnxOptions
+from exporters.onnx.routes.genai_config import why_not_in_genai, write_genai_config
 from exporters.onnx.routes.graph import FinishedGraph, copy_config_files, replace_weights
 from exporters.onnx.routes.matching import match_weights
-from exporters.onnx.routes.traced_cache import State, WithStates, find_states
+from exporters.onnx.routes.traced_cache import State, WithStates, find_states, states_of
+from exporters.onnx.routes.traced_recurrence import recurrences_as_nodes
 from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import UserError
 from signround_edge.evaluation.torch_models import load_run_model
@@ -71,8 +73,21 @@ def trace(weights: RunWeights, companions: Path, options: OnnxOptions) -> Finish
     matched = match_weights(model.graph, weights, limit=0.0).bindings
     check_complete(matched, weights)
     copy_config_files(weights.run, companions)
+    if not options.no_cache:
+        _say_how_it_runs(model.graph, companions, options)
     bindings = replace_weights(model, matched, weights, options)
     return FinishedGraph(model, bindings, f"torch.onnx.export (torch {torch.__version__})", not options.no_cache)
+
+
+def _say_how_it_runs(graph: ir.Graph, companions: Path, options: OnnxOptions) -> None:
+    """genai_config.json where onnxruntime-genai can feed the graph; else a line that says why not."""
+    states = states_of(graph)
+    reason = why_not_in_genai(states)
+    if reason is not None:
+        options.log(f"onnx: no genai_config.json, since onnxruntime-genai cannot run this graph: {reason}")
+        return
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    write_genai_config(companions, states, int(logits.shape[-1]))
 
 
 def trace_graph(run: RunDirectory, with_cache: bool) -> ir.Model:
@@ -138,7 +153,7 @@ def _with_states(states: list[State]) -> _Signature:
 
 def _export(model: nn.Module, parameters: set[str], module: nn.Module, signature: _Signature) -> ir.Model:
     try:
-        with _quiet():
+        with _quiet(), recurrences_as_nodes(model):
             program = torch.onnx.export(
                 module,
                 signature.arguments,
@@ -153,12 +168,19 @@ def _export(model: nn.Module, parameters: set[str], module: nn.Module, signature
             assert program is not None
             _optimize(program.model, parameters)
     except Exception as error:  # torch and onnxscript raise whatever their parts raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(_first_cause(error)).split())[:300] or type(error).__name__
         raise UserError(
             f"--format onnx: torch.onnx.export cannot trace {type(model).__name__} ({reason}); give a graph of your "
             "own with --template model.onnx, or export with --format gguf"
         ) from error
     return program.model
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """torch wraps what was wrong in advice on how to report it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _optimize(model: ir.Model, parameters: set[str]) -> None:

@@ -23,6 +23,7 @@ _SKIP_NORMALIZATIONS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalizat
 _SUM_OUTPUT = 3  # input + skip: the residual stream
 _OUTPUTS_AT_ONCE = 200  # bounds memory; each group is a run of the whole graph
 _NAMED_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_STEPS = 8  # tokens at the end that are fed one by one
 
 
 class OnnxEngine:
@@ -53,6 +54,7 @@ class OnnxEngine:
                 f"{model} is not a decoder that verify can feed: inputs {list(self._inputs)[:4]}…, "
                 f"outputs {outputs[:2]}…; export it again"
             )
+        self._states = _states([n for n in self._inputs if n.startswith("past")], outputs)
 
     def facts(self) -> dict[str, Any]:
         """What a client may want to know about the file."""
@@ -63,10 +65,27 @@ class OnnxEngine:
         }
 
     def logits(self, tokens: TokenArray) -> FloatArray:
-        """f32 [n, vocab] next-token logits at every position of int32 [n], from an empty cache."""
-        feeds = {name: self._feed(name, tokens) for name in self._inputs}
+        """f32 [n, vocab] next-token logits at every position of int32 [n], from an empty cache.
+
+        The last tokens are fed one by one, as when a text is generated: what the graph keeps between calls counts too.
+        """
+        steps = min(_STEPS, len(tokens) - 1) if self._states else 0
+        states = {name: self._empty_state(name) for name in self._inputs if name.startswith("past")}
+        ends = range(len(tokens) - steps, len(tokens) + 1)
+        parts, start = [], 0
+        for end in ends:
+            logits, states = self._step(tokens[start:end], start, states)
+            parts.append(logits)
+            start = end
+        return np.concatenate(parts)
+
+    def _step(
+        self, tokens: TokenArray, past: int, states: dict[str, NDArray[Any]]
+    ) -> tuple[FloatArray, dict[str, NDArray[Any]]]:
+        """f32 [n, vocab] of int32 [n] after `past` other tokens, and the states after them (empty where none is kept)."""
+        feeds = {name: self._feed(name, tokens, past) for name in self._inputs if name not in states}
         try:
-            (logits,) = self._session.run(["logits"], feeds)
+            logits, *present = self._session.run(["logits", *self._states.values()], feeds | states)
         except Exception as error:
             raise UserError(f"ONNX Runtime could not run {self._artifact}: {first_line(error)}") from error
         if logits.ndim != 3 or logits.shape[:2] != (1, len(tokens)):
@@ -74,8 +93,7 @@ class OnnxEngine:
                 f"{self._artifact} gives logits of shape {list(logits.shape)} for {len(tokens)} tokens; verify needs "
                 "them at every position (build without prune_lm_head)"
             )
-        result: FloatArray = logits[0].astype(np.float32)
-        return result
+        return logits[0].astype(np.float32), dict(zip(self._states, present, strict=True))
 
     def hidden_states(self, tokens: TokenArray, width: int) -> dict[str, FloatArray]:
         """Every float tensor [n, width] that the graph computes for int32 [n], by the graph's own name.
@@ -91,7 +109,10 @@ class OnnxEngine:
             names.extend(_give_out_everything(graph))
 
         session = _session(model_file(self._artifact), edited)
-        feeds = {name: self._feed(name, tokens) for name in self._inputs}
+        feeds = {
+            name: self._empty_state(name) if name.startswith("past") else self._feed(name, tokens, 0)
+            for name in self._inputs
+        }
         found: dict[str, FloatArray] = {}
         for start in range(0, len(names), _OUTPUTS_AT_ONCE):
             group = names[start : start + _OUTPUTS_AT_ONCE]
@@ -104,19 +125,27 @@ class OnnxEngine:
                     found[name] = array[0].astype(np.float32)
         return found
 
-    def _feed(self, name: str, tokens: TokenArray) -> NDArray[Any]:
+    def _feed(self, name: str, tokens: TokenArray, past: int) -> NDArray[Any]:
+        dtype = self._dtype(name)
+        if name == "input_ids":
+            return tokens.astype(dtype).reshape(1, -1)
+        if name == "attention_mask":
+            return np.ones((1, past + len(tokens)), dtype=dtype)
+        return np.arange(past, past + len(tokens), dtype=dtype).reshape(1, -1)
+
+    def _dtype(self, name: str) -> Any:
         dtype = _DTYPES.get(self._inputs[name].type)
         if dtype is None:
             raise UserError(
                 f"{self._artifact}: input {name} has type {self._inputs[name].type}, which verify cannot feed"
             )
-        if name == "input_ids":
-            return tokens.astype(dtype).reshape(1, -1)
-        if name == "attention_mask":
-            return np.ones((1, len(tokens)), dtype=dtype)
-        if name == "position_ids":
-            return np.arange(len(tokens), dtype=dtype).reshape(1, -1)
-        return np.zeros(self._empty_cache(name), dtype=dtype)
+        return dtype
+
+    def _empty_state(self, name: str) -> NDArray[Any]:
+        """Zeros: a state of fixed shape, or keys and values of no tokens."""
+        _, *shape = self._inputs[name].shape
+        fixed = all(isinstance(n, int) for n in shape)
+        return np.zeros((1, *shape) if fixed else self._empty_cache(name), dtype=self._dtype(name))
 
     def _empty_cache(self, name: str) -> tuple[int, int, int, int]:
         """[batch, heads, past length, values a head]; what the graph leaves open stands in genai_config.json."""
@@ -127,6 +156,12 @@ class OnnxEngine:
             if isinstance(heads, int) and isinstance(size, int):
                 return 1, heads, 0, size
         raise UserError(f"{self._artifact}: input {name} has the shape {shape}, which is no key-value cache")
+
+
+def _states(inputs: list[str], outputs: list[str]) -> dict[str, str]:
+    """Input → output of everything that the graph keeps between calls; empty where it does not give all of it out."""
+    found = {name: f"present.{name.partition('.')[2]}" for name in inputs}
+    return found if set(found.values()) <= set(outputs) else {}
 
 
 def model_file(artifact: Path) -> Path:

@@ -27,8 +27,6 @@ _STATE_NAMES = {"key": "key_names", "value": "value_names", "conv": "conv_names"
 
 def why_not_in_genai(states: Sequence[State]) -> str | None:
     """What of these states it cannot feed; None where it can."""
-    if not any(s.grows for s in states):
-        return "no layer has keys and values, whose length it counts by"
     return None
 
 
@@ -37,7 +35,7 @@ def write_genai_config(folder: Path, states: Sequence[State], vocab_size: int) -
 
     Args:
         folder: holds them.
-        states: the graph's; at least one key.
+        states: the graph's.
         vocab_size: values of the logits.
     """
     context = longest_window(folder) or _CONTEXT
@@ -60,21 +58,27 @@ def write_genai_config(folder: Path, states: Sequence[State], vocab_size: int) -
 def _decoder(folder: Path, states: Sequence[State]) -> dict[str, Any]:
     config = read_config(folder)
     config = config.get("text_config") or config
-    first = next(s for s in states if s.grows)
+    heads, _, size = next((s.shape for s in states if s.grows), (1, 0, 1))
+    layers = 1 + max(s.layer for s in states)
     kinds = dict.fromkeys(s.kind for s in states)
     past = {f"past_{_STATE_NAMES[kind]}": _template([s.past for s in states if s.kind == kind]) for kind in kinds}
     present = {f"present_{_STATE_NAMES[kind]}": _template([s.present for s in states if s.kind == kind]) for kind in kinds}
-    return {
+    decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": MODEL_FILE,
-        "head_size": first.shape[2],
+        "head_size": size,
         "hidden_size": config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 0,
         "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **past},
         "outputs": {"logits": "logits", **present},
         "num_attention_heads": config.get("num_attention_heads") or config.get("n_head") or config.get("n_heads") or 0,
-        "num_hidden_layers": 1 + max(s.layer for s in states),
-        "num_key_value_heads": first.shape[0],
+        "num_hidden_layers": layers,
+        "num_key_value_heads": heads,
     }
+    if "conv" in kinds and "recurrent" not in kinds:  # it then asks where convolutions are, and how long their states
+        convolutions = {s.layer: s.shape[-1] for s in states if s.kind == "conv"}
+        decoder["layer_types"] = ["conv" if n in convolutions else "full_attention" for n in range(layers)]
+        decoder["conv_cache_size"] = max(convolutions.values())
+    return decoder
 
 
 def _template(names: list[str]) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from exporters.onnx.routes.genai_config import why_not_in_genai, write_genai_con
 from exporters.onnx.routes.graph import FinishedGraph, copy_config_files, replace_weights
 from exporters.onnx.routes.matching import match_weights
 from exporters.onnx.routes.traced_cache import State, WithStates, find_states, states_of
+from exporters.onnx.routes.traced_experts import take_experts_apart
+from exporters.onnx.routes.traced_functions import methods_with_onnx_forms, translations
 from exporters.onnx.routes.traced_recurrence import recurrences_as_nodes
 from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import UserError
@@ -68,7 +70,7 @@ def trace(weights: RunWeights, companions: Path, options: OnnxOptions) -> Finish
         "onnx: onnxruntime-genai's model builder does not know this architecture; tracing it with torch.onnx.export"
         + (". The graph has no KV cache: it runs in plain ONNX Runtime, not in onnxruntime-genai" * options.no_cache)
     )
-    model = trace_graph(weights.run, not options.no_cache)
+    model = trace_graph(weights.run, not options.no_cache, options.log)
     options.log("onnx: matching the graph's weights with the run directory")
     matched = match_weights(model.graph, weights, limit=0.0).bindings
     check_complete(matched, weights)
@@ -90,18 +92,25 @@ def _say_how_it_runs(graph: ir.Graph, companions: Path, options: OnnxOptions) ->
     write_genai_config(companions, states, int(logits.shape[-1]))
 
 
-def trace_graph(run: RunDirectory, with_cache: bool) -> ir.Model:
+def trace_graph(run: RunDirectory, with_cache: bool, log: Callable[[str], None]) -> ir.Model:
     """The f32 graph (opset 20), int64 [batch, tokens] → logits [batch, tokens, vocab].
 
     Args:
         run: whose dequantized weights it holds.
         with_cache: with the states of `traced_cache` as inputs and outputs; attention_mask is then int64
             [batch, past + tokens], else [batch, tokens].
+        log: takes lines.
     Raises:
         UserError: torch cannot trace this architecture, or its states have no names.
     """
     model: Any = load_run_model(run)
     model.set_attn_implementation("eager")
+    experts = take_experts_apart(model, run)
+    if experts:
+        log(
+            f"onnx: the graph computes all {experts} experts of a layer for each token, also those that are not "
+            "chosen: its arithmetic is that of a dense model of all its parameters"
+        )
     parameters = {f"model.{name}" for name, _ in model.named_parameters()}
     if not with_cache:
         return _export(model, parameters, _LogitsOnly(model).eval(), _without_states())
@@ -153,7 +162,7 @@ def _with_states(states: list[State]) -> _Signature:
 
 def _export(model: nn.Module, parameters: set[str], module: nn.Module, signature: _Signature) -> ir.Model:
     try:
-        with _quiet(), recurrences_as_nodes(model):
+        with _quiet(), recurrences_as_nodes(model), methods_with_onnx_forms(model):
             program = torch.onnx.export(
                 module,
                 signature.arguments,
@@ -162,6 +171,7 @@ def _export(model: nn.Module, parameters: set[str], module: nn.Module, signature
                 input_names=signature.inputs,
                 output_names=signature.outputs,
                 opset_version=OPSET,
+                custom_translation_table=translations(),
                 optimize=False,
                 verbose=False,
             )

@@ -1,44 +1,61 @@
-"""What torch.onnx.export has no ONNX form for, said otherwise: complex numbers by angle, quantiles of a constant."""
+"""What torch.onnx.export has no ONNX form for, said otherwise: complex RoPE, quantiles of a constant."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
 import torch
-from onnxscript import opset20 as op
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 _TOPK = "_gaussian_topk"
-
-
-def translations() -> dict[Any, Callable[..., Any]]:
-    """Operator of torch → its ONNX form, for `custom_translation_table`."""
-    return {torch.ops.aten.polar.default: _polar}
+_ROTARY = "apply_rotary_emb"
+# Module of transformers that rotates complex numbers → the axis of the heads in its queries and keys.
+_COMPLEX_ROPE = {
+    "transformers.models.deepseek_v2.modeling_deepseek_v2": 1,
+    "transformers.models.llama4.modeling_llama4": 2,
+}
 
 
 @contextlib.contextmanager
-def methods_with_onnx_forms(model: nn.Module) -> Iterator[None]:
-    """Within, methods of the model's own classes that torch cannot translate are ours."""
-    classes = {type(module) for module in model.modules() if _TOPK in vars(type(module))}
-    kept = {cls: vars(cls)[_TOPK] for cls in classes}
+def functions_with_onnx_forms(model: nn.Module) -> Iterator[None]:
+    """Within, functions and methods of the model's own modules that torch cannot translate are ours."""
+    replaced: list[tuple[Any, str, Callable[..., Any]]] = []
+    for owner in {type(module) for module in model.modules() if _TOPK in vars(type(module))}:
+        replaced.append((owner, _TOPK, _gaussian_topk))
+    for name in {type(module).__module__ for module in model.modules()} & set(_COMPLEX_ROPE):
+        replaced.append((sys.modules[name], _ROTARY, partial(_rotate, axis=_COMPLEX_ROPE[name])))
+    kept = [vars(owner)[name] for owner, name, _ in replaced]
     try:
-        for cls in classes:
-            setattr(cls, _TOPK, _gaussian_topk)
+        for owner, name, ours in replaced:
+            setattr(owner, name, ours)
         yield
     finally:
-        for cls, theirs in kept.items():
-            setattr(cls, _TOPK, theirs)
+        for (owner, name, _), theirs in zip(replaced, kept, strict=True):
+            setattr(owner, name, theirs)
 
 
-def _polar(length: Any, angle: Any) -> Any:
-    """Complex numbers as torch.onnx holds them: f32 [..., 2]."""
-    last = op.Constant(value_ints=[-1])
-    parts = [op.Unsqueeze(op.Mul(length, part), last) for part in (op.Cos(angle), op.Sin(angle))]
-    return op.Concat(*parts, axis=-1)
+def _rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor, *, axis: int) -> tuple[Tensor, Tensor]:
+    """transformers' `apply_rotary_emb` in real numbers.
+
+    Args:
+        xq, xk: f32, four axes, of which `axis` counts heads and the last one pairs (real, imaginary).
+        freqs_cis: complex [batch, tokens, half the last axis].
+        axis: see above.
+    """
+    cos, sin = (part.unsqueeze(axis) for part in torch.view_as_real(freqs_cis).unbind(-1))
+
+    def rotated(x: Tensor) -> Tensor:
+        real, imaginary = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+        parts = [real * cos - imaginary * sin, real * sin + imaginary * cos]
+        return torch.stack(parts, dim=-1).flatten(-2)
+
+    return rotated(xq), rotated(xk)
 
 
 def _gaussian_topk(self: Any, inputs: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from exporters.onnx.routes.graph import FinishedGraph, copy_config_files, replac
 from exporters.onnx.routes.matching import match_weights
 from exporters.onnx.routes.traced_cache import State, WithStates, find_states, states_of
 from exporters.onnx.routes.traced_experts import take_experts_apart
-from exporters.onnx.routes.traced_functions import methods_with_onnx_forms, translations
+from exporters.onnx.routes.traced_functions import functions_with_onnx_forms
 from exporters.onnx.routes.traced_recurrence import recurrences_as_nodes
 from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import UserError
@@ -162,7 +162,7 @@ def _with_states(states: list[State]) -> _Signature:
 
 def _export(model: nn.Module, parameters: set[str], module: nn.Module, signature: _Signature) -> ir.Model:
     try:
-        with _quiet(), recurrences_as_nodes(model), methods_with_onnx_forms(model):
+        with _quiet(), recurrences_as_nodes(model), functions_with_onnx_forms(model):
             program = torch.onnx.export(
                 module,
                 signature.arguments,
@@ -171,7 +171,6 @@ def _export(model: nn.Module, parameters: set[str], module: nn.Module, signature
                 input_names=signature.inputs,
                 output_names=signature.outputs,
                 opset_version=OPSET,
-                custom_translation_table=translations(),
                 optimize=False,
                 verbose=False,
             )

@@ -17,7 +17,7 @@ from exporters.onnx.artifact.check import check_bindings, check_complete
 from exporters.onnx.artifact.model_file import write_model
 from exporters.onnx.artifact.ort_format import write_ort_format
 from exporters.onnx.artifact.sidecar import SIDECAR, Sidecar, hash_files
-from exporters.onnx.builder_names import builder_knows, check_rope, check_traceable
+from exporters.onnx.builder_names import builder_knows, check_rope
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx.passes.provenance import provenance, set_provenance
 from exporters.onnx.routes.built import build
@@ -109,8 +109,6 @@ def _check(run: RunDirectory, options: OnnxOptions) -> None:
     config, source = run.config, str(run.config_dir / CONFIG_FILE)
     if options.template is None and builder_knows(config):
         check_rope(config, source)
-    elif options.template is None:
-        check_traceable(config, run.names(), source)
     if options.dtype is None:
         _check_grids(run)
 

@@ -46,25 +46,6 @@ for _ in range(20):
     ids = np.append(ids, logits[:, -1:].argmax(-1), axis=1)
 print(tokenizer.decode(ids[0]))
 """
-_WITH_STATES = """\
-import numpy as np
-import onnxruntime
-import transformers
-
-session = onnxruntime.InferenceSession("model.onnx")
-tokenizer = transformers.AutoTokenizer.from_pretrained(".")
-new = text = tokenizer.encode("Once")
-# Nothing before the text: batch 1, and no tokens where a shape is open.
-shapes = {i.name: [1, *(n if isinstance(n, int) else 0 for n in i.shape[1:])] for i in session.get_inputs()[2:]}
-states = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-for _ in range(20):
-    feeds = {"input_ids": np.array([new]), "attention_mask": np.ones((1, len(text)), np.int64)}
-    logits, *present = session.run(None, feeds | states)
-    states = dict(zip(states, present))
-    new = [int(logits[0, -1].argmax())]
-    text = text + new
-print(tokenizer.decode(text))
-"""
 _FEEDS = {
     "input_ids": "ids",
     "attention_mask": "np.ones_like(ids)",
@@ -128,8 +109,6 @@ def _how_to_run(folder: Path) -> str:
     if (folder / GENAI_CONFIG).is_file():
         code = _GENAI.format(special_tokens=_SPECIAL_TOKENS if _adds_special_tokens(folder) else "")
         return f"```python\n{code}```"
-    if inputs[:2] == ["input_ids", "attention_mask"] and all(name.startswith(_TRACED_STATES) for name in inputs[2:]):
-        return f"```python\n{_WITH_STATES}```"
     return f"Its inputs are those of the template: {', '.join(inputs)}."
 
 

@@ -25,11 +25,6 @@ _SEARCH = {"do_sample": False, "repetition_penalty": 1.0, "temperature": 1.0, "t
 _STATE_NAMES = {"key": "key_names", "value": "value_names", "conv": "conv_names", "recurrent": "recurrent_names"}
 
 
-def why_not_in_genai(states: Sequence[State]) -> str | None:
-    """What of these states it cannot feed; None where it can."""
-    return None
-
-
 def write_genai_config(folder: Path, states: Sequence[State], vocab_size: int) -> None:
     """Write the file beside the run's config and tokenizer files.
 

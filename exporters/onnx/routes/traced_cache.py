@@ -16,6 +16,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.cache_utils import (
     Cache,
     DummyLayer,
@@ -29,6 +30,7 @@ from transformers.cache_utils import (
 from signround_edge.errors import UserError
 
 GROWING = ("key", "value")  # by one row a token; the others have a fixed shape
+_TOLERANCE = 1e-3  # of the largest logit; f32 in another order gives 1e-6
 _PROBE = 5  # tokens of the call that shows what the cache holds
 
 
@@ -41,11 +43,14 @@ class State:
         kind: "key", "value", "conv" or "recurrent".
         shape: without the batch; the length of keys and values is 0 here. [heads, 0, values a head] of a key or value,
             [channels, kernel − 1] of a convolution's last inputs, any of a recurrent state.
+        used: numbers of a head that count, of a key or value; zeros follow. onnxruntime-genai has one size for both,
+            and DeepSeek's keys are wider than its values.
     """
 
     layer: int
     kind: str
     shape: tuple[int, ...]
+    used: int = 0
 
     @property
     def past(self) -> str:
@@ -61,6 +66,11 @@ class State:
     def grows(self) -> bool:
         """Whether it has a row for each token."""
         return self.kind in GROWING
+
+    @property
+    def padding(self) -> int:
+        """Zeros at the end of each head."""
+        return self.shape[-1] - self.used if self.grows else 0
 
     def zeros(self, batch: int, length: int) -> Tensor:
         """f32 [batch, …]; keys and values of `length` tokens."""
@@ -90,6 +100,7 @@ class WithStates(nn.Module):
             states: in the order of `self.states`, each f32 [batch, …].
         """
         held = {(s.layer, s.kind): tensor for s, tensor in zip(self.states, states, strict=True)}
+        held |= {(s.layer, s.kind): held[s.layer, s.kind][..., : s.used] for s in self.states if s.padding}
         cache = _cache(held, self.count)
         arguments = {self.cache_argument: cache}
         logits: Tensor = self.model(
@@ -116,6 +127,27 @@ def find_states(model: Any) -> list[State]:
     return states
 
 
+def check_states(module: WithStates) -> None:
+    """A text in two parts must give the model's own logits of the whole.
+
+    Raises:
+        UserError: it does not: some layer does not read what it has kept (Mamba's scan starts at zero).
+    """
+    count = module.model.get_input_embeddings().num_embeddings
+    tokens = torch.randint(count, (2, 2 * _PROBE), generator=torch.Generator().manual_seed(0))
+    mask, zeros = torch.ones_like(tokens), [s.zeros(2, 0) for s in module.states]
+    with torch.no_grad():
+        whole = module.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        first, *states = module(tokens[:, :_PROBE], mask[:, :_PROBE], zeros)
+        second, *_ = module(tokens[:, _PROBE:], mask, states)
+    difference = (torch.cat([first, second], dim=1) - whole).abs().max()
+    if not difference <= _TOLERANCE * whole.abs().max():
+        raise UserError(
+            f"--format onnx: {type(module.model).__name__} in transformers does not continue a text from its states as "
+            "if it had read all of it; export with --no-cache"
+        )
+
+
 def states_of(graph: ir.Graph) -> list[State]:
     """The states that a traced graph takes."""
     states = []
@@ -123,7 +155,8 @@ def states_of(graph: ir.Graph) -> list[State]:
         start, *rest = str(value.name).split(".")
         if start in ("past_key_values", "past"):
             _, *shape = value.shape
-            states.append(State(int(rest[0]), rest[1], tuple(n if isinstance(n, int) else 0 for n in shape)))
+            sizes = tuple(n if isinstance(n, int) else 0 for n in shape)
+            states.append(State(int(rest[0]), rest[1], sizes, sizes[-1]))
     return states
 
 
@@ -138,8 +171,9 @@ def _states_of(model: nn.Module, index: int, layer: Any) -> list[State]:
     if isinstance(layer, DynamicIndexedLayer):
         raise _unknown(model, type(layer).__name__)
     if isinstance(layer, DynamicLayer) and layer.keys is not None:
+        width = max(layer.keys.shape[3], layer.values.shape[3])
         states += [
-            State(index, kind, (tensor.shape[1], 0, tensor.shape[3]))
+            State(index, kind, (tensor.shape[1], 0, width), used=tensor.shape[3])
             for kind, tensor in zip(GROWING, (layer.keys, layer.values), strict=True)
         ]
     if isinstance(layer, LinearAttentionCacheLayerMixin):
@@ -238,7 +272,7 @@ def _read(cache: Cache, state: State) -> Tensor:
     layer: Any = cache.layers[state.layer]
     if state.grows:
         tensor: Tensor = layer.keys if state.kind == "key" else layer.values
-        return tensor
+        return F.pad(tensor, (0, state.padding)) if state.padding else tensor
     states = layer.conv_states if state.kind == "conv" else layer.recurrent_states
     held: Tensor = states[0]
     return held

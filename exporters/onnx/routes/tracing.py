@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from exporters.onnx.artifact.check import check_complete
 from exporters.onnx.options import OnnxOptions
-from exporters.onnx.routes.genai_config import why_not_in_genai, write_genai_config
+from exporters.onnx.routes.genai_config import write_genai_config
 from exporters.onnx.routes.graph import FinishedGraph, copy_config_files, replace_weights
 from exporters.onnx.routes.matching import match_weights
-from exporters.onnx.routes.traced_cache import State, WithStates, find_states, states_of
+from exporters.onnx.routes.traced_cache import State, WithStates, check_states, find_states, states_of
 from exporters.onnx.routes.traced_experts import take_experts_apart
 from exporters.onnx.routes.traced_functions import functions_with_onnx_forms
 from exporters.onnx.routes.traced_recurrence import recurrences_as_nodes
@@ -76,20 +76,10 @@ def trace(weights: RunWeights, companions: Path, options: OnnxOptions) -> Finish
     check_complete(matched, weights)
     copy_config_files(weights.run, companions)
     if not options.no_cache:
-        _say_how_it_runs(model.graph, companions, options)
+        logits = next(value for value in model.graph.outputs if value.name == "logits")
+        write_genai_config(companions, states_of(model.graph), int(logits.shape[-1]))
     bindings = replace_weights(model, matched, weights, options)
     return FinishedGraph(model, bindings, f"torch.onnx.export (torch {torch.__version__})", not options.no_cache)
-
-
-def _say_how_it_runs(graph: ir.Graph, companions: Path, options: OnnxOptions) -> None:
-    """genai_config.json where onnxruntime-genai can feed the graph; else a line that says why not."""
-    states = states_of(graph)
-    reason = why_not_in_genai(states)
-    if reason is not None:
-        options.log(f"onnx: no genai_config.json, since onnxruntime-genai cannot run this graph: {reason}")
-        return
-    logits = next(value for value in graph.outputs if value.name == "logits")
-    write_genai_config(companions, states, int(logits.shape[-1]))
 
 
 def trace_graph(run: RunDirectory, with_cache: bool, log: Callable[[str], None]) -> ir.Model:
@@ -115,7 +105,9 @@ def trace_graph(run: RunDirectory, with_cache: bool, log: Callable[[str], None])
     if not with_cache:
         return _export(model, parameters, _LogitsOnly(model).eval(), _without_states())
     states = find_states(model)
-    return _export(model, parameters, WithStates(model, states).eval(), _with_states(states))
+    module = WithStates(model, states).eval()
+    check_states(module)
+    return _export(model, parameters, module, _with_states(states))
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ class WithStates(nn.Module):
         self.model = model
         self.states = states
         self.cache_argument = cache_argument(model)
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.count = layer_count(model, states)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, states: list[Tensor]) -> tuple[Tensor, ...]:
@@ -102,7 +103,11 @@ class WithStates(nn.Module):
         held = {(s.layer, s.kind): tensor for s, tensor in zip(self.states, states, strict=True)}
         held |= {(s.layer, s.kind): held[s.layer, s.kind][..., : s.used] for s in self.states if s.padding}
         cache = _cache(held, self.count)
-        arguments = {self.cache_argument: cache}
+        arguments: dict[str, Any] = {self.cache_argument: cache}
+        if self.takes_positions:
+            # As transformers' `generate` gives them: some models count from 0 in each call, and padding counts not.
+            positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+            arguments["position_ids"] = positions[:, -input_ids.shape[1] :]
         logits: Tensor = self.model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **arguments
         ).logits

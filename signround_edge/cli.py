@@ -216,7 +216,8 @@ def export(
     written = api.export(
         run, target, out, template=template, dtype=dtype, split_max_size=split_max_size,
         accuracy_level=None if accuracy_level is None else int(accuracy_level), scale_dtype=scale_dtype,
-        ort_format=ort_format, no_cache=no_cache, card_text=card_text, mmproj=mmproj, mmproj_from=mmproj_from, progress=_say,
+        ort_format=ort_format, no_cache=no_cache, card_text=card_text, mmproj=mmproj, mmproj_from=mmproj_from,
+        progress=_say,
     )  # fmt: skip
     _say(f"wrote {written.path}")
 

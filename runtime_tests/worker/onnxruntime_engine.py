@@ -82,7 +82,7 @@ class OnnxEngine:
     def _step(
         self, tokens: TokenArray, past: int, states: dict[str, NDArray[Any]]
     ) -> tuple[FloatArray, dict[str, NDArray[Any]]]:
-        """f32 [n, vocab] of int32 [n] after `past` other tokens, and the states after them (empty where none is kept)."""
+        """f32 [n, vocab] of int32 [n] after `past` other tokens, and the states after them (none where none is kept)."""
         feeds = {name: self._feed(name, tokens, past) for name in self._inputs if name not in states}
         try:
             logits, *present = self._session.run(["logits", *self._states.values()], feeds | states)

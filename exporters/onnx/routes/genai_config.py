@@ -45,7 +45,13 @@ def write_genai_config(folder: Path, states: Sequence[State], vocab_size: int) -
             "vocab_size": vocab_size,
         },
         # The graph's keys and values grow, so their buffers cannot be those of the step before.
-        "search": {**search, "max_length": context, "min_length": 0, "num_beams": 1, "past_present_share_buffer": False},
+        "search": {
+            **search,
+            "max_length": context,
+            "min_length": 0,
+            "num_beams": 1,
+            "past_present_share_buffer": False,
+        },
     }
     (folder / GENAI_CONFIG).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
 
@@ -57,7 +63,9 @@ def _decoder(folder: Path, states: Sequence[State]) -> dict[str, Any]:
     layers = 1 + max(s.layer for s in states)
     kinds = dict.fromkeys(s.kind for s in states)
     past = {f"past_{_STATE_NAMES[kind]}": _template([s.past for s in states if s.kind == kind]) for kind in kinds}
-    present = {f"present_{_STATE_NAMES[kind]}": _template([s.present for s in states if s.kind == kind]) for kind in kinds}
+    present = {
+        f"present_{_STATE_NAMES[kind]}": _template([s.present for s in states if s.kind == kind]) for kind in kinds
+    }
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": MODEL_FILE,

@@ -59,7 +59,7 @@ def _rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor, *, axis: int) -> tuple[Te
 
 
 def _gaussian_topk(self: Any, inputs: Tensor) -> Tensor:
-    """Gemma 3n's sparse activation: its quantile of the normal distribution is of a constant, and erfinv not in ONNX."""
+    """Gemma 3n's sparse activation. Its quantile of the normal distribution is of a constant; ONNX has no erfinv."""
     multiplier = NormalDist().inv_cdf(self.activation_sparsity)
     mean = torch.mean(inputs, dim=-1, keepdim=True)
     deviation = torch.std(inputs, dim=-1, keepdim=True, unbiased=False)

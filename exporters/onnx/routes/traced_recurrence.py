@@ -38,7 +38,14 @@ def recurrences_as_nodes(model: nn.Module) -> Iterator[None]:
 
 
 def _linear_attention(
-    rule: str, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor | None, state: Tensor, scale: float
+    rule: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    beta: Tensor | None,
+    state: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(outputs [batch, tokens, heads, v], state [batch, heads, k, v]) by one node.
 

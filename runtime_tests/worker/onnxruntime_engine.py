@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime_tests.worker.cached_steps import cached_parts
 from runtime_tests.worker.onnx_session import cpu_session
 from runtime_tests.worker.ort_level import with_accuracy_level
 from signround_edge.errors import UserError, first_line
@@ -23,7 +24,6 @@ _SKIP_NORMALIZATIONS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalizat
 _SUM_OUTPUT = 3  # input + skip: the residual stream
 _OUTPUTS_AT_ONCE = 200  # bounds memory; each group is a run of the whole graph
 _NAMED_INPUTS = ("input_ids", "attention_mask", "position_ids")
-_STEPS = 8  # tokens at the end that are fed one by one
 
 
 class OnnxEngine:
@@ -67,22 +67,19 @@ class OnnxEngine:
     def logits(self, tokens: TokenArray) -> FloatArray:
         """f32 [n, vocab] next-token logits at every position of int32 [n], from an empty cache.
 
-        The last tokens are fed one by one, as when a text is generated: what the graph keeps between calls counts too.
+        Where the graph keeps states, the last tokens are fed one by one.
         """
-        steps = min(_STEPS, len(tokens) - 1) if self._states else 0
         states = {name: self._empty_state(name) for name in self._inputs if name.startswith("past")}
-        ends = range(len(tokens) - steps, len(tokens) + 1)
-        parts, start = [], 0
-        for end in ends:
-            logits, states = self._step(tokens[start:end], start, states)
+        parts = []
+        for part in cached_parts(len(tokens)) if self._states else [slice(0, len(tokens))]:
+            logits, states = self._step(tokens[part], part.start, states)
             parts.append(logits)
-            start = end
         return np.concatenate(parts)
 
     def _step(
         self, tokens: TokenArray, past: int, states: dict[str, NDArray[Any]]
     ) -> tuple[FloatArray, dict[str, NDArray[Any]]]:
-        """f32 [n, vocab] of int32 [n] after `past` other tokens, and the states after them (none where none is kept)."""
+        """f32 [n, vocab] of int32 [n] after `past` other tokens, and the states after them (none if none is kept)."""
         feeds = {name: self._feed(name, tokens, past) for name in self._inputs if name not in states}
         try:
             logits, *present = self._session.run(["logits", *self._states.values()], feeds | states)

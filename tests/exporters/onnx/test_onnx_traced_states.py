@@ -40,7 +40,7 @@ FAMILIES = {
         **TWO, head_dim=16, num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=64,
     ),
 }  # fmt: skip
-BY_DEFAULT = ("lfm2", "qwen3_5", "qwen3_moe")
+BY_DEFAULT = ("lfm2", "mamba2", "qwen3_moe")
 KINDS = {
     "lfm2": {"conv", "key", "value"},
     "mamba2": {"conv", "recurrent"},

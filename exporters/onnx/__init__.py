@@ -52,16 +52,19 @@ class OnnxExporter:
         return export_folder(run, out, OnnxOptions.of(options))
 
     def way(self, config: Mapping[str, Any], parameters: Sequence[str]) -> str:
-        """By the builder or by tracing; UserError for what neither takes."""
-        from exporters.onnx.builder_names import builder_knows, check_rope, check_traceable
+        """By the builder or by tracing; UserError for what neither takes.
+
+        A mixture of experts is traced with all its experts: see `routes.traced_experts`.
+        """
+        from exporters.onnx.builder_names import builder_knows, check_rope
         from signround_edge.model.config import CONFIG_FILE
 
         known, source = dict(config), CONFIG_FILE
         if builder_knows(known):
             check_rope(known, source)
             return "by onnxruntime-genai's builder, with a key-value cache"
-        check_traceable(known, list(parameters), source)
-        return "traced by torch, without a key-value cache"
+        every = any(".experts." in name for name in parameters)
+        return "traced by torch, with a key-value cache" + ("; each expert computes for every token" * every)
 
     def iter_expected(self, run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]:
         """What each tensor of the folder that stems from the run should hold; see `exporters.onnx.artifact.reader`."""

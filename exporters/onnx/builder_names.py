@@ -75,15 +75,6 @@ def check_rope(config: dict[str, Any], source: str) -> None:
         )
 
 
-def check_traceable(config: dict[str, Any], parameters: list[str], source: str) -> None:
-    """UserError for mixtures of experts: which rows an expert multiplies depends on data, and no trace holds that."""
-    if any(".experts." in name for name in parameters):
-        raise UserError(
-            f"--format onnx cannot export architecture {_architecture(config)} ({source}), a mixture of experts; "
-            "quantize with a gguf:… scheme and use --format gguf, or give your own graph with --template model.onnx"
-        )
-
-
 def _architecture(config: dict[str, Any]) -> str:
     return str(next(iter(config.get("architectures") or ["none"])))
 

@@ -19,7 +19,7 @@ from exporters.onnx.artifact.model_file import write_model
 from exporters.onnx.artifact.ort_format import write_ort_format
 from exporters.onnx.artifact.sidecar import SIDECAR, Sidecar, hash_files
 from exporters.onnx.artifact.transformers_js import prepare_graph, write_companions
-from exporters.onnx.builder_names import GENAI_CONFIG, builder_knows, check_rope, check_traceable
+from exporters.onnx.builder_names import GENAI_CONFIG, builder_knows, check_rope
 from exporters.onnx.fused_level import set_fused_level
 from exporters.onnx.options import TRANSFORMERS_JS, OnnxOptions
 from exporters.onnx.passes.portable_gather import use_portable_gathers
@@ -126,8 +126,6 @@ def _check(run: RunDirectory, options: OnnxOptions) -> None:
     config, source = run.config, str(run.config_dir / CONFIG_FILE)
     if options.template is None and builder_knows(config):
         check_rope(config, source)
-    elif options.template is None:
-        check_traceable(config, run.names(), source)
     if options.dtype is None:
         _check_grids(run)
 

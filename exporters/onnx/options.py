@@ -30,6 +30,7 @@ class OnnxOptions(ExportOptions):
         ort_format: also write ONNX Runtime's own file format.
         layout: where the files lie, one of `LAYOUTS`.
         operators: which hold the integers, one of `OPERATORS`.
+        no_cache: of an architecture that is traced: the graph takes whole texts and keeps nothing between calls.
     """
 
     accuracy_level: int = 0
@@ -37,6 +38,7 @@ class OnnxOptions(ExportOptions):
     ort_format: bool = False
     layout: str = GENAI
     operators: str = "matmulnbits"
+    no_cache: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -84,6 +84,10 @@ export class OnnxDecoder {
     if (name === 'input_ids') return this.integers(input, [1, n], (i) => tokens[i]);
     if (name === 'attention_mask') return this.integers(input, [1, n], () => 1);
     if (name === 'position_ids') return this.integers(input, [1, n], (i) => i);
+    if (name.startsWith('past.')) {  // a convolution's or a recurrent state, of fixed shape
+      const dims = [1, ...input.shape.slice(1)];
+      return new Tensor(input.type, new Float32Array(dims.reduce((a, b) => a * b)), dims);
+    }
     const known = (value, key) => (typeof value === 'number' && value > 0 ? value : this.config[key]);
     const heads = known(input.shape[1], 'num_key_value_heads');
     const size = known(input.shape[3], 'head_size');

@@ -11,19 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime_tests.worker.cached_steps import cached_parts
+from runtime_tests.worker.onnx_feeds import NAMED_INPUTS, feed_of
 from runtime_tests.worker.onnx_session import FUSED_LEVEL, cpu_session
 from runtime_tests.worker.ort_level import with_accuracy_level
 from signround_edge.errors import UserError, first_line
 from signround_edge.evaluation.metrics import FloatArray, TokenArray
 
-_DTYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32}
-_DTYPES |= {"tensor(float16)": np.float16}
 _MODEL, _GENAI_CONFIG = "model.onnx", "genai_config.json"
 _TRANSFORMERS_JS = "onnx"  # the folder of the model in its layout
 _SKIP_NORMALIZATIONS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 _SUM_OUTPUT = 3  # input + skip: the residual stream
 _OUTPUTS_AT_ONCE = 200  # bounds memory; each group is a run of the whole graph
-_NAMED_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class OnnxEngine:
@@ -49,12 +48,13 @@ class OnnxEngine:
             self._session = _session(model, edited, self._fused_level)
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         outputs = [o.name for o in self._session.get_outputs()]
-        unknown = [n for n in self._inputs if n not in _NAMED_INPUTS and not n.startswith("past")]
+        unknown = [n for n in self._inputs if n not in NAMED_INPUTS and not n.startswith("past")]
         if "input_ids" not in self._inputs or "logits" not in outputs or unknown:
             raise UserError(
                 f"{model} is not a decoder that verify can feed: inputs {list(self._inputs)[:4]}…, "
                 f"outputs {outputs[:2]}…; export it again"
             )
+        self._states = _states([n for n in self._inputs if n.startswith("past")], outputs)
 
     def facts(self) -> dict[str, Any]:
         """What a client may want to know about the file."""
@@ -65,10 +65,24 @@ class OnnxEngine:
         }
 
     def logits(self, tokens: TokenArray) -> FloatArray:
-        """f32 [n, vocab] next-token logits at every position of int32 [n], from an empty cache."""
-        feeds = {name: self._feed(name, tokens) for name in self._inputs}
+        """f32 [n, vocab] next-token logits at every position of int32 [n], from an empty cache.
+
+        Where the graph keeps states, the last tokens are fed one by one.
+        """
+        states = {name: self._feed(name, tokens) for name in self._inputs if name.startswith("past")}
+        parts = []
+        for part in cached_parts(len(tokens)) if self._states else [slice(0, len(tokens))]:
+            logits, states = self._step(tokens[part], part.start, states)
+            parts.append(logits)
+        return np.concatenate(parts)
+
+    def _step(
+        self, tokens: TokenArray, past: int, states: dict[str, NDArray[Any]]
+    ) -> tuple[FloatArray, dict[str, NDArray[Any]]]:
+        """f32 [n, vocab] of int32 [n] after `past` other tokens, and the states after them (none if none is kept)."""
+        feeds = {name: self._feed(name, tokens, past) for name in self._inputs if name not in states}
         try:
-            (logits,) = self._session.run(["logits"], feeds)
+            logits, *present = self._session.run(["logits", *self._states.values()], feeds | states)
         except Exception as error:
             raise UserError(f"ONNX Runtime could not run {self._artifact}: {first_line(error)}") from error
         if logits.ndim != 3 or logits.shape[:2] != (1, len(tokens)):
@@ -76,8 +90,7 @@ class OnnxEngine:
                 f"{self._artifact} gives logits of shape {list(logits.shape)} for {len(tokens)} tokens; verify needs "
                 "them at every position (build without prune_lm_head)"
             )
-        result: FloatArray = logits[0].astype(np.float32)
-        return result
+        return logits[0].astype(np.float32), dict(zip(self._states, present, strict=True))
 
     def hidden_states(self, tokens: TokenArray, width: int) -> dict[str, FloatArray]:
         """Every float tensor [n, width] that the graph computes for int32 [n], by the graph's own name.
@@ -106,39 +119,15 @@ class OnnxEngine:
                     found[name] = array[0].astype(np.float32)
         return found
 
-    def _feed(self, name: str, tokens: TokenArray) -> NDArray[Any]:
+    def _feed(self, name: str, tokens: TokenArray, past: int = 0) -> NDArray[Any]:
         source = self._inputs[name]
-        return feed_of(self._artifact, name, source.type, source.shape, tokens, self._decoder)
+        return feed_of(self._artifact, name, source.type, source.shape, tokens, self._decoder, past)
 
 
-def feed_of(
-    artifact: Path, name: str, type_: str, shape: list[Any], tokens: TokenArray, decoder: dict[str, Any]
-) -> NDArray[Any]:
-    """What an input of a decoder is given for int32 [n] tokens and an empty cache.
-
-    Args:
-        artifact: for messages.
-        name, type_, shape: of the input; the type as ONNX Runtime says it ("tensor(int64)"), open dimensions as text.
-        decoder: see `decoder_config`.
-    Raises:
-        UserError: the input is none that verify knows.
-    """
-    dtype = _DTYPES.get(type_)
-    if dtype is None:
-        raise UserError(f"{artifact}: input {name} has type {type_}, which verify cannot feed")
-    if name == "input_ids":
-        return tokens.astype(dtype).reshape(1, -1)
-    if name == "attention_mask":
-        return np.ones((1, len(tokens)), dtype=dtype)
-    if name == "position_ids":
-        return np.arange(len(tokens), dtype=dtype).reshape(1, -1)
-    # [batch, heads, past length, values a head]; what the graph leaves open stands in genai_config.json.
-    if len(shape) == 4:
-        heads = shape[1] if isinstance(shape[1], int) else decoder.get("num_key_value_heads")
-        size = shape[3] if isinstance(shape[3], int) else decoder.get("head_size")
-        if isinstance(heads, int) and isinstance(size, int):
-            return np.zeros((1, heads, 0, size), dtype=dtype)
-    raise UserError(f"{artifact}: input {name} has the shape {shape}, which is no key-value cache")
+def _states(inputs: list[str], outputs: list[str]) -> dict[str, str]:
+    """Input → output of everything that the graph keeps between calls; empty where it does not give all of it out."""
+    found = {name: f"present.{name.partition('.')[2]}" for name in inputs}
+    return found if set(found.values()) <= set(outputs) else {}
 
 
 def model_file(artifact: Path) -> Path:

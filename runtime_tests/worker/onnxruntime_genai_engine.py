@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime_tests.worker.cached_steps import cached_parts
 from signround_edge.errors import UserError, first_line
 from signround_edge.evaluation.metrics import FloatArray, TokenArray
 
@@ -44,15 +45,21 @@ class GenaiEngine:
         return {"vocab_size": self._vocab_size}
 
     def logits(self, tokens: TokenArray) -> FloatArray:
-        """f32 [n, vocab] next-token logits at every position of int32 [n], from an empty cache."""
+        """f32 [n, vocab] next-token logits at every position of int32 [n], from an empty cache.
+
+        The last tokens are fed one by one.
+        """
         try:
             params = self._genai.GeneratorParams(self._model)
             params.set_search_options(max_length=len(tokens) + 1, do_sample=False)
             generator = self._genai.Generator(self._model, params)
-            generator.append_tokens(tokens.reshape(1, -1))
-            logits = generator.get_output("logits")
+            parts = []
+            for part in cached_parts(len(tokens)):
+                generator.append_tokens(tokens[part].reshape(1, -1))
+                parts.append(np.array(generator.get_output("logits")))
         except Exception as error:
             raise UserError(f"onnxruntime-genai could not run {self._artifact}: {first_line(error)}") from error
+        logits = np.concatenate(parts, axis=1)
         if logits.shape[:2] != (1, len(tokens)):
             raise UserError(f"{self._artifact} gives logits of shape {list(logits.shape)} for {len(tokens)} tokens")
         result: FloatArray = logits[0].astype(np.float32)

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime_tests.worker.onnx_dequantize import IDENTITY_ROWS, NodeModel
-from runtime_tests.worker.onnxruntime_engine import decoder_config, feed_of, model_file
+from runtime_tests.worker.onnx_feeds import feed_of
+from runtime_tests.worker.onnxruntime_engine import decoder_config, exported_folder, model_file
 from signround_edge.errors import UserError, first_line
 from signround_edge.evaluation.metrics import FloatArray, TokenArray
 
@@ -38,7 +39,7 @@ class OpenVinoEngine:
     def __init__(self, artifact: Path) -> None:
         self._artifact = artifact
         model = model_file(artifact)
-        self._decoder = decoder_config(model.parent)
+        self._decoder = decoder_config(exported_folder(model))
         self._compiled = _compile(str(model), f"OpenVINO refuses {model}")
         self._inputs = {i.get_any_name(): i for i in self._compiled.inputs}
         self._logits = next((o for o in self._compiled.outputs if "logits" in o.get_names()), None)

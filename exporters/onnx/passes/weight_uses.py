@@ -28,7 +28,7 @@ class WeightUse:
 
 
 def float_initializers(graph: ir.Graph) -> dict[str, ir.Value]:
-    """Name → value of the f32 and f16 vectors and matrices that are stored."""
+    """Name → value of the f32 and f16 vectors, matrices and kernels of convolutions that are stored."""
     return {name: value for name, value in graph.initializers.items() if _is_float_weight(value.const_value)}
 
 
@@ -58,4 +58,4 @@ def _swaps(node: ir.Node) -> bool:
 
 
 def _is_float_weight(tensor: ir.TensorProtocol | None) -> bool:
-    return tensor is not None and tensor.dtype in _FLOATS and len(tensor.shape) in (1, 2)
+    return tensor is not None and tensor.dtype in _FLOATS and len(tensor.shape) >= 1

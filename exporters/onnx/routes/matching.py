@@ -50,7 +50,7 @@ class _Found:
 
 
 def match_weights(graph: ir.Graph, weights: RunWeights, limit: float) -> Matches:
-    """Find the run's parameters among the f32 and f16 vectors and matrices that the graph stores.
+    """Find the run's parameters among the f32 and f16 tensors that the graph stores.
 
     Also found: matrices stacked in rows (a packed QKV projection), and parameters of equal values that the graph keeps
     once (torch.onnx.export merges the biases of an untrained model).
@@ -123,7 +123,7 @@ def _candidates(array: FloatArray, stacks: dict[tuple[int, ...], tuple[list[str]
         stacks: shape → names of the parameters, and their samples stacked along the first axis.
     """
     found = []
-    for transposed in (False, True)[: array.ndim]:
+    for transposed in _orientations(array):
         theirs = _oriented(array, transposed)
         if theirs.shape in stacks:
             names, ours = stacks[theirs.shape]
@@ -171,7 +171,7 @@ def _match_stack(
 ) -> Binding | None:
     """The parameters without a place whose rows, one after the other, are this initializer; None when they are not."""
     entries = {p: weights.run.entry(p) for p in missing if not weights.run.entry(p).transposed}
-    for transposed in (False, True)[: _array(value).ndim]:
+    for transposed in _orientations(_array(value)):
         array = _oriented(_array(value), transposed)
         parts: list[str] = []
         row = 0
@@ -216,6 +216,11 @@ def _binding(value: ir.Value, parameters: tuple[str, ...], transposed: bool) -> 
 def _array(value: ir.Value) -> FloatArray:
     array: FloatArray = value.const_value.numpy().astype(np.float32, copy=False)
     return array
+
+
+def _orientations(array: FloatArray) -> tuple[bool, ...]:
+    """Whether a stored tensor may be a parameter's transpose: only a matrix may."""
+    return (False, True) if array.ndim == 2 else (False,)
 
 
 def _oriented(array: FloatArray, transposed: bool) -> FloatArray:

@@ -1,7 +1,7 @@
 """The graph of any architecture, by torch.onnx.export of the model with the run's dequantized weights.
 
-For what onnxruntime-genai's model builder does not know. The graph takes whole texts: it has no key-value cache, so
-plain ONNX Runtime runs it and onnxruntime-genai does not. All weights are in memory in f32 while it is made.
+For what onnxruntime-genai's model builder does not know. The graph takes tokens and the states that the call before it
+left (`traced_cache`), or whole texts with `--no-cache`. All weights are in memory in f32 while it is made.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,13 @@ from torch import Tensor, nn
 
 from exporters.onnx.artifact.check import check_complete
 from exporters.onnx.options import OnnxOptions
+from exporters.onnx.routes.genai_config import write_genai_config
 from exporters.onnx.routes.graph import FinishedGraph, copy_config_files, replace_weights
 from exporters.onnx.routes.matching import match_weights
+from exporters.onnx.routes.traced_cache import State, WithStates, check_states, find_states, states_of
+from exporters.onnx.routes.traced_experts import take_experts_apart
+from exporters.onnx.routes.traced_functions import functions_with_onnx_forms
+from exporters.onnx.routes.traced_recurrence import recurrences_as_nodes
 from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import UserError
 from signround_edge.evaluation.torch_models import load_run_model
@@ -61,51 +67,121 @@ def trace(weights: RunWeights, companions: Path, options: OnnxOptions) -> Finish
         CheckFailed: the graph lacks a parameter of the run.
     """
     options.log(
-        "onnx: onnxruntime-genai's model builder does not know this architecture; tracing it with torch.onnx.export. "
-        "The graph has no KV cache: it runs in plain ONNX Runtime, not in onnxruntime-genai"
+        "onnx: onnxruntime-genai's model builder does not know this architecture; tracing it with torch.onnx.export"
+        + (". The graph has no KV cache: it runs in plain ONNX Runtime, not in onnxruntime-genai" * options.no_cache)
     )
-    model = trace_graph(weights.run)
+    model = trace_graph(weights.run, not options.no_cache, options.log)
     options.log("onnx: matching the graph's weights with the run directory")
     matched = match_weights(model.graph, weights, limit=0.0).bindings
     check_complete(matched, weights)
     copy_config_files(weights.run, companions)
+    if not options.no_cache:
+        logits = next(value for value in model.graph.outputs if value.name == "logits")
+        write_genai_config(companions, states_of(model.graph), int(logits.shape[-1]))
     bindings = replace_weights(model, matched, weights, options)
-    return FinishedGraph(model, bindings, f"torch.onnx.export (torch {torch.__version__})", False)
+    return FinishedGraph(model, bindings, f"torch.onnx.export (torch {torch.__version__})", not options.no_cache)
 
 
-def trace_graph(run: RunDirectory) -> ir.Model:
-    """The f32 graph (opset 20): input_ids and attention_mask int64 [batch, tokens] → logits [batch, tokens, vocab].
+def trace_graph(run: RunDirectory, with_cache: bool, log: Callable[[str], None]) -> ir.Model:
+    """The f32 graph (opset 20), int64 [batch, tokens] → logits [batch, tokens, vocab].
 
+    Args:
+        run: whose dequantized weights it holds.
+        with_cache: with the states of `traced_cache` as inputs and outputs; attention_mask is then int64
+            [batch, past + tokens], else [batch, tokens].
+        log: takes lines.
     Raises:
-        UserError: torch cannot trace this architecture.
+        UserError: torch cannot trace this architecture, or its states have no names.
     """
     model: Any = load_run_model(run)
     model.set_attn_implementation("eager")
-    tokens = torch.zeros((2, 8), dtype=torch.int64)
-    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=2)
-    shape = {0: batch, 1: length}
+    experts = take_experts_apart(model, run)
+    if experts:
+        log(
+            f"onnx: the graph computes all {experts} experts of a layer for each token, also those that are not "
+            "chosen: its arithmetic is that of a dense model of all its parameters"
+        )
+    parameters = {f"model.{name}" for name, _ in model.named_parameters()}
+    if not with_cache:
+        return _export(model, parameters, _LogitsOnly(model).eval(), _without_states())
+    states = find_states(model)
+    module = WithStates(model, states).eval()
+    check_states(module)
+    return _export(model, parameters, module, _with_states(states))
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """What a module is traced with.
+
+    Attributes:
+        arguments: example tensors.
+        shapes: which of their dimensions are open.
+        inputs, outputs: names.
+    """
+
+    arguments: tuple[Any, ...]
+    shapes: tuple[Any, ...]
+    inputs: list[str]
+    outputs: list[str]
+
+
+# torch takes a dimension of 1 for a constant. What is traced with 2 and more is right for 1 as well, and for a past of
+# no tokens: the tests run both.
+_BATCH, _TOKENS, _PAST = 2, 8, 5
+
+
+def _without_states() -> _Signature:
+    tokens = torch.zeros((_BATCH, _TOKENS), dtype=torch.int64)
+    shape = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("tokens", min=2)}
+    return _Signature((tokens, torch.ones_like(tokens)), (shape, shape), ["input_ids", "attention_mask"], ["logits"])
+
+
+def _with_states(states: list[State]) -> _Signature:
+    tokens = torch.zeros((_BATCH, _TOKENS), dtype=torch.int64)
+    past = _PAST if any(s.grows for s in states) else 0
+    mask = torch.ones((_BATCH, past + _TOKENS), dtype=torch.int64)
+    batch, length = torch.export.Dim("batch_size", min=1), torch.export.Dim("sequence_length", min=2)
+    before, total = torch.export.Dim("past_sequence_length"), torch.export.Dim("total_sequence_length")
+    shapes = [{0: batch, 2: before} if s.grows else {0: batch} for s in states]
+    return _Signature(
+        (tokens, mask, [s.zeros(_BATCH, past) for s in states]),
+        ({0: batch, 1: length}, {0: batch, 1: total}, shapes),
+        ["input_ids", "attention_mask", *(s.past for s in states)],
+        ["logits", *(s.present for s in states)],
+    )
+
+
+def _export(model: nn.Module, parameters: set[str], module: nn.Module, signature: _Signature) -> ir.Model:
     try:
-        with _quiet():
+        with _quiet(), recurrences_as_nodes(model), functions_with_onnx_forms(model):
             program = torch.onnx.export(
-                _LogitsOnly(model).eval(),
-                (tokens, torch.ones_like(tokens)),
+                module,
+                signature.arguments,
                 dynamo=True,
-                dynamic_shapes=(shape, shape),
-                input_names=["input_ids", "attention_mask"],
-                output_names=["logits"],
+                dynamic_shapes=signature.shapes,
+                input_names=signature.inputs,
+                output_names=signature.outputs,
                 opset_version=OPSET,
                 optimize=False,
                 verbose=False,
             )
             assert program is not None
-            _optimize(program.model, {f"model.{name}" for name, _ in model.named_parameters()})
+            _optimize(program.model, parameters)
     except Exception as error:  # torch and onnxscript raise whatever their parts raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(_first_cause(error)).split())[:300] or type(error).__name__
         raise UserError(
             f"--format onnx: torch.onnx.export cannot trace {type(model).__name__} ({reason}); give a graph of your "
             "own with --template model.onnx, or export with --format gguf"
         ) from error
     return program.model
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """torch wraps what was wrong in advice on how to report it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _optimize(model: ir.Model, parameters: set[str]) -> None:

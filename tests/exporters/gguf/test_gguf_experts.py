@@ -23,8 +23,6 @@ from exporters.gguf.container.reader import GgufFile
 from exporters.gguf.imatrix.file import read_imatrix, write_imatrix
 from exporters.gguf.imatrix.importance import ImatrixSink, ImatrixSource
 from exporters.gguf.reader import name_map, read_metadata, read_tensors
-from exporters.interface import ExportOptions
-from exporters.onnx import OnnxExporter
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from runtime_tests.verify import verify
 from signround_edge.errors import UserError
@@ -151,12 +149,6 @@ def test_a_template_with_its_experts_in_another_order_is_refused(
     template.write_bytes(data)
     with pytest.raises(UserError, match=r"no place for 8 .*experts\.0\.up_proj"):
         export(run, tmp_path / "a.gguf", template=template)
-
-
-def test_onnx_is_refused_with_the_way_out(run_of: RunOf, tmp_path: Path) -> None:
-    run = run_of(FAMILIES["mixtral"].config)
-    with pytest.raises(UserError, match=r"cannot export architecture MixtralForCausalLM.*--format gguf"):
-        OnnxExporter().export(run, tmp_path / "onnx", ExportOptions(log=print))
 
 
 def saved_imatrix(model: Path, folder: Path, calibration: Path) -> tuple[RunDirectory, Path]:

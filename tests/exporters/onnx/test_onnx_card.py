@@ -248,7 +248,7 @@ def test_the_cards_program_of_a_graph_without_cache_generates_what_torch_generat
 ) -> None:
     source = make_random_run(OPTConfig(**{**OPT, "num_hidden_layers": 1}), "onnx:w4g32")
     run = with_tokenizer(source, tmp_path, adds_bos)
-    out = export(run, tmp_path / "out")
+    out = export(run, tmp_path / "out", no_cache=True)
     tokens = tokens_of(program_of(out / "README.md") + PLAIN_TOKENS, out)
     prompt = load_tokenizer(run.config_dir)("Once")["input_ids"]
     assert tokens == expected_tokens(run, prompt, len(prompt) + 20)

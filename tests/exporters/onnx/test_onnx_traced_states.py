@@ -1,0 +1,110 @@
+"""What a traced graph keeps between calls, of architectures that keep more than keys and values of one size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from exporters.onnx.artifact.reader import open_artifact
+from exporters.onnx.routes.traced_cache import WithStates, check_states, find_states
+from signround_edge.errors import UserError
+from tests.exporters.onnx.conftest import Exported, export
+from tests.exporters.onnx.test_onnx_export import assert_weights_equal, expected_tokens, generated, mean_kl
+from tests.exporters.onnx.test_onnx_tracing import COMMON, TOKENS, MakeRun, logits_in_parts, logits_of, reference_logits
+
+full = pytest.mark.full
+ATTENTION = {**COMMON, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+TWO = {**ATTENTION, "num_hidden_layers": 2}
+MAMBA = {"state_size": 16, "num_heads": 4, "head_dim": 32, "n_groups": 1, "conv_kernel": 4, "chunk_size": 16}
+DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+MLA = {"kv_lora_rank": 32, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+MIXED = ["linear_attention", "full_attention"]
+
+FAMILIES = {
+    "lfm2": transformers.Lfm2Config(
+        **TWO, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, conv_L_cache=3
+    ),
+    "mamba2": transformers.Mamba2Config(**COMMON, **MAMBA, hidden_size=64, num_hidden_layers=1, expand=2),
+    "qwen3_5": transformers.Qwen3_5TextConfig(**TWO, **DELTA, head_dim=32, layer_types=MIXED),
+    "qwen3_moe": transformers.Qwen3MoeConfig(**{**ATTENTION, **EXPERTS}, num_hidden_layers=1, num_experts=4),
+    "deepseek_v2": transformers.DeepseekV2Config(
+        **{**ATTENTION, **MLA, **EXPERTS, "num_key_value_heads": 4}, num_hidden_layers=2, n_routed_experts=4,
+        first_k_dense_replace=1, n_shared_experts=1,
+    ),
+    "gemma2-window": transformers.Gemma2Config(**TWO, head_dim=16, sliding_window=8),
+    "llama4": transformers.Llama4TextConfig(
+        **TWO, head_dim=16, num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=64,
+    ),
+}  # fmt: skip
+BY_DEFAULT = ("lfm2", "mamba2", "qwen3_moe")
+KINDS = {
+    "lfm2": {"conv", "key", "value"},
+    "mamba2": {"conv", "recurrent"},
+    "qwen3_5": {"conv", "recurrent", "key", "value"},
+}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=() if name in BY_DEFAULT else full) for name in FAMILIES]
+)
+def named(
+    request: pytest.FixtureRequest, make_random_run: MakeRun, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Exported]:
+    run = make_random_run(FAMILIES[request.param], "onnx:w4g32")
+    return request.param, Exported(run, export(run, tmp_path_factory.mktemp("traced") / "out"))
+
+
+def test_a_text_gives_the_same_logits_as_in_torch_whole_and_in_parts(named: tuple[str, Exported]) -> None:
+    _, traced = named
+    tokens = TOKENS[:2]
+    reference = reference_logits(traced.run, tokens)
+    assert reference.std() > 0.1
+    assert mean_kl(reference, logits_of(traced.folder, tokens)) <= 1e-9
+    assert mean_kl(reference, logits_in_parts(traced.folder, tokens, [9, 8, *[1] * 20])) <= 1e-9
+    one = tokens[:1, :5]
+    assert mean_kl(reference_logits(traced.run, one), logits_in_parts(traced.folder, one, [1] * 5)) <= 1e-9
+
+
+def test_states_have_the_names_of_onnxruntime_genai_which_generates_what_torch_generates(
+    named: tuple[str, Exported],
+) -> None:
+    name, traced = named
+    inputs = [str(value.name) for value in open_artifact(traced.folder).graph.inputs][2:]
+    assert {i.rpartition(".")[2] for i in inputs} == KINDS.get(name, {"key", "value"})
+    assert generated(traced.folder, [5, 6, 7, 8], 12) == expected_tokens(traced.run, [5, 6, 7, 8], 12)
+
+
+def test_every_weight_is_the_runs_also_filters_of_convolutions_and_experts(named: tuple[str, Exported]) -> None:
+    _, traced = named
+    assert_weights_equal(traced.run, traced.folder)
+    stored = {n.name for n in open_artifact(traced.folder).quantized_nodes()}
+    for name in traced.run.names():
+        if traced.run.is_quantized(name):
+            path = f"/{name.removesuffix('.weight').replace('.', '/')}/"
+            assert any(node.startswith(path) for node in stored), name
+
+
+def test_a_model_that_forgets_its_states_is_refused_with_the_way_out() -> None:
+    """transformers' scan of Mamba starts at zero, whatever the state."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(**COMMON, hidden_size=32, num_hidden_layers=1, state_size=8)
+    model = transformers.MambaForCausalLM(config).eval()
+    with pytest.raises(UserError, match=r"MambaForCausalLM .* export with --no-cache"):
+        check_states(WithStates(model, find_states(model)).eval())
+
+
+def test_cost_of_experts_is_said(make_random_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    run = make_random_run(FAMILIES["qwen3_moe"], "onnx:w4g32")
+
+    def stop(*_arguments: object, **_options: object) -> None:
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(torch.onnx, "export", stop)
+    with pytest.raises(UserError, match="far enough"):
+        export(run, tmp_path / "out", log=lines.append)
+    assert any("computes all 4 experts of a layer for each token" in line for line in lines)

@@ -51,14 +51,13 @@ class OnnxExporter:
 
     def way(self, config: Mapping[str, Any], parameters: Sequence[str]) -> str:
         """By the builder or by tracing; UserError for what neither takes."""
-        from exporters.onnx.builder_names import builder_knows, check_rope, check_traceable
+        from exporters.onnx.builder_classes import builder_class, check_traceable
         from signround_edge.model.config import CONFIG_FILE
 
-        known, source = dict(config), CONFIG_FILE
-        if builder_knows(known):
-            check_rope(known, source)
-            return "by onnxruntime-genai's builder, with a key-value cache"
-        check_traceable(known, list(parameters), source)
+        known = dict(config)
+        if builder_class(known) is not None:
+            return "by onnxruntime-genai's builder, with a key-value cache, where its graph is that of transformers"
+        check_traceable(known, list(parameters), CONFIG_FILE)
         return "traced by torch, without a key-value cache"
 
     def iter_expected(self, run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]:

@@ -14,12 +14,14 @@ import onnx_ir as ir
 
 from exporters.onnx.artifact.card import CARD, NOT_MEASURED, render_card
 from exporters.onnx.artifact.check import check_bindings, check_complete
+from exporters.onnx.artifact.comparison import LIMIT, MOST_BYTES, divergence
 from exporters.onnx.artifact.model_file import write_model
 from exporters.onnx.artifact.ort_format import write_ort_format
 from exporters.onnx.artifact.sidecar import SIDECAR, Sidecar, hash_files
-from exporters.onnx.builder_names import builder_knows, check_rope, check_traceable
+from exporters.onnx.builder_classes import BuilderClass, builder_class, check_traceable, rope_types
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx.passes.provenance import provenance, set_provenance
+from exporters.onnx.routes.builder import CannotBuild
 from exporters.onnx.routes.built import build
 from exporters.onnx.routes.chat_templates import lay_out_chat_templates
 from exporters.onnx.routes.graph import MODEL_FILE, FinishedGraph
@@ -42,16 +44,9 @@ def export_folder(run: RunDirectory, out: Path, options: OnnxOptions) -> Path:
     _check(run, options)
     weights = RunWeights(run, half_scales=options.scale_dtype == "f16")
     with whole_folder(out, "the ONNX export", marker=SIDECAR) as partial:
-        scratch, companions = partial / "scratch", partial / "companions"
-        companions.mkdir()
-        graph = _make_graph(weights, scratch, companions, options)
-        lay_out_chat_templates(companions, run.config_dir, options.log)
+        companions = partial / "companions"
+        graph = _write_graph(weights, partial, companions, options)
         facts = provenance(weights, graph.made_by)
-        set_provenance(graph.model, facts)
-        options.log("onnx: writing model.onnx and model.onnx.data")
-        write_model(graph.model, partial / MODEL_FILE, options.split_max_bytes)
-        # Once more on what is really in the files: this is what a device will load.
-        check_bindings(ir.load(partial / MODEL_FILE).graph, graph.bindings, weights)
         zero_biases = check_complete(graph.bindings, weights)
         if options.ort_format:
             options.log("onnx: writing model.ort")
@@ -59,7 +54,6 @@ def export_folder(run: RunDirectory, out: Path, options: OnnxOptions) -> Path:
         for file in sorted(companions.iterdir()):
             shutil.move(file, partial / file.name)
         companions.rmdir()
-        shutil.rmtree(scratch, ignore_errors=True)
         sidecar = Sidecar(
             facts,
             options.dtype,
@@ -75,13 +69,69 @@ def export_folder(run: RunDirectory, out: Path, options: OnnxOptions) -> Path:
     return out
 
 
-def _make_graph(weights: RunWeights, scratch: Path, companions: Path, options: OnnxOptions) -> FinishedGraph:
-    """The graph by the route that fits; other files of the folder (tokenizer, config) go to `companions`."""
+def _write_graph(weights: RunWeights, partial: Path, companions: Path, options: OnnxOptions) -> FinishedGraph:
+    """Write model.onnx by the route that fits; other files of the folder (tokenizer, config) go to `companions`."""
+    row = builder_class(weights.run.config)
+    if options.template is None and row is not None:
+        try:
+            companions.mkdir()
+            graph = build(weights, row, partial / "scratch", companions, options)
+            _write(graph, weights, partial, companions, options)
+            _compare(weights.run, row, partial / MODEL_FILE, options)
+            return graph
+        except CannotBuild as error:
+            reason = f"onnxruntime-genai's model builder does not make the graph of this model ({error})"
+        finally:
+            shutil.rmtree(partial / "scratch", ignore_errors=True)
+        for path in partial.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif options.template is None:
+        reason = "onnxruntime-genai's model builder does not know this architecture"
+    companions.mkdir()
     if options.template is not None:
-        return from_template(weights, options.template, companions, options)
-    if builder_knows(weights.run.config):
-        return build(weights, scratch, companions, options)
-    return trace(weights, companions, options)
+        graph = from_template(weights, options.template, companions, options)
+    else:
+        check_traceable(weights.run.config, weights.run.names(), str(weights.run.config_dir / CONFIG_FILE), reason)
+        options.log(f"onnx: {reason}; tracing it with torch.onnx.export")
+        graph = trace(weights, companions, options)
+    _write(graph, weights, partial, companions, options)
+    return graph
+
+
+def _write(
+    graph: FinishedGraph, weights: RunWeights, partial: Path, companions: Path, options: OnnxOptions
+) -> None:
+    """Write model.onnx and its data, and check what is in them."""
+    lay_out_chat_templates(companions, weights.run.config_dir, options.log)
+    set_provenance(graph.model, provenance(weights, graph.made_by))
+    options.log("onnx: writing model.onnx and model.onnx.data")
+    write_model(graph.model, partial / MODEL_FILE, options.split_max_bytes)
+    # On what is really in the files: this is what a device will load.
+    check_bindings(ir.load(partial / MODEL_FILE).graph, graph.bindings, weights)
+
+
+def _compare(run: RunDirectory, row: BuilderClass, model: Path, options: OnnxOptions) -> None:
+    """Raises CannotBuild unless the builder's graph computes what transformers computes.
+
+    A graph with inputs rounded to int8, or with weights rounded to f16, is compared as it would be without.
+    """
+    size = sum(file.stat().st_size for file in model.parent.glob(f"{MODEL_FILE}*"))
+    if size > MOST_BYTES:
+        unknown = rope_types(run.config) - set(row.ropes)
+        if unknown:
+            raise CannotBuild(f"nothing shows that its RoPE type {min(unknown)} is that of transformers")
+        options.log(
+            f"onnx: the graph was not compared with transformers: the model has {size / 1e9:.1f} GB, and that holds it "
+            "twice in memory; `verify` does it"
+        )
+        return
+    found = divergence(run, model)
+    if not found.worst <= LIMIT:
+        raise CannotBuild(
+            f"its logits differ from those of transformers: KL divergence {found.texts:.0e} on texts, {found.steps:.0e} "
+            "on single tokens after them"
+        )
+    options.log(f"onnx: the graph's logits are those of transformers (KL divergence {found.worst:.0e})")
 
 
 def _check_out(run: RunDirectory, out: Path, template: Path | None) -> None:
@@ -107,9 +157,7 @@ def _check_out(run: RunDirectory, out: Path, template: Path | None) -> None:
 def _check(run: RunDirectory, options: OnnxOptions) -> None:
     """Every check that needs no long work."""
     config, source = run.config, str(run.config_dir / CONFIG_FILE)
-    if options.template is None and builder_knows(config):
-        check_rope(config, source)
-    elif options.template is None:
+    if options.template is None and builder_class(config) is None:
         check_traceable(config, run.names(), source)
     if options.dtype is None:
         _check_grids(run)

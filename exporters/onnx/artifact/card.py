@@ -7,7 +7,7 @@ from pathlib import Path
 
 from exporters.onnx.artifact.reader import open_artifact, read_tensors
 from exporters.onnx.artifact.sidecar import Sidecar
-from exporters.onnx.builder_names import GENAI_CONFIG
+from exporters.onnx.builder_classes import GENAI_CONFIG
 from exporters.onnx.options import ACCURACY_LEVELS, LevelCost
 from signround_edge.errors import UserError
 from signround_edge.model.tokenizer import load_tokenizer

@@ -5,6 +5,7 @@ Source: `create_model` of onnxruntime_genai/models/builder.py and the classes of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from signround_edge.errors import UserError
 GENAI_CONFIG = "genai_config.json"
 
 Config = dict[str, Any]
+Change = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
@@ -23,55 +25,98 @@ class BuilderClass:
     Attributes:
         architecture: what it calls that one, where that is not transformers' name: its language models of models that
             read more than text are text models of their own here.
-        fixes: changes of config.json, from what Hugging Face implies to what the builder reads; each in place.
-        ropes: RoPE types whose graph has been compared with transformers (by tests). What the builder makes of others
-            is shown by the comparison after each export, which models too large to be held twice go without.
+        config: changes of transformers' config object, from what transformers implies to what the builder reads.
+        model: changes of the builder's own model (`builders/base.py`), before it makes the graph.
     """
 
     architecture: str | None = None
-    fixes: tuple[Callable[[Config], None], ...] = ()
-    ropes: tuple[str, ...] = ("default",)
+    config: tuple[Change, ...] = ()
+    model: tuple[Change, ...] = ()
 
 
-def _window_of_every_layer(config: Config) -> None:
+def _window_of_every_layer(config: Any) -> None:
     """Mistral's sliding window applies to every layer, but the builder reads it from `layer_types`.
 
     Without it 0.18.0 attends to everything (KL 0.013 on a random model with a window of 16).
     """
-    if config.get("sliding_window"):
-        config.setdefault("layer_types", ["sliding_attention"] * config["num_hidden_layers"])
+    if config.sliding_window:
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
 
 
-def _flat_ropes(config: Config) -> None:
-    """Gemma 3's builder reads the two bases of RoPE from where transformers 4 had them."""
-    ropes = config.get("rope_parameters") or {}
-    if "sliding_attention" in ropes:
-        config["rope_local_base_freq"] = ropes["sliding_attention"]["rope_theta"]
-        config["rope_parameters"] = dict(ropes["full_attention"])
+def _epsilon(name: str) -> Change:
+    """The builder reads `rms_norm_eps` and takes 1e-6 where there is none (KL 1e-6 on a random model)."""
 
+    def change(config: Any) -> None:
+        config.rms_norm_eps = getattr(config, name)
+
+    return change
+
+
+def _two_ropes(config: Any) -> None:
+    """Gemma 3's two bases of RoPE are read from where transformers 4 had them."""
+    ropes = config.rope_parameters
+    config.rope_local_base_freq = ropes["sliding_attention"]["rope_theta"]
+    config.rope_parameters = dict(ropes["full_attention"])
+
+
+def _rope_type_twice(config: Any) -> None:
+    """Phi-3's long RoPE is read from `type`, which transformers 5 does not write any more."""
+    config.rope_parameters = {**config.rope_parameters, "type": config.rope_parameters["rope_type"]}
+
+
+def _global_attributes(config: Any) -> None:
+    """transformers 5 asks for leave to read what differs by layer from the whole config; the builder does that."""
+    config.allow_global_per_layer_attribute_access = True
+
+
+def _sections(config: Any) -> None:
+    """The three position numbers of a token are one in text, so any division of the frequencies among them is right."""
+    rotated = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)) // 2
+    sections = config.rope_parameters.get("mrope_section") or (rotated - 2 * (rotated // 3), rotated // 3, rotated // 3)
+    config.rope_parameters = {**config.rope_parameters, "mrope_section": list(sections)}
+
+
+def _unrounded_embedding_scale(model: Any) -> None:
+    """The builder rounds the square root of the hidden size to two decimals (KL 1e-7 on a random model)."""
+    model.embed_attrs["scale"] = math.sqrt(model.hidden_size)
+
+
+def _no_rope_by_layer(model: Any) -> None:
+    """SmolLM3's class leaves RoPE out of attention for some layers, but puts nodes of it before attention there."""
+    make_attention = model.make_attention
+
+    def make(layer_id: int, attention: Any, root_input: str, **others: Any) -> None:
+        model.attention_attrs["rope"] = bool(model.no_rope_layers[layer_id])
+        make_attention(layer_id, attention, root_input, **others)
+
+    model.make_attention = make
+
+
+_QWEN3_5 = "Qwen3_5ForConditionalGeneration"
 
 BUILDER_CLASSES: dict[str, BuilderClass] = {
     "Ernie4_5ForCausalLM": BuilderClass(),
-    "Gemma2ForCausalLM": BuilderClass(),
-    "Gemma3ForCausalLM": BuilderClass(fixes=(_flat_ropes,)),
-    "Gemma4ForCausalLM": BuilderClass("Gemma4UnifiedForConditionalGeneration"),
-    "GemmaForCausalLM": BuilderClass(),
+    "Gemma2ForCausalLM": BuilderClass(model=(_unrounded_embedding_scale,)),
+    "Gemma3ForCausalLM": BuilderClass(config=(_two_ropes,), model=(_unrounded_embedding_scale,)),
+    "Gemma4ForCausalLM": BuilderClass(
+        "Gemma4UnifiedForConditionalGeneration", config=(_global_attributes,), model=(_unrounded_embedding_scale,)
+    ),
+    "GemmaForCausalLM": BuilderClass(model=(_unrounded_embedding_scale,)),
     "GraniteForCausalLM": BuilderClass(),
     "GraniteMoeHybridForCausalLM": BuilderClass(),
     "HunYuanDenseV1ForCausalLM": BuilderClass(),
     "Lfm2ForCausalLM": BuilderClass(),
-    "LlamaForCausalLM": BuilderClass(ropes=("default", "llama3")),
+    "LlamaForCausalLM": BuilderClass(),
     "MinistralForCausalLM": BuilderClass("MistralForCausalLM"),
-    "Ministral3ForCausalLM": BuilderClass("MistralForCausalLM"),
-    "MistralForCausalLM": BuilderClass(fixes=(_window_of_every_layer,), ropes=("default", "linear")),
-    "NemotronForCausalLM": BuilderClass(),
+    "MistralForCausalLM": BuilderClass(config=(_window_of_every_layer,)),
+    "NemotronForCausalLM": BuilderClass(config=(_epsilon("norm_eps"),)),
     "OlmoForCausalLM": BuilderClass(),
-    "Phi3ForCausalLM": BuilderClass(),
-    "PhiForCausalLM": BuilderClass(),
-    "Qwen2ForCausalLM": BuilderClass(ropes=("default", "linear")),
-    "Qwen3ForCausalLM": BuilderClass(ropes=("default", "linear")),
-    "Qwen3_5ForCausalLM": BuilderClass("Qwen3_5ForConditionalGeneration"),
-    "SmolLM3ForCausalLM": BuilderClass(),
+    "Phi3ForCausalLM": BuilderClass(config=(_rope_type_twice,)),
+    "PhiForCausalLM": BuilderClass(config=(_epsilon("layer_norm_eps"),)),
+    "Qwen2ForCausalLM": BuilderClass(),
+    "Qwen3ForCausalLM": BuilderClass(),
+    "Qwen3_5ForCausalLM": BuilderClass(_QWEN3_5, config=(_sections,)),
+    "SmolLM3ForCausalLM": BuilderClass(model=(_no_rope_by_layer,)),
 }
 
 
@@ -83,22 +128,6 @@ def architecture_of(config: Config) -> str:
 def builder_class(config: Config) -> BuilderClass | None:
     """The row of this config.json's architecture; None where the builder does not know it."""
     return BUILDER_CLASSES.get(architecture_of(config))
-
-
-def builder_config(config: Config, row: BuilderClass) -> Config:
-    """config.json as the builder is to read it."""
-    result = {key: value for key, value in config.items() if key != "quantization_config"}
-    result["architectures"] = [row.architecture or architecture_of(config)]
-    for fix in row.fixes:
-        fix(result)
-    return result
-
-
-def rope_types(config: Config) -> set[str]:
-    """RoPE types that a config.json names, of all its kinds of layers."""
-    ropes = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kinds = [r for r in ropes.values() if isinstance(r, dict)] or [ropes]
-    return {str(rope.get("rope_type", rope.get("type", "default"))) for rope in kinds}
 
 
 def check_traceable(config: Config, parameters: list[str], source: str, reason: str = "") -> None:

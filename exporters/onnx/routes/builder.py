@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from torch import nn
+from torch import Tensor, nn
 
+from exporters.onnx.builder_classes import BuilderClass
+from exporters.onnx.routes.rope_tables import plain_rope, static_rope, use_rope
 from exporters.onnx.routes.stand_ins import without_copies
 from exporters.onnx.third_party_logging import logging_restored
 from signround_edge.errors import UserError
@@ -28,12 +30,15 @@ class CannotBuild(Exception):
     """The builder raised: its first words, for use within a sentence."""
 
 
-def build_graph(model: nn.Module, config_dir: Path, out: Path, pack_qkv: bool = True) -> ir.Model:
+def build_graph(
+    model: nn.Module, row: BuilderClass, config_dir: Path, out: Path, pack_qkv: bool = True
+) -> ir.Model:
     """Let the builder make the f32 graph of a model for the CPU, and write genai_config.json and tokenizer files.
 
     Args:
         model: transformers' model, which the builder reads in the place of a checkpoint.
-        config_dir: its config and tokenizer files, with config.json as the builder is to read it.
+        row: how the builder is told about its architecture.
+        config_dir: its config and tokenizer files.
         out: folder to make.
         pack_qkv: let it pack the Q, K and V projections.
     Returns:
@@ -41,7 +46,7 @@ def build_graph(model: nn.Module, config_dir: Path, out: Path, pack_qkv: bool = 
     Raises:
         CannotBuild: the builder does not know the model, or its tokenizer cannot be read.
     """
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "hf_token": "false",
         "fuse_qkv": pack_qkv,
         # Full-length KV caches: a windowed one can only be fed by onnxruntime-genai, not by plain ONNX Runtime.
@@ -55,8 +60,10 @@ def build_graph(model: nn.Module, config_dir: Path, out: Path, pack_qkv: bool = 
         with _contained():
             from onnxruntime_genai.models import builder
 
-            with _reading(model) as built:
-                builder.check_extra_options(*arguments, options)
+            builder.check_extra_options(*arguments, options)
+            rope = static_rope(model)
+            _tell(options["hf_details"]["hf_config"], row, rope is not None)
+            with _reading(model, row, rope) as built:
                 builder.create_model(*arguments, **options)
     except OSError as error:
         if error.errno is not None:  # a real file system error; transformers raises OSError without a number
@@ -69,8 +76,17 @@ def build_graph(model: nn.Module, config_dir: Path, out: Path, pack_qkv: bool = 
     return graph
 
 
+def _tell(config: Any, row: BuilderClass, rope_is_ours: bool) -> None:
+    if row.architecture is not None:
+        config.architectures = [row.architecture]
+    for change in row.config:
+        change(config)
+    if rope_is_ours:
+        plain_rope(config)
+
+
 @contextlib.contextmanager
-def _reading(model: nn.Module) -> Iterator[list[ir.Model]]:
+def _reading(model: nn.Module, row: BuilderClass, rope: tuple[Tensor, float] | None) -> Iterator[list[ir.Model]]:
     """Within, the builder's models read `model`, and are put into the list that is given instead of being written."""
     base: Any = importlib.import_module("builders.base").Model
     make_model = base.make_model
@@ -78,6 +94,10 @@ def _reading(model: nn.Module) -> Iterator[list[ir.Model]]:
 
     def make_from_ours(self: Any, input_path: str) -> None:
         make_initializer = self.make_initializer
+        for change in row.model:
+            change(self)
+        if rope is not None:
+            use_rope(self, rope)
 
         def make_small(tensor: Any, /, name: str, *, to: Any = None, raw: bool = False) -> None:
             make_initializer(without_copies(tensor), name, to=to, raw=raw)

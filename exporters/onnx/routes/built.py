@@ -11,7 +11,7 @@ from onnx_ir.passes import common
 
 from exporters.onnx.artifact.check import check_complete
 from exporters.onnx.bindings import Binding
-from exporters.onnx.builder_classes import BuilderClass, builder_config
+from exporters.onnx.builder_classes import BuilderClass
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx.routes.builder import CannotBuild, build_graph
 from exporters.onnx.routes.graph import FinishedGraph, copy_config_files, replace_weights
@@ -44,11 +44,12 @@ def build(
     load_tokenizer(weights.run.config_dir)  # the builder would say less about what is wrong with it
     config_dir, built = scratch / "config", scratch / "built"
     copy_config_files(weights.run, config_dir)
-    write_config(config_dir, builder_config(weights.run.config, row))
+    config = {key: value for key, value in weights.run.config.items() if key != "quantization_config"}
+    write_config(config_dir, config)  # the run's weights are not in the source's integers any more
     stand_ins = StandIns(weights.run)
     for pack_qkv in (True, False):
         shutil.rmtree(built, ignore_errors=True)
-        model = build_graph(stand_in_model(weights.run, stand_ins), config_dir, built, pack_qkv)
+        model = build_graph(stand_in_model(weights.run, stand_ins), row, config_dir, built, pack_qkv)
         common.LiftConstantsToInitializersPass(lift_all_constants=False)(model)
         matched = recognise(model.graph, weights, stand_ins)
         if options.dtype is not None or not any(_is_mixed(binding, weights) for binding in matched):

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from signround_edge.errors import UserError
 
 GENAI_CONFIG = "genai_config.json"
@@ -64,9 +66,11 @@ def _rope_type_twice(config: Any) -> None:
     config.rope_parameters = {**config.rope_parameters, "type": config.rope_parameters["rope_type"]}
 
 
-def _global_attributes(config: Any) -> None:
-    """transformers 5 asks for leave to read what differs by layer from the whole config; the builder does that."""
+def _geometry_by_layer(config: Any) -> None:
+    """Gemma 4's builder reads the heads of global layers from where the checkpoints have them; transformers by layer."""
     config.allow_global_per_layer_attribute_access = True
+    layer = config.per_layer_config[config.layer_types.index("full_attention")]
+    config.global_head_dim, config.num_global_key_value_heads = layer.head_dim, layer.num_key_value_heads
 
 
 def _sections(config: Any) -> None:
@@ -92,6 +96,25 @@ def _no_rope_by_layer(model: Any) -> None:
     model.make_attention = make
 
 
+def _norm_with_epsilon(model: Any) -> None:
+    """Linear attention's queries and keys have the length of 1 but for an epsilon, which the builder leaves out.
+
+    transformers (`l2norm` of modeling_qwen3_5.py): x / sqrt(sum(x²) + 1e-6). That is the root mean square norm of d
+    values with a weight of 1/√d and an epsilon of 1e-6 / d.
+    """
+
+    def make_norm(name: str, root_input: str, dtype: Any, shape: list[Any], axis: int = -1, p: int = 2) -> None:
+        assert (axis, p) == (-1, 2)
+        size, weight = shape[-1], f"{name.strip('/').replace('/', '.')}.weight"
+        model.make_initializer(np.full(size, 1 / math.sqrt(size), dtype=np.float32), weight)
+        output = f"{name}/output_0"
+        attributes = {"epsilon": 1e-6 / size, "axis": -1, "stash_type": 1}
+        model.make_node("SimplifiedLayerNormalization", [root_input, weight], [output], name=name, **attributes)
+        model.make_value(output, dtype, shape=shape)
+
+    model.make_lp_normalization = make_norm
+
+
 _QWEN3_5 = "Qwen3_5ForConditionalGeneration"
 
 BUILDER_CLASSES: dict[str, BuilderClass] = {
@@ -99,7 +122,7 @@ BUILDER_CLASSES: dict[str, BuilderClass] = {
     "Gemma2ForCausalLM": BuilderClass(model=(_unrounded_embedding_scale,)),
     "Gemma3ForCausalLM": BuilderClass(config=(_two_ropes,), model=(_unrounded_embedding_scale,)),
     "Gemma4ForCausalLM": BuilderClass(
-        "Gemma4UnifiedForConditionalGeneration", config=(_global_attributes,), model=(_unrounded_embedding_scale,)
+        "Gemma4UnifiedForConditionalGeneration", config=(_geometry_by_layer,), model=(_unrounded_embedding_scale,)
     ),
     "GemmaForCausalLM": BuilderClass(model=(_unrounded_embedding_scale,)),
     "GraniteForCausalLM": BuilderClass(),
@@ -115,7 +138,7 @@ BUILDER_CLASSES: dict[str, BuilderClass] = {
     "PhiForCausalLM": BuilderClass(config=(_epsilon("layer_norm_eps"),)),
     "Qwen2ForCausalLM": BuilderClass(),
     "Qwen3ForCausalLM": BuilderClass(),
-    "Qwen3_5ForCausalLM": BuilderClass(_QWEN3_5, config=(_sections,)),
+    "Qwen3_5ForCausalLM": BuilderClass(_QWEN3_5, config=(_sections,), model=(_norm_with_epsilon,)),
     "SmolLM3ForCausalLM": BuilderClass(model=(_no_rope_by_layer,)),
 }
 

@@ -6,6 +6,7 @@ bit. Where several parameters have the same values, as norms of ones, names deci
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ _Place = tuple[tuple[str, ...], str]  # parameters, one after the other, and the
 
 def recognise(graph: ir.Graph, weights: RunWeights, stand_ins: StandIns) -> list[Binding]:
     """One binding for each initializer that holds parameters of the run."""
+    _lift_scalars(graph, weights)
     bindings = []
     floats: dict[str, FloatArray] = {}
     for name, value in graph.initializers.items():
@@ -40,6 +42,22 @@ def recognise(graph: ir.Graph, weights: RunWeights, stand_ins: StandIns) -> list
             node, op = _reader(value)
             bindings.append(Binding(node, op, held.parameters, {"weight": name}, held.transposed, rows=held.rows))
     return bindings + _recognise_floats(graph, floats, weights, set(stand_ins.shapes))
+
+
+def _lift_scalars(graph: ir.Graph, weights: RunWeights) -> None:
+    """Make initializers of the constants that equal a parameter of one value (Gemma 4's factor of a layer)."""
+    run = weights.run
+    scalars = {run.dequantized(n).numpy().tobytes() for n in run.names() if math.prod(run.entry(n).shape) == 1}
+    for node in [node for node in graph if node.op_type == "Constant"]:
+        attribute = node.attributes.get("value")
+        tensor = None if attribute is None else attribute.as_tensor()
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.numpy().tobytes() not in scalars:
+            continue
+        old = node.outputs[0]
+        new = ir.Value(name=old.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        ir.convenience.replace_all_uses_with(old, new)
+        graph.remove(node, safe=True)
+        graph.register_initializer(new)
 
 
 def _recognise_floats(

@@ -98,9 +98,7 @@ def _write_graph(weights: RunWeights, partial: Path, companions: Path, options: 
     return graph
 
 
-def _write(
-    graph: FinishedGraph, weights: RunWeights, partial: Path, companions: Path, options: OnnxOptions
-) -> None:
+def _write(graph: FinishedGraph, weights: RunWeights, partial: Path, companions: Path, options: OnnxOptions) -> None:
     """Write model.onnx and its data, and check what is in them."""
     lay_out_chat_templates(companions, weights.run.config_dir, options.log)
     set_provenance(graph.model, provenance(weights, graph.made_by))

@@ -117,7 +117,9 @@ class CachedGraph:
         if "position_ids" in self.inputs:
             axes = len(self.inputs["position_ids"].shape)  # three numbers a token in models that also read images
             feeds["position_ids"] = np.ascontiguousarray(np.broadcast_to(positions, (3,) * (axes - 2) + (batch, count)))
-        feeds |= {name: self.state.get(name, self._empty(name, batch)) for name in self.inputs if name.startswith("past")}
+        feeds |= {
+            name: self.state.get(name, self._empty(name, batch)) for name in self.inputs if name.startswith("past")
+        }
         results = dict(zip(self.outputs, self.session.run(None, feeds), strict=True))
         for name in self.inputs:
             if name.startswith("past"):

@@ -62,10 +62,18 @@ def set_operand_initializers(graph: ir.Graph, base: str, binding: Binding, weigh
         graph, f"{base}.qweight", "uint8", layout.weight_shape, lambda: weights.operands(parameters, rows).weight
     )
     scales = set_initializer(
-        graph, f"{base}.scales", layout.scale_dtype, layout.scales_shape, lambda: weights.operands(parameters, rows).scales
+        graph,
+        f"{base}.scales",
+        layout.scale_dtype,
+        layout.scales_shape,
+        lambda: weights.operands(parameters, rows).scales,
     )
     zeros = set_initializer(
-        graph, f"{base}.qzeros", "uint8", layout.zero_points_shape, lambda: weights.operands(parameters, rows).zero_points
+        graph,
+        f"{base}.qzeros",
+        "uint8",
+        layout.zero_points_shape,
+        lambda: weights.operands(parameters, rows).zero_points,
     )
     return [codes, cast_to_float(graph, scales) if layout.scale_dtype == "float16" else scales, zeros]
 

@@ -30,9 +30,7 @@ class CannotBuild(Exception):
     """The builder raised: its first words, for use within a sentence."""
 
 
-def build_graph(
-    model: nn.Module, row: BuilderClass, config_dir: Path, out: Path, pack_qkv: bool = True
-) -> ir.Model:
+def build_graph(model: nn.Module, row: BuilderClass, config_dir: Path, out: Path, pack_qkv: bool = True) -> ir.Model:
     """Let the builder make the f32 graph of a model for the CPU, and write genai_config.json and tokenizer files.
 
     Args:

@@ -63,7 +63,9 @@ def _lift_scalars(graph: ir.Graph, weights: RunWeights) -> None:
 def _recognise_floats(
     graph: ir.Graph, floats: dict[str, FloatArray], weights: RunWeights, matrices: set[str]
 ) -> list[Binding]:
-    ours: dict[str, FloatArray] = {n: weights.run.dequantized(n).numpy() for n in weights.run.names() if n not in matrices}
+    ours: dict[str, FloatArray] = {
+        n: weights.run.dequantized(n).numpy() for n in weights.run.names() if n not in matrices
+    }
     by_value: dict[bytes, list[_Form]] = {}
     arrays: dict[_Form, FloatArray] = {}
     for name in ours:
@@ -103,7 +105,9 @@ def _stack(name: str, array: FloatArray, arrays: dict[_Form, FloatArray]) -> _Pl
             fits = [
                 parameter
                 for (parameter, form), values in arrays.items()
-                if form == formula and parameter not in parts and np.array_equal(array[start : start + len(values)], values)
+                if form == formula
+                and parameter not in parts
+                and np.array_equal(array[start : start + len(values)], values)
             ]
             if not fits:
                 break

@@ -68,9 +68,15 @@ def _two_ropes(config: Any) -> None:
     config.rope_parameters = dict(ropes["full_attention"])
 
 
-def _rope_type_twice(config: Any) -> None:
-    """Phi-3's long RoPE is read from `type`, which transformers 5 does not write any more."""
-    config.rope_parameters = {**config.rope_parameters, "type": config.rope_parameters["rope_type"]}
+def _long_rope(config: Any) -> None:
+    """Phi-3's long RoPE is read from `type`, which transformers 5 does not write any more.
+
+    Whether there is one the builder tells by two lengths, which differ by their defaults in transformers.
+    """
+    kind = config.rope_parameters["rope_type"]
+    config.rope_parameters = {**config.rope_parameters, "type": kind}
+    if kind != "longrope":
+        config.original_max_position_embeddings = config.max_position_embeddings
 
 
 def _geometry_by_layer(config: Any) -> None:
@@ -90,6 +96,11 @@ def _sections(config: Any) -> None:
 def _unrounded_embedding_scale(model: Any) -> None:
     """The builder rounds the square root of the hidden size to two decimals (KL 1e-7 on a random model)."""
     model.embed_attrs["scale"] = math.sqrt(model.hidden_size)
+
+
+def _norms_with_mean(model: Any) -> None:
+    """OLMo's norms subtract the mean; the builder's do not (KL 3e-2 on a random model)."""
+    model.layernorm_attrs["simple"] = False
 
 
 def _no_rope_by_layer(model: Any) -> None:
@@ -140,8 +151,8 @@ BUILDER_CLASSES: dict[str, BuilderClass] = {
     "MinistralForCausalLM": BuilderClass("MistralForCausalLM"),
     "MistralForCausalLM": BuilderClass(config=(_window_of_every_layer,)),
     "NemotronForCausalLM": BuilderClass(config=(_epsilon("norm_eps"),)),
-    "OlmoForCausalLM": BuilderClass(config=(_olmo,)),
-    "Phi3ForCausalLM": BuilderClass(config=(_window_of_every_layer, _rope_type_twice)),
+    "OlmoForCausalLM": BuilderClass(config=(_olmo,), model=(_norms_with_mean,)),
+    "Phi3ForCausalLM": BuilderClass(config=(_window_of_every_layer, _long_rope)),
     "PhiForCausalLM": BuilderClass(config=(_epsilon("layer_norm_eps"),)),
     "Qwen2ForCausalLM": BuilderClass(),
     "Qwen3ForCausalLM": BuilderClass(),

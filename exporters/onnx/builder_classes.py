@@ -80,7 +80,7 @@ def _long_rope(config: Any) -> None:
 
 
 def _geometry_by_layer(config: Any) -> None:
-    """Gemma 4's builder reads the heads of global layers from where the checkpoints have them; transformers by layer."""
+    """Gemma 4's builder reads the heads of global layers where checkpoints have them; transformers by layer."""
     config.allow_global_per_layer_attribute_access = True
     layer = config.per_layer_config[config.layer_types.index("full_attention")]
     config.global_head_dim, config.num_global_key_value_heads = layer.head_dim, layer.num_key_value_heads

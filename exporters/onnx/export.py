@@ -123,8 +123,8 @@ def _compare(run: RunDirectory, model: Path, options: OnnxOptions) -> None:
         raise CannotBuild(f"ONNX Runtime cannot run it: {first_line(error)[:300]}") from error
     if not found.worst <= (HALF_LIMIT if options.dtype == "f16" else LIMIT):
         raise CannotBuild(
-            f"its logits differ from those of transformers: KL divergence {found.texts:.0e} on texts, {found.steps:.0e} "
-            "on single tokens after them"
+            f"its logits differ from those of transformers: KL divergence {found.texts:.0e} on texts, "
+            f"{found.steps:.0e} on single tokens after them"
         )
     options.log(f"onnx: the graph's logits are those of transformers (KL divergence {found.worst:.0e})")
 

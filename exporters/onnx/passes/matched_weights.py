@@ -85,7 +85,7 @@ def _quantize(graph: ir.Graph, copies: list[Binding], weights: RunWeights, keep_
         base, name = _names(use, copies[0], count, keep_names)
         if use.node.op_type == "Gather":
             # Beside a MatMulNBits of the same matrix the codes are a second initializer: another shape of its bytes.
-            rows = f"{base}.rows" if operands else base
+            rows = f"{base}.rows" if operands and not keep_names else base
             node = _to_gather(graph, use, name, set_gather_operands(graph, rows, binding, weights, operands), layout)
         else:
             operands = operands or set_operand_initializers(graph, base, binding, weights)

@@ -1,8 +1,8 @@
 """Running onnxruntime-genai's model builder in this process without letting it leave traces there.
 
 The builder is a script: importing it appends two folders to sys.path, configures the root logger, prints to stdout and
-draws progress bars. All of that is undone on the way out, and its calls to the Hugging Face Hub are switched off. It reads
-a model in memory and gives its graph back in memory: two methods of its base class are ours while it runs.
+draws progress bars. All of that is undone on the way out, and its calls to the Hugging Face Hub are switched off. It
+reads a model in memory and gives its graph back in memory: some methods of its model are ours while it runs.
 """
 
 from __future__ import annotations

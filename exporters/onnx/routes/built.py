@@ -6,7 +6,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import onnx_ir as ir
 from onnx_ir.passes import common
 
 from exporters.onnx.artifact.check import check_complete
@@ -18,7 +17,7 @@ from exporters.onnx.routes.graph import FinishedGraph, copy_config_files, replac
 from exporters.onnx.routes.recognition import recognise
 from exporters.onnx.routes.stand_ins import StandIns, stand_in_model
 from exporters.onnx.run_weights import RunWeights
-from signround_edge.errors import CheckFailed, UserError
+from signround_edge.errors import CheckFailed
 from signround_edge.model.config import write_config
 from signround_edge.model.tokenizer import load_tokenizer
 

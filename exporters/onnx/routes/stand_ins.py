@@ -1,4 +1,4 @@
-"""A model for onnxruntime-genai's builder whose matrices are stand-ins: they cost no memory and say which rows they are.
+"""A model for onnxruntime-genai's builder whose matrices are stand-ins: they cost no memory and say what they are.
 
 Every row of a stand-in repeats one f32 value, and no two rows of the whole model have the same: a counter of bit
 patterns that starts at that of 1.0. A matrix of [N, K] is N values seen K times (a stride of 0). Whatever the builder

@@ -1,4 +1,4 @@
-"""Every class of onnxruntime-genai's builder that transformers has a text model for: its graph, with a cache, is theirs."""
+"""Every class of onnxruntime-genai's builder that transformers has a text model for: its graph is theirs, cached."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ FULL: dict[str, PretrainedConfig] = {
         **{**SMALL, "hidden_size": 128},
         tie_word_embeddings=True,
         partial_rotary_factor=0.5,
-        rope_parameters={**LONG, "partial_rotary_factor": 0.5},
+        rope_parameters={**LONG, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 32},
     ),
     "qwen-2-yarn": transformers.Qwen2Config(**SMALL, rope_parameters=YARN),
     "qwen-3.5-more-keys": transformers.Qwen3_5TextConfig(

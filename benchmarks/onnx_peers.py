@@ -21,12 +21,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from exporters.onnx.builder_names import EMBEDDING, HEAD, parameters_of
 from torch import Tensor
 
 from benchmarks.measure import Cost, run_measured
 from exporters.onnx.artifact.reader import Artifact, open_artifact
 from exporters.onnx.bindings import quantized_initializers
-from exporters.onnx.builder_names import EMBEDDING, HEAD, parameters_of
 from exporters.onnx.routes.builder import build_graph
 from runtime_tests.runtimes.onnx_weights import dequantize_operands
 

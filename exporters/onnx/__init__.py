@@ -51,13 +51,13 @@ class OnnxExporter:
 
     def way(self, config: Mapping[str, Any], parameters: Sequence[str]) -> str:
         """By the builder or by tracing; UserError for what neither takes."""
-        from exporters.onnx.builder_classes import builder_class, check_traceable
+        from exporters.onnx.builder_classes import builder_class, check_experts
         from signround_edge.model.config import CONFIG_FILE
 
         known = dict(config)
+        check_experts(known, list(parameters), CONFIG_FILE)
         if builder_class(known) is not None:
-            return "by onnxruntime-genai's builder, with a key-value cache, where its graph is that of transformers"
-        check_traceable(known, list(parameters), CONFIG_FILE)
+            return "by onnxruntime-genai's builder, with a key-value cache"
         return "traced by torch, without a key-value cache"
 
     def iter_expected(self, run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]:

@@ -171,16 +171,17 @@ def builder_class(config: Config) -> BuilderClass | None:
     return BUILDER_CLASSES.get(architecture_of(config))
 
 
-def check_traceable(config: Config, parameters: list[str], source: str, reason: str = "") -> None:
-    """UserError for mixtures of experts: which rows an expert multiplies depends on data, and no trace holds that.
+def check_experts(config: Config, parameters: list[str], source: str) -> None:
+    """UserError for mixtures of experts.
+
+    Which rows an expert multiplies depends on data, and no trace holds that; of the builder's operator MoE the run's
+    integers would have to become those of QMoE.
 
     Args:
         source: the config.json.
-        reason: why the builder does not make the graph, where it knows the architecture.
     """
     if any(".experts." in name for name in parameters):
         raise UserError(
-            f"--format onnx cannot export architecture {architecture_of(config)} ({source}), a mixture of experts"
-            f"{f': {reason}' if reason else ''}; "
+            f"--format onnx cannot export architecture {architecture_of(config)} ({source}), a mixture of experts; "
             "quantize with a gguf:… scheme and use --format gguf, or give your own graph with --template model.onnx"
         )

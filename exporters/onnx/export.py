@@ -18,7 +18,7 @@ from exporters.onnx.artifact.comparison import HALF_LIMIT, LIMIT, MOST_BYTES, di
 from exporters.onnx.artifact.model_file import write_model
 from exporters.onnx.artifact.ort_format import write_ort_format
 from exporters.onnx.artifact.sidecar import SIDECAR, Sidecar, hash_files
-from exporters.onnx.builder_classes import builder_class, check_traceable
+from exporters.onnx.builder_classes import builder_class, check_experts
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx.passes.provenance import provenance, set_provenance
 from exporters.onnx.routes.builder import CannotBuild
@@ -91,7 +91,6 @@ def _write_graph(weights: RunWeights, partial: Path, companions: Path, options: 
     if options.template is not None:
         graph = from_template(weights, options.template, companions, options)
     else:
-        check_traceable(weights.run.config, weights.run.names(), str(weights.run.config_dir / CONFIG_FILE), reason)
         options.log(f"onnx: {reason}; tracing it with torch.onnx.export")
         graph = trace(weights, companions, options)
     _write(graph, weights, partial, companions, options)
@@ -152,8 +151,8 @@ def _check_out(run: RunDirectory, out: Path, template: Path | None) -> None:
 def _check(run: RunDirectory, options: OnnxOptions) -> None:
     """Every check that needs no long work."""
     config, source = run.config, str(run.config_dir / CONFIG_FILE)
-    if options.template is None and builder_class(config) is None:
-        check_traceable(config, run.names(), source)
+    if options.template is None:
+        check_experts(config, run.names(), source)
     if options.dtype is None:
         _check_grids(run)
 

@@ -53,7 +53,7 @@ def build_graph(model: nn.Module, row: BuilderClass, config_dir: Path, out: Path
         "exclude_mtp": True,
     }
     # In f32 there is nothing that the builder would quantize by itself.
-    arguments = ("", str(config_dir), str(out), "fp32", "cpu", str(out / "cache"))
+    arguments = ("", str(config_dir), str(out), "fp32", "cpu", str(config_dir / "cache"))
     try:
         with _contained():
             from onnxruntime_genai.models import builder

@@ -276,9 +276,7 @@ def test_the_builder_gets_stand_ins_and_no_weights(
     build = built.build_graph
     sizes: list[int] = []
 
-    def build_and_weigh(
-        model: nn.Module, row: BuilderClass, config: Path, out: Path, pack_qkv: bool = True
-    ) -> ir.Model:
+    def build_and_weigh(model: nn.Module, row: BuilderClass, config: Path, out: Path, pack_qkv: bool) -> ir.Model:
         graph = build(model, row, config, out, pack_qkv)
         sizes.append(sum(p.untyped_storage().nbytes() for p in model.parameters()))
         arrays = [v.const_value.numpy() for v in graph.graph.initializers.values() if len(v.shape) == 2]

@@ -115,12 +115,18 @@ class OnnxEngine:
         if name == "attention_mask":
             return np.ones((1, len(tokens)), dtype=dtype)
         if name == "position_ids":
-            return np.arange(len(tokens), dtype=dtype).reshape(1, -1)
-        return np.zeros(self._empty_cache(name), dtype=dtype)
+            axes = len(self._inputs[name].shape)  # three numbers a token in models that also read images
+            return np.broadcast_to(np.arange(len(tokens), dtype=dtype), (3,) * (axes - 2) + (1, len(tokens))).copy()
+        return np.zeros(self._empty_state(name), dtype=dtype)
 
-    def _empty_cache(self, name: str) -> tuple[int, int, int, int]:
-        """[batch, heads, past length, values a head]; what the graph leaves open stands in genai_config.json."""
+    def _empty_state(self, name: str) -> tuple[int, ...]:
+        """[batch, heads, past length, values a head]; what the graph leaves open stands in genai_config.json.
+
+        The state of a convolution or of linear attention leaves only the batch open.
+        """
         shape = self._inputs[name].shape
+        if len(shape) > 1 and all(isinstance(size, int) for size in shape[1:]):
+            return 1, *shape[1:]
         if len(shape) == 4:
             heads = shape[1] if isinstance(shape[1], int) else self._decoder.get("num_key_value_heads")
             size = shape[3] if isinstance(shape[3], int) else self._decoder.get("head_size")

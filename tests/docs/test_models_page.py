@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from exporters.onnx.builder_classes import builder_class
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -26,6 +25,7 @@ from exporters.gguf import GgufExporter
 from exporters.gguf.mmproj.table import TOWERS
 from exporters.interface import ExportOptions
 from exporters.onnx import OnnxExporter
+from exporters.onnx.builder_classes import builder_class
 from signround_edge.cli import main
 from signround_edge.errors import UserError
 from signround_edge.tuning import source_check

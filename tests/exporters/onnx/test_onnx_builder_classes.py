@@ -16,6 +16,7 @@ from exporters.onnx import export as export_module
 from exporters.onnx.artifact.comparison import CachedGraph
 from exporters.onnx.artifact.sidecar import Sidecar
 from exporters.onnx.builder_classes import BUILDER_CLASSES, BuilderClass
+from runtime_tests.worker.onnxruntime_engine import OnnxEngine
 from signround_edge.errors import UserError
 from signround_edge.model.config import head_dim
 from signround_edge.run_directory import RunDirectory
@@ -157,6 +158,8 @@ def test_logits_of_a_batch_and_of_twenty_cached_tokens_are_those_of_transformers
     logits = torch.from_numpy(np.concatenate(parts, axis=1))
     assert mean_kl(reference[:, :40], logits[:, :40]) <= 1e-9  # the issue asks for 1e-6
     assert mean_kl(reference[:, 40:], logits[:, 40:]) <= 1e-9
+    of_verify = OnnxEngine(built.folder).logits(tokens[0].astype(np.int32))
+    assert mean_kl(reference[0], torch.from_numpy(of_verify)) <= 1e-9
 
 
 def test_onnxruntime_genai_generates_what_transformers_does(built: Exported) -> None:

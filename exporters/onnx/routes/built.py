@@ -17,7 +17,7 @@ from exporters.onnx.routes.graph import FinishedGraph, copy_config_files, replac
 from exporters.onnx.routes.recognition import recognise
 from exporters.onnx.routes.stand_ins import StandIns, stand_in_model
 from exporters.onnx.run_weights import RunWeights
-from signround_edge.errors import CheckFailed
+from signround_edge.errors import CheckFailed, UserError
 from signround_edge.model.config import write_config
 from signround_edge.model.tokenizer import load_tokenizer
 
@@ -34,8 +34,9 @@ def build(
         companions: where the builder's other files go: tokenizer, genai_config.json.
         options: of the export.
     Raises:
-        CannotBuild: the builder cannot make the graph, or a parameter of the run is not to be found in it.
-        UserError: the run's tokenizer cannot be read, or a quantized matrix has no quantized form in the graph.
+        CannotBuild: the builder cannot make the graph, a parameter of the run is not to be found in it, or a quantized
+            matrix has no quantized form there.
+        UserError: the run's tokenizer cannot be read.
     """
     from onnxruntime_genai import __version__ as builder_version
 
@@ -56,7 +57,10 @@ def build(
     _check_complete(matched, weights)
     for file in sorted(built.iterdir()):
         shutil.move(file, companions / file.name)
-    bindings = replace_weights(model, matched, weights, options, keep_names=True)
+    try:
+        bindings = replace_weights(model, matched, weights, options, keep_names=True)
+    except UserError as error:
+        raise CannotBuild(str(error).partition(";")[0]) from error
     bindings = [_of_head(binding, weights) for binding in bindings]
     return FinishedGraph(model, bindings, f"onnxruntime-genai {builder_version}", True)
 

@@ -134,8 +134,8 @@ def _names(use: WeightUse, binding: Binding, count: int, keep_names: bool) -> tu
     """
     op = _OPERATORS[use.node.op_type == "Gather"]
     if keep_names:
-        name = (use.node.name or "").removesuffix(use.node.op_type) + op
-        return name.strip("/").replace("/", "."), name
+        stem = (use.node.name or "").removesuffix(use.node.op_type)
+        return f"{stem.lstrip('/').replace('/', '.')}{_OPERATORS[0]}", stem + op
     whole = len(binding.parameters) == 1 and not binding.rows
     base = (binding.parameters[0] if whole else binding.initializers["weight"]).removesuffix(".weight")
     return base, f"/{base.replace('.', '/')}/{op}" + (f"_{count}" if count else "")

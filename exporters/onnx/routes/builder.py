@@ -11,7 +11,9 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,25 @@ def build_graph(model: nn.Module, row: BuilderClass, config_dir: Path, out: Path
     (graph,) = built
     graph.graph.sort()
     return graph
+
+
+def write_float_graph(checkpoint: Path, out: Path) -> None:
+    """Write the folder that the builder makes of a Hugging Face folder in f32: what a user of it would have.
+
+    Raises:
+        CannotBuild: see `build_graph`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32", local_files_only=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        config_dir = shutil.copytree(checkpoint, Path(scratch) / "config", ignore=lambda _, names: _weights(names))
+        graph = build_graph(model, BuilderClass(), config_dir, out)
+    ir.save(graph, out / "model.onnx", external_data="model.onnx.data")
+
+
+def _weights(names: list[str]) -> list[str]:
+    return [name for name in names if name.endswith(".safetensors")]
 
 
 def _tell(config: Any, row: BuilderClass, rope_is_ours: bool) -> None:

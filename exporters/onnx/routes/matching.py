@@ -143,9 +143,9 @@ def _choose(initializer: str, candidates: list[_Found], limit: float) -> tuple[_
     unclear = [c for c in candidates if c.error < _CLEAR * nearest or c.error == nearest]
     if len(unclear) == 1:
         return near[0], rivals
-    likeness = [likeness(initializer, c.parameter) for c in unclear]
-    first = unclear[int(np.argmax(likeness))]
-    if first.error <= limit and (likeness.count(max(likeness)) == 1 or all(c.error == 0 for c in unclear)):
+    alike = [likeness(initializer, c.parameter) for c in unclear]
+    first = unclear[int(np.argmax(alike))]
+    if first.error <= limit and (alike.count(max(alike)) == 1 or all(c.error == 0 for c in unclear)):
         return first, rivals
     return None, unclear
 

@@ -140,7 +140,7 @@ def test_every_matmul_has_explicit_two_dimensional_zero_points_and_the_accuracy_
 
 def test_a_tied_embedding_shares_the_heads_bytes(llama_export: Exported) -> None:
     graph = open_artifact(llama_export.folder).graph
-    embedding = graph.initializers["model.embed_tokens.GatherBlockQuantized.qweight"].const_value
+    embedding = graph.initializers["model.embed_tokens.MatMulNBits.qweight"].const_value
     head = graph.initializers["lm_head.MatMulNBits.qweight"].const_value
     assert isinstance(embedding, ir.ExternalTensor)
     assert (embedding.location, embedding.offset, embedding.length) == (head.location, head.offset, head.length)

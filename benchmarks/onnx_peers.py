@@ -23,11 +23,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from benchmarks.builder_names import EMBEDDING, HEAD, parameters_of
 from benchmarks.measure import Cost, run_measured
 from exporters.onnx.artifact.reader import Artifact, open_artifact
 from exporters.onnx.bindings import quantized_initializers
-from exporters.onnx.builder_names import EMBEDDING, HEAD, parameters_of
-from exporters.onnx.routes.builder import build_graph
+from exporters.onnx.routes import builder
 from runtime_tests.runtimes.onnx_weights import dequantize_operands
 
 HEAD_NODE = "/lm_head/MatMul"
@@ -71,7 +71,7 @@ def block_scheme(scheme: str) -> tuple[int, int] | None:
 def write_float_graph(model: Path, folder: Path) -> Path:
     """The builder's fp32 graph of a Hugging Face model in `folder`; kept when it is there already."""
     if not (folder / "model.onnx").is_file():
-        build_graph(model, folder, "fp32")
+        builder.write_float_graph(model, folder)
     return folder / "model.onnx"
 
 

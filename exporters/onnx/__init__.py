@@ -52,16 +52,10 @@ class OnnxExporter:
         return export_folder(run, out, OnnxOptions.of(options))
 
     def way(self, config: Mapping[str, Any], parameters: Sequence[str]) -> str:
-        """By the builder or by tracing; UserError for what neither takes.
+        """By the builder or by tracing; a mixture of experts is traced, with all of them (`routes.traced_experts`)."""
+        from exporters.onnx.builder_classes import builder_class
 
-        A mixture of experts is traced with all its experts: see `routes.traced_experts`.
-        """
-        from exporters.onnx.builder_names import builder_knows, check_rope
-        from signround_edge.model.config import CONFIG_FILE
-
-        known, source = dict(config), CONFIG_FILE
-        if builder_knows(known):
-            check_rope(known, source)
+        if builder_class(dict(config), parameters) is not None:
             return "by onnxruntime-genai's builder, with a key-value cache"
         every = any(".experts." in name for name in parameters)
         return "traced by torch, with a key-value cache" + ("; each expert computes for every token" * every)

@@ -1,18 +1,15 @@
 """Bindings: which node and initializers of a graph hold which Hugging Face parameters.
 
-They are found by the builder's names (`find_bindings`) or by value (`matching`), and kept in `signround_edge.json`: all
-that reads an exported folder takes them from there.
+They are found by value (`routes.recognition`, `routes.matching`), and kept in `signround_edge.json`: all that reads an
+exported folder takes them from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
-
-from exporters.onnx.builder_names import parameters_of
 
 # Positions of the stored operands among a node's inputs (ONNX Runtime, docs/ContribOperators.md).
 QUANTIZED_INPUTS = {
@@ -24,6 +21,9 @@ QUANTIZED_INPUTS = {
 OPERAND_WORDS = {"weight": "codes", "scales": "scales", "zero_points": "zero points"}
 
 _FLOAT = ir.DataType.FLOAT.value
+
+# Ranges (first row, row behind the last) of stacked parameters, in the order in which they are stored; () for all rows.
+Rows = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Binding:
         initializers: "weight", and for quantized operators "scales" and "zero_points" → initializer name.
         transposed: the weight is the transpose of the Hugging Face parameter (a float MatMul wants [K, N] of a Linear).
         duplicates: parameters with the values of the only one in `parameters`, which the graph keeps once.
+        rows: which of the stacked rows, and in which order; () for all as they are.
+        function: what is stored of each value, a key of `functions.FUNCTIONS`.
     """
 
     node: str
@@ -45,6 +47,8 @@ class Binding:
     initializers: dict[str, str]
     transposed: bool = False
     duplicates: tuple[str, ...] = ()
+    rows: Rows = ()
+    function: str = ""
 
     @property
     def name(self) -> str:
@@ -71,6 +75,8 @@ class Binding:
             "initializers": self.initializers,
             "transposed": self.transposed,
             **({"duplicates": list(self.duplicates)} if self.duplicates else {}),
+            **({"rows": [list(part) for part in self.rows]} if self.rows else {}),
+            **({"function": self.function} if self.function else {}),
         }
 
     @classmethod
@@ -83,6 +89,8 @@ class Binding:
             dict(data["initializers"]),
             data["transposed"],
             tuple(data.get("duplicates", ())),
+            tuple((int(start), int(stop)) for start, stop in data.get("rows", ())),
+            str(data.get("function", "")),
         )
 
 
@@ -111,28 +119,3 @@ def scales_cast(node: ir.Node) -> ir.Node | None:
     producer = None if value is None else value.producer()
     is_cast = producer is not None and producer.op_type == "Cast" and producer.attributes["to"].as_int() == _FLOAT
     return producer if is_cast else None
-
-
-def find_bindings(graph: ir.Graph) -> list[Binding]:
-    """Every parameter that the graph's initializers hold, by the builder's names, one binding per initializer."""
-    bindings: list[Binding] = []
-    seen: set[str] = set()
-    for binding in _candidates(graph):
-        if binding.initializers["weight"] not in seen:
-            seen.add(binding.initializers["weight"])
-            bindings.append(binding)
-    return bindings
-
-
-def _candidates(graph: ir.Graph) -> Iterator[Binding]:
-    # A tied float embedding reads the head's weight through a Transpose; the head's own MatMul is the one to bind.
-    for node in sorted(graph, key=lambda n: n.op_type == "Transpose"):
-        name, op = node.name or "", node.op_type
-        if op in QUANTIZED_INPUTS:
-            initializers = quantized_initializers(node)
-            if parameters := parameters_of(initializers.get("weight", "")):
-                yield Binding(name, op, parameters, initializers)
-            continue
-        for value in node.inputs:
-            if value is not None and value.name and value.is_initializer() and (p := parameters_of(value.name)):
-                yield Binding(name, op, p, {"weight": value.name}, transposed=op in ("MatMul", "Transpose"))

@@ -14,28 +14,29 @@ import onnx_ir as ir
 
 from exporters.onnx.artifact.card import CARD, NOT_MEASURED, render_card
 from exporters.onnx.artifact.check import check_bindings, check_complete
-from exporters.onnx.artifact.layouts import layout_of
+from exporters.onnx.artifact.comparison import HALF_LIMIT, LIMIT, MOST_BYTES, divergence
+from exporters.onnx.artifact.layouts import Layout, layout_of
 from exporters.onnx.artifact.model_file import write_model
 from exporters.onnx.artifact.ort_format import write_ort_format
 from exporters.onnx.artifact.sidecar import SIDECAR, Sidecar, hash_files
 from exporters.onnx.artifact.transformers_js import prepare_graph, write_companions
-from exporters.onnx.builder_names import GENAI_CONFIG, builder_knows, check_rope
+from exporters.onnx.builder_classes import GENAI_CONFIG, builder_class
 from exporters.onnx.fused_level import set_fused_level
 from exporters.onnx.options import TRANSFORMERS_JS, OnnxOptions
 from exporters.onnx.passes.portable_gather import use_portable_gathers
 from exporters.onnx.passes.provenance import provenance, set_provenance
 from exporters.onnx.passes.standard_operators import use_standard_operators
+from exporters.onnx.routes.builder import CannotBuild
 from exporters.onnx.routes.built import build
 from exporters.onnx.routes.chat_templates import lay_out_chat_templates
 from exporters.onnx.routes.graph import FinishedGraph
 from exporters.onnx.routes.template import from_template
 from exporters.onnx.routes.tracing import trace
 from exporters.onnx.run_weights import RunWeights
-from signround_edge.errors import UserError
+from signround_edge.errors import UserError, first_line
 from signround_edge.files import whole_folder
 from signround_edge.formats import get_grid
 from signround_edge.formats.matmul_nbits import has_matmul_nbits_form
-from signround_edge.model.config import CONFIG_FILE
 from signround_edge.outputs import check_output, lies_in
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.gguf_presets import GGUF_PRESETS
@@ -44,36 +45,20 @@ from signround_edge.schemes.gguf_presets import GGUF_PRESETS
 def export_folder(run: RunDirectory, out: Path, options: OnnxOptions) -> Path:
     """Write the folder; see `OnnxExporter.export`."""
     _check_out(run, out, options.template)
-    _check(run, options)
+    if options.dtype is None:
+        _check_grids(run)
     weights = RunWeights(run, half_scales=options.scale_dtype == "f16")
     with whole_folder(out, "the ONNX export", marker=SIDECAR) as partial:
-        scratch, companions = partial / "scratch", partial / "companions"
-        companions.mkdir()
-        graph = _make_graph(weights, scratch, companions, options)
-        if options.operators == "qdq":
-            graph = replace(graph, bindings=use_standard_operators(graph.model, graph.bindings, weights))
-            set_fused_level(companions / GENAI_CONFIG, options.accuracy_level)
-        lay_out_chat_templates(companions, run.config_dir, options.log)
+        companions = partial / "companions"
+        graph, layout = _write_graph(weights, partial, companions, options)
         facts = provenance(weights, graph.made_by)
-        set_provenance(graph.model, facts)
-        layout = layout_of(options.layout, graph.model.graph)
-        if options.layout == TRANSFORMERS_JS:
-            prepare_graph(graph.model.graph, companions)
-            use_portable_gathers(graph.model)
-        model = partial / layout.model
-        model.parent.mkdir(exist_ok=True)
-        options.log(f"onnx: writing {layout.model} and its data")
-        write_model(graph.model, model, options.split_max_bytes, layout.data)
-        # Once more on what is really in the files: this is what a device will load.
-        check_bindings(ir.load(model).graph, graph.bindings, weights)
         zero_biases = check_complete(graph.bindings, weights)
         if options.ort_format:
             options.log("onnx: writing model.ort")
-            write_ort_format(model)
+            write_ort_format(partial / layout.model)
         for file in sorted(companions.iterdir()):
             shutil.move(file, partial / file.name)
         companions.rmdir()
-        shutil.rmtree(scratch, ignore_errors=True)
         if options.layout == TRANSFORMERS_JS:
             write_companions(run, partial, graph.model.graph, layout, options.log)
         sidecar = Sidecar(
@@ -92,13 +77,78 @@ def export_folder(run: RunDirectory, out: Path, options: OnnxOptions) -> Path:
     return out
 
 
-def _make_graph(weights: RunWeights, scratch: Path, companions: Path, options: OnnxOptions) -> FinishedGraph:
-    """The graph by the route that fits; other files of the folder (tokenizer, config) go to `companions`."""
+def _write_graph(
+    weights: RunWeights, partial: Path, companions: Path, options: OnnxOptions
+) -> tuple[FinishedGraph, Layout]:
+    """Write the model by the route that fits; other files of the folder (tokenizer, config) go to `companions`."""
+    row = builder_class(weights.run.config, weights.run.names())
+    if options.template is None and row is not None and not options.no_cache:
+        try:
+            companions.mkdir()
+            graph = build(weights, row, partial / "scratch", companions, options)
+            written, layout = _write(graph, weights, partial, companions, options)
+            _compare(weights.run, partial / layout.model, options)
+            return written, layout
+        except CannotBuild as error:
+            reason = f"onnxruntime-genai's model builder does not make the graph of this model ({error})"
+        finally:
+            shutil.rmtree(partial / "scratch", ignore_errors=True)
+        for path in partial.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif options.no_cache:
+        reason = "--no-cache wants a graph that keeps nothing"
+    else:
+        reason = "onnxruntime-genai's model builder does not know this architecture"
+    companions.mkdir()
     if options.template is not None:
-        return from_template(weights, options.template, companions, options)
-    if builder_knows(weights.run.config):
-        return build(weights, scratch, companions, options)
-    return trace(weights, companions, options)
+        graph = from_template(weights, options.template, companions, options)
+    else:
+        options.log(f"onnx: {reason}; tracing it with torch.onnx.export")
+        graph = trace(weights, companions, options)
+    return _write(graph, weights, partial, companions, options)
+
+
+def _write(
+    graph: FinishedGraph, weights: RunWeights, partial: Path, companions: Path, options: OnnxOptions
+) -> tuple[FinishedGraph, Layout]:
+    """Write the model and its data in the operators and layout that are asked for, and check what is in the files."""
+    if options.operators == "qdq":
+        graph = replace(graph, bindings=use_standard_operators(graph.model, graph.bindings, weights))
+        set_fused_level(companions / GENAI_CONFIG, options.accuracy_level)
+    lay_out_chat_templates(companions, weights.run.config_dir, options.log)
+    set_provenance(graph.model, provenance(weights, graph.made_by))
+    layout = layout_of(options.layout, graph.model.graph)
+    if options.layout == TRANSFORMERS_JS:
+        prepare_graph(graph.model.graph, companions)
+        use_portable_gathers(graph.model)
+    model = partial / layout.model
+    model.parent.mkdir(exist_ok=True)
+    options.log(f"onnx: writing {layout.model} and its data")
+    write_model(graph.model, model, options.split_max_bytes, layout.data)
+    # On what is really in the files: this is what a device will load.
+    check_bindings(ir.load(model).graph, graph.bindings, weights)
+    return graph, layout
+
+
+def _compare(run: RunDirectory, model: Path, options: OnnxOptions) -> None:
+    """Raises CannotBuild unless the builder's graph computes what transformers computes."""
+    size = sum(file.stat().st_size for file in model.parent.glob(f"{model.name}*"))
+    if size > MOST_BYTES:
+        options.log(
+            f"onnx: the graph was not compared with transformers: the model has {size / 1e9:.1f} GB, and that holds it "
+            "twice in memory; `verify` does it"
+        )
+        return
+    try:
+        found = divergence(run, model)
+    except Exception as error:  # onnxruntime's error classes share no base but Exception
+        raise CannotBuild(f"ONNX Runtime cannot run it: {first_line(error)[:300]}") from error
+    if not found.worst <= (HALF_LIMIT if options.dtype == "f16" else LIMIT):
+        raise CannotBuild(
+            f"its logits differ from those of transformers: KL divergence {found.texts:.0e} on texts, "
+            f"{found.steps:.0e} on single tokens after them"
+        )
+    options.log(f"onnx: the graph's logits are those of transformers (KL divergence {found.worst:.0e})")
 
 
 def _check_out(run: RunDirectory, out: Path, template: Path | None) -> None:
@@ -121,16 +171,8 @@ def _check_out(run: RunDirectory, out: Path, template: Path | None) -> None:
             )
 
 
-def _check(run: RunDirectory, options: OnnxOptions) -> None:
-    """Every check that needs no long work."""
-    config, source = run.config, str(run.config_dir / CONFIG_FILE)
-    if options.template is None and builder_knows(config):
-        check_rope(config, source)
-    if options.dtype is None:
-        _check_grids(run)
-
-
 def _check_grids(run: RunDirectory) -> None:
+    """UserError for a grid that MatMulNBits cannot hold."""
     for entry in run.manifest.tensors:
         if entry.format is not None and not has_matmul_nbits_form(get_grid(entry.format)):
             raise UserError(

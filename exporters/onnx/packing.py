@@ -8,7 +8,9 @@ GatherBlockQuantized reads the same bytes, with B seen as [N, K·bits/8].
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,6 +142,21 @@ def stack_rows(parts: list[Operands]) -> Operands:
         np.concatenate([p.weight for p in parts]),
         np.concatenate([p.scales for p in parts]),
         np.concatenate([p.zero_points for p in parts]),
+    )
+
+
+def take_rows(operands: Operands, rows: Sequence[tuple[int, int]]) -> Operands:
+    """Ranges of rows, one after the other; views where it is one range."""
+
+    def taken(array: NDArray[Any]) -> NDArray[Any]:
+        parts = [array[start:stop] for start, stop in rows]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    return replace(
+        operands,
+        weight=taken(operands.weight),
+        scales=taken(operands.scales),
+        zero_points=taken(operands.zero_points),
     )
 
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exporters.onnx.bindings import Binding
-from exporters.onnx.packing import OperandLayout, Operands, layout_of, pack_operands, stack_layouts, stack_rows
+from exporters.onnx.bindings import Binding, Rows
+from exporters.onnx.functions import FUNCTIONS
+from exporters.onnx.packing import (
+    OperandLayout,
+    Operands,
+    layout_of,
+    pack_operands,
+    stack_layouts,
+    stack_rows,
+    take_rows,
+)
 from signround_edge.errors import UserError
 from signround_edge.formats import get_grid
 from signround_edge.formats.grid import to_fp16
@@ -44,20 +55,22 @@ class RunWeights:
         return name
 
     def is_quantized(self, parameters: tuple[str, ...]) -> bool:
-        """Whether the run stores these parameters as codes. A packed projection is never mixed (see `staging`)."""
+        """Whether the run stores all of these parameters as codes."""
         return all(self.run.is_quantized(self.owner(p)) for p in parameters)
 
-    def layout(self, parameters: tuple[str, ...]) -> OperandLayout:
+    def layout(self, parameters: tuple[str, ...], rows: Rows = ()) -> OperandLayout:
         """The layout of their `operands`."""
-        return stack_layouts([self._layout(p) for p in parameters])
+        whole = stack_layouts([self._layout(p) for p in parameters])
+        return replace(whole, rows=sum(stop - start for start, stop in rows)) if rows else whole
 
-    def operands(self, parameters: tuple[str, ...]) -> Operands:
-        """Packed operands of quantized parameters, stacked in order."""
-        if self._last is None or self._last[0] != parameters:
+    def operands(self, parameters: tuple[str, ...], rows: Rows = ()) -> Operands:
+        """Packed operands of quantized parameters, stacked in order; of those only some rows."""
+        owners = tuple(self.owner(p) for p in parameters)
+        if self._last is None or self._last[0] != owners:
             self._last = None  # not in memory while the next one is made
-            packed = [self._pack(p) for p in parameters]
-            self._last = (parameters, packed[0] if len(packed) == 1 else stack_rows(packed))
-        return self._last[1]
+            packed = [self._pack(p) for p in owners]
+            self._last = (owners, packed[0] if len(packed) == 1 else stack_rows(packed))
+        return take_rows(self._last[1], rows) if rows else self._last[1]
 
     def rows(self, binding: Binding) -> FloatArray:
         """f32 weights in the artifact's row order: [N] of a norm weight or bias, [N, K] of a matrix.
@@ -77,17 +90,25 @@ class RunWeights:
                 )
         if binding.quantized and self.run.entry(names[0]).transposed:
             stacked = stacked.T.contiguous()
+        if binding.rows:
+            stacked = torch.cat([stacked[start:stop] for start, stop in binding.rows])
+        stacked = FUNCTIONS[binding.function](stacked)
         weights: FloatArray = stacked.numpy()
         return weights
 
-    def stored_floats(self, binding: Binding, dtype: str = "float32") -> NDArray[Any]:
-        """The array of a float initializer: `rows`, transposed where the graph wants that; "float16" rounds it."""
+    def stored_floats(self, binding: Binding, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        """The array of a float initializer: `rows`, transposed where the graph wants that; "float16" rounds it.
+
+        Args:
+            shape: the initializer's; axes of length 1 come and go there. An array of another size keeps its own.
+        """
         weights = torch.from_numpy(self.rows(binding))
         if binding.transposed:
             weights = weights.T
         if dtype == "float16":
             weights = to_fp16(weights)
-        return np.ascontiguousarray(weights.numpy())
+        array = np.ascontiguousarray(weights.numpy())
+        return array.reshape(shape) if array.size == math.prod(shape) else array
 
     def _layout(self, parameter: str) -> OperandLayout:
         entry = self.run.entry(self.owner(parameter))

@@ -83,10 +83,13 @@ export class OnnxDecoder {
     const n = tokens.length;
     if (name === 'input_ids') return this.integers(input, [1, n], (i) => tokens[i]);
     if (name === 'attention_mask') return this.integers(input, [1, n], () => 1);
-    if (name === 'position_ids') return this.integers(input, [1, n], (i) => i);
-    if (name.startsWith('past.')) {  // a convolution's or a recurrent state, of fixed shape
-      const dims = [1, ...input.shape.slice(1)];
-      return new Tensor(input.type, new Float32Array(dims.reduce((a, b) => a * b)), dims);
+    // Three numbers a token in models that also read images.
+    if (name === 'position_ids') return this.integers(input, input.shape.length === 3 ? [3, 1, n] : [1, n], (i) => i % n);
+    // The state of a convolution or of linear attention leaves only the batch open.
+    const sizes = input.shape.slice(1);
+    if (sizes.length && sizes.every((size) => typeof size === 'number' && size > 0)) {
+      const count = sizes.reduce((product, size) => product * size, 1);
+      return new Tensor(input.type, input.type === 'float16' ? new Uint16Array(count) : new Float32Array(count), [1, ...sizes]);
     }
     const known = (value, key) => (typeof value === 'number' && value > 0 ? value : this.config[key]);
     const heads = known(input.shape[1], 'num_key_value_heads');
@@ -99,7 +102,7 @@ export class OnnxDecoder {
 
   integers(input, dims, value) {
     const { Tensor } = this.ort;
-    const count = dims[0] * dims[1];
+    const count = dims.reduce((product, size) => product * size, 1);
     if (input.type === 'int64') return new Tensor('int64', BigInt64Array.from({ length: count }, (_, i) => BigInt(value(i))), dims);
     if (input.type === 'int32') return new Tensor('int32', Int32Array.from({ length: count }, (_, i) => value(i)), dims);
     throw new Refusal(`input ${input.name} has type ${input.type}, which verify cannot feed`);

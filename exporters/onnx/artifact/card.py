@@ -7,7 +7,7 @@ from pathlib import Path
 
 from exporters.onnx.artifact.reader import open_artifact, read_tensors
 from exporters.onnx.artifact.sidecar import Sidecar
-from exporters.onnx.builder_names import GENAI_CONFIG
+from exporters.onnx.builder_classes import GENAI_CONFIG
 from exporters.onnx.fused_level import FUSED_LEVEL
 from exporters.onnx.options import ACCURACY_LEVELS, LevelCost
 from signround_edge.errors import UserError

@@ -48,7 +48,7 @@ def _check_dequantized(graph: ir.Graph, node: ir.Node, binding: Binding, weights
 
 def _check_floats(graph: ir.Graph, binding: Binding, weights: RunWeights) -> None:
     stored = _array(graph, binding.initializers["weight"])
-    _compare(binding, "weights", stored, weights.stored_floats(binding, str(stored.dtype)))
+    _compare(binding, "weights", stored, weights.stored_floats(binding, str(stored.dtype), stored.shape))
 
 
 def _release(graph: ir.Graph, binding: Binding) -> None:
@@ -64,7 +64,8 @@ def check_complete(bindings: list[Binding], weights: RunWeights) -> list[str]:
 
     Returns the biases that the builder left out because all their values are 0; nothing else may be missing.
     """
-    held = {weights.owner(p) for binding in bindings for p in (*binding.parameters, *binding.duplicates)}
+    held = {weights.owner(p) for binding in bindings if not binding.rows for p in binding.parameters}
+    held |= {weights.owner(p) for binding in bindings for p in binding.duplicates} | _held_in_parts(bindings, weights)
     missing = [name for name in weights.run.names() if name not in held]
     for name in missing:
         if not name.endswith(".bias") or bool(weights.run.dequantized(name).any()):
@@ -72,9 +73,23 @@ def check_complete(bindings: list[Binding], weights: RunWeights) -> list[str]:
     return missing
 
 
+def _held_in_parts(bindings: list[Binding], weights: RunWeights) -> set[str]:
+    """Parameters all of whose rows are in initializers that hold some rows each."""
+    found: dict[str, set[int]] = {}
+    for binding in bindings:
+        start = 0
+        for parameter in binding.parameters if binding.rows else ():
+            owner = weights.owner(parameter)
+            stop = start + weights.run.entry(owner).shape[0]
+            for first, last in binding.rows:
+                found.setdefault(owner, set()).update(range(max(first, start) - start, min(last, stop) - start))
+            start = stop
+    return {owner for owner, rows in found.items() if len(rows) == weights.run.entry(owner).shape[0]}
+
+
 def check_quantized(graph: ir.Graph, node: ir.Node, binding: Binding, weights: RunWeights) -> None:
     """Check attributes, integers, zero points and scales of one quantized node; flat operands are accepted."""
-    expected = weights.operands(binding.parameters)
+    expected = weights.operands(binding.parameters, binding.rows)
     attributes = {name: node.attributes[name].as_int() for name in ("bits", "block_size")}
     if attributes != {"bits": expected.bits, "block_size": expected.block_size}:
         raise CheckFailed(

@@ -202,8 +202,8 @@ def _expected(artifact: Artifact, binding: Binding, weights: RunWeights) -> Call
     def read() -> FloatArray:
         if binding.quantized:
             return weights.rows(binding)
-        dtype = str(artifact.array(binding.initializers["weight"]).dtype)
-        return weights.stored_floats(binding, dtype).astype(np.float32)
+        stored = artifact.array(binding.initializers["weight"])
+        return weights.stored_floats(binding, str(stored.dtype), stored.shape).astype(np.float32)
 
     return read
 

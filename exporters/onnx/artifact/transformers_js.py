@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from exporters.onnx.artifact.card import adds_special_tokens
 from exporters.onnx.artifact.layouts import Layout
-from exporters.onnx.builder_names import GENAI_CONFIG
+from exporters.onnx.builder_classes import GENAI_CONFIG
 from signround_edge.errors import UserError
 from signround_edge.model.config import CONFIG_FILE
 from signround_edge.run_directory import RunDirectory

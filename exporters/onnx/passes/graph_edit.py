@@ -48,25 +48,32 @@ def set_initializer(
     return value
 
 
-def set_operand_initializers(
-    graph: ir.Graph, base: str, parameters: tuple[str, ...], weights: RunWeights
-) -> list[ir.Value]:
-    """Initializers `<base>.qweight`, `.scales` and `.qzeros` with the run's operands of quantized parameters.
+def set_operand_initializers(graph: ir.Graph, base: str, binding: Binding, weights: RunWeights) -> list[ir.Value]:
+    """Initializers `<base>.qweight`, `.scales` and `.qzeros` with the run's operands of a binding's rows.
 
     Returns:
         What a node is to read: scales in f16 go through a Cast, as ONNX Runtime wants them in the dtype of the
         activations. It folds that Cast when it loads the model, so scales are constants to its kernels all the same.
     """
-    layout = weights.layout(parameters)
+    parameters, rows = binding.parameters, binding.rows
+    layout = weights.layout(parameters, rows)
     # They are written one after the other, so `weights` packs each matrix once.
     codes = set_initializer(
-        graph, f"{base}.qweight", "uint8", layout.weight_shape, lambda: weights.operands(parameters).weight
+        graph, f"{base}.qweight", "uint8", layout.weight_shape, lambda: weights.operands(parameters, rows).weight
     )
     scales = set_initializer(
-        graph, f"{base}.scales", layout.scale_dtype, layout.scales_shape, lambda: weights.operands(parameters).scales
+        graph,
+        f"{base}.scales",
+        layout.scale_dtype,
+        layout.scales_shape,
+        lambda: weights.operands(parameters, rows).scales,
     )
     zeros = set_initializer(
-        graph, f"{base}.qzeros", "uint8", layout.zero_points_shape, lambda: weights.operands(parameters).zero_points
+        graph,
+        f"{base}.qzeros",
+        "uint8",
+        layout.zero_points_shape,
+        lambda: weights.operands(parameters, rows).zero_points,
     )
     return [codes, cast_to_float(graph, scales) if layout.scale_dtype == "float16" else scales, zeros]
 
@@ -85,23 +92,24 @@ def cast_to_float(graph: ir.Graph, value: ir.Value) -> ir.Value:
 
 
 def set_gather_operands(
-    graph: ir.Graph, base: str, parameters: tuple[str, ...], weights: RunWeights, shared: list[ir.Value]
+    graph: ir.Graph, base: str, binding: Binding, weights: RunWeights, shared: list[ir.Value]
 ) -> list[ir.Value]:
     """Codes uint8 [N, K·bits/8], scales and zero points of quantized parameters, as GatherBlockQuantized reads them.
 
     Args:
         graph: the graph to edit.
         base: where the names of new initializers start.
-        parameters: whose rows they are.
+        binding: whose rows they are.
         weights: the run.
-        shared: operands of a MatMulNBits of the same parameters: the codes are another view of its bytes. Empty where
+        shared: operands of a MatMulNBits of the same rows: the codes are another view of its bytes. Empty where
             there is none.
     """
-    shape = weights.layout(parameters).gathered_shape
-    _, scales, zeros = shared or set_operand_initializers(graph, base, parameters, weights)
+    parameters, rows = binding.parameters, binding.rows
+    shape = weights.layout(parameters, rows).gathered_shape
+    _, scales, zeros = shared or set_operand_initializers(graph, base, binding, weights)
 
     def codes() -> NDArray[np.uint8]:
-        return weights.operands(parameters).weight.reshape(shape)
+        return weights.operands(parameters, rows).weight.reshape(shape)
 
     value = set_initializer(graph, f"{base}.qweight", "uint8", shape, codes)
     if shared:
@@ -114,20 +122,8 @@ def gather_attributes(layout: OperandLayout) -> dict[str, int]:
     return {"bits": layout.bits, "block_size": layout.block_size, "gather_axis": 0, "quantize_axis": 1}
 
 
-def set_float_initializer(graph: ir.Graph, binding: Binding, dtype: str, weights: RunWeights) -> ir.Value:
-    """The binding's weight initializer with the run's floats in "float32" or "float16"."""
-    shapes = [weights.run.entry(weights.owner(p)).shape for p in binding.parameters]
-    shape = (sum(s[0] for s in shapes), *shapes[0][1:])
-    shape = shape[::-1] if binding.transposed else shape
-    return set_initializer(
-        graph, binding.initializers["weight"], dtype, shape, lambda: weights.stored_floats(binding, dtype)
-    )
-
-
-def replace_node(
-    graph: ir.Graph, old: ir.Node, op: str, domain: str, inputs: list[ir.Value], attributes: dict[str, int]
-) -> None:
-    """Put a node of another operator in the place of `old`, writing the same output value."""
-    name = (old.name or "").replace(old.op_type, op)
-    new = ir.node(op, inputs, attributes, domain=domain, name=name, num_outputs=1)
-    ir.convenience.replace_nodes_and_values(graph, old, [old], [new], old.outputs, new.outputs)
+def set_float_initializer(graph: ir.Graph, binding: Binding, dtype: str, weights: RunWeights) -> None:
+    """Give the binding's weight initializer, which the graph has, the run's floats in "float32" or "float16"."""
+    name = binding.initializers["weight"]
+    shape = tuple(graph.initializers[name].shape.numpy())
+    set_initializer(graph, name, dtype, shape, lambda: weights.stored_floats(binding, dtype, shape))

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from exporters.onnx.bindings import Binding, quantized_initializers
+from exporters.onnx.bindings import Binding, Rows, quantized_initializers
 from exporters.onnx.packing import OperandLayout
 from exporters.onnx.passes.graph_edit import (
     gather_attributes,
@@ -28,7 +28,7 @@ _FLOAT_NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}
 
 
 def set_matched_weights(
-    model: ir.Model, matched: list[Binding], weights: RunWeights, keep_floats: bool
+    model: ir.Model, matched: list[Binding], weights: RunWeights, keep_floats: bool, keep_names: bool = False
 ) -> list[Binding]:
     """Replace the data of every matched initializer, and the nodes that read a quantized one.
 
@@ -37,6 +37,7 @@ def set_matched_weights(
         matched: what `matching` found in it.
         weights: the run.
         keep_floats: write dequantized weights in the dtype of each initializer, and leave all nodes as they are.
+        keep_names: quantized nodes are named as the graph names the float ones, not by parameters.
     Returns:
         What the graph holds now.
     Raises:
@@ -44,27 +45,28 @@ def set_matched_weights(
             in bits or block size.
     """
     bindings = []
-    quantized: dict[tuple[str, ...], list[Binding]] = {}
+    quantized: dict[tuple[tuple[str, ...], Rows], list[Binding]] = {}
     for binding in matched:
         if keep_floats or not any(weights.run.is_quantized(p) for p in binding.parameters):
             value = model.graph.initializers[binding.initializers["weight"]]
             set_float_initializer(model.graph, binding, _FLOAT_NAMES[value.const_value.dtype], weights)
             bindings.append(binding)
         else:
-            quantized.setdefault(binding.parameters, []).append(binding)
+            quantized.setdefault((binding.parameters, binding.rows), []).append(binding)
     for copies in quantized.values():
-        bindings += _quantize(model.graph, copies, weights)
+        bindings += _quantize(model.graph, copies, weights, keep_names)
     model.opset_imports.setdefault(_DOMAIN, 1)
     return bindings
 
 
-def _quantize(graph: ir.Graph, copies: list[Binding], weights: RunWeights) -> list[Binding]:
+def _quantize(graph: ir.Graph, copies: list[Binding], weights: RunWeights, keep_names: bool) -> list[Binding]:
     """Replace every reader of one matrix; they share its operands.
 
     Args:
         graph: the graph to edit.
         copies: the initializers that hold it (a graph may store a tied head and embedding one by one).
         weights: the run.
+        keep_names: see `set_matched_weights`.
     """
     uses = []
     for binding in copies:
@@ -76,20 +78,17 @@ def _quantize(graph: ir.Graph, copies: list[Binding], weights: RunWeights) -> li
             uses.append((use, binding))
     # MatMulNBits first: GatherBlockQuantized then sees the same bytes.
     uses.sort(key=lambda pair: pair[0].node.op_type == "Gather")
-    layout = weights.layout(copies[0].parameters)
-    base = _base_name(copies[0])
+    layout = weights.layout(copies[0].parameters, copies[0].rows)
     operands: list[ir.Value] = []
     result = []
     for count, (use, binding) in enumerate(uses):
-        name = f"/{base.replace('.', '/')}/{_OPERATORS[use.node.op_type == 'Gather']}" + (f"_{count}" if count else "")
+        base, name = _names(use, copies[0], count, keep_names)
         if use.node.op_type == "Gather":
             # Beside a MatMulNBits of the same matrix the codes are a second initializer: another shape of its bytes.
-            rows = f"{base}.rows" if operands else base
-            node = _to_gather(
-                graph, use, name, set_gather_operands(graph, rows, binding.parameters, weights, operands), layout
-            )
+            rows = f"{base}.rows" if operands and not keep_names else base
+            node = _to_gather(graph, use, name, set_gather_operands(graph, rows, binding, weights, operands), layout)
         else:
-            operands = operands or set_operand_initializers(graph, base, binding.parameters, weights)
+            operands = operands or set_operand_initializers(graph, base, binding, weights)
             node = _to_matmul(graph, use, name, operands, layout)
         initializers = quantized_initializers(node)
         result.append(replace(binding, node=name, op=node.op_type, initializers=initializers, transposed=False))
@@ -101,7 +100,7 @@ def _check_stack(binding: Binding, weights: RunWeights) -> None:
     kinds = {weights.run.entry(weights.owner(p)).format for p in binding.parameters}
     if len(kinds) > 1:
         raise UserError(
-            f"initializer {binding.initializers['weight']} of the template holds {', '.join(binding.parameters)}, "
+            f"initializer {binding.initializers['weight']} of the graph holds {', '.join(binding.parameters)}, "
             "which the run stores in different formats; quantize with one --tensor-type for them, or give a template "
             "that keeps them apart"
         )
@@ -125,10 +124,21 @@ def _check_use(use: WeightUse, as_codes: bool, binding: Binding) -> None:
         )
 
 
-def _base_name(binding: Binding) -> str:
-    """Where node and operand names start: the parameter's, or the initializer's where several are stacked."""
-    name = binding.parameters[0] if len(binding.parameters) == 1 else binding.initializers["weight"]
-    return name.removesuffix(".weight")
+def _names(use: WeightUse, binding: Binding, count: int, keep_names: bool) -> tuple[str, str]:
+    """Where the names of operands start, and the node's name.
+
+    They follow the parameter, or the initializer where that is no whole parameter; or the node that is replaced.
+
+    Args:
+        count: how many nodes read this matrix already.
+    """
+    op = _OPERATORS[use.node.op_type == "Gather"]
+    if keep_names:
+        stem = (use.node.name or "").removesuffix(use.node.op_type)
+        return f"{stem.lstrip('/').replace('/', '.')}{_OPERATORS[0]}", stem + op
+    whole = len(binding.parameters) == 1 and not binding.rows
+    base = (binding.parameters[0] if whole else binding.initializers["weight"]).removesuffix(".weight")
+    return base, f"/{base.replace('.', '/')}/{op}" + (f"_{count}" if count else "")
 
 
 def _to_matmul(graph: ir.Graph, use: WeightUse, name: str, operands: list[ir.Value], layout: OperandLayout) -> ir.Node:

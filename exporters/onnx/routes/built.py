@@ -3,92 +3,81 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-import onnx_ir as ir
+from onnx_ir.passes import common
 
-from exporters.onnx.artifact.check import check_bindings
-from exporters.onnx.bindings import Binding, find_bindings
-from exporters.onnx.builder_names import EMBEDDING
+from exporters.onnx.artifact.check import check_complete
+from exporters.onnx.bindings import Binding
+from exporters.onnx.builder_classes import BuilderClass
 from exporters.onnx.options import OnnxOptions
-from exporters.onnx.passes.accuracy_level import set_accuracy_level
-from exporters.onnx.passes.embeddings import set_embedding
-from exporters.onnx.passes.float_matrices import set_float_matrices
-from exporters.onnx.passes.half_weights import halve_weights
-from exporters.onnx.passes.operands import set_operands
-from exporters.onnx.routes.builder import build_graph
-from exporters.onnx.routes.graph import MODEL_FILE, FinishedGraph
-from exporters.onnx.routes.staging import (
-    can_pack_qkv,
-    check_stand_ins,
-    write_float_checkpoint,
-    write_stand_in_checkpoint,
-)
+from exporters.onnx.routes.builder import CannotBuild, build_graph
+from exporters.onnx.routes.graph import FinishedGraph, copy_config_files, replace_weights
+from exporters.onnx.routes.recognition import recognise
+from exporters.onnx.routes.stand_ins import StandIns, stand_in_model
 from exporters.onnx.run_weights import RunWeights
+from signround_edge.errors import CheckFailed, UserError
+from signround_edge.model.config import write_config
+from signround_edge.model.tokenizer import load_tokenizer
 
 
-def build(weights: RunWeights, scratch: Path, companions: Path, options: OnnxOptions) -> FinishedGraph:
-    """Run directory → staged checkpoint → the builder's graph → the run's integers in it.
+def build(
+    weights: RunWeights, row: BuilderClass, scratch: Path, companions: Path, options: OnnxOptions
+) -> FinishedGraph:
+    """Run directory → a model of stand-ins → the builder's graph → the run's integers in it.
 
     Args:
         weights: the run.
+        row: what the builder calls its architecture.
         scratch: folder to make, for what is not kept.
         companions: where the builder's other files go: tokenizer, genai_config.json.
         options: of the export.
     Raises:
-        UserError: the builder cannot make the graph.
-        CheckFailed: a value of its graph is not what it was given.
+        CannotBuild: the builder cannot make the graph, a parameter of the run is not to be found in it, or a quantized
+            matrix has no quantized form there.
+        UserError: the run's tokenizer cannot be read.
     """
     from onnxruntime_genai import __version__ as builder_version
 
-    staging, built = scratch / "staging", scratch / "built"
     options.log("onnx: building the graph with onnxruntime-genai's model builder")
-    if options.dtype is None:
-        write_stand_in_checkpoint(weights, staging)
-        build_graph(staging, built, "int4", pack_qkv=can_pack_qkv(weights.run))
-    else:
-        write_float_checkpoint(weights.run, staging)
-        build_graph(staging, built, "fp32")
-    shutil.rmtree(staging)
+    load_tokenizer(weights.run.config_dir)  # the builder would say less about what is wrong with it
+    config_dir, built = scratch / "config", scratch / "built"
+    copy_config_files(weights.run, config_dir)
+    config = {key: value for key, value in weights.run.config.items() if key != "quantization_config"}
+    write_config(config_dir, config)  # the run's weights are not in the source's integers any more
+    stand_ins = StandIns(weights.run)
+    for pack_qkv in (True, False):
+        shutil.rmtree(built, ignore_errors=True)
+        model = build_graph(stand_in_model(weights.run, stand_ins), row, config_dir, built, pack_qkv)
+        common.LiftConstantsToInitializersPass(lift_all_constants=False)(model)
+        matched = recognise(model.graph, weights, stand_ins)
+        if options.dtype is not None or not any(_is_mixed(binding, weights) for binding in matched):
+            break
+    _check_complete(matched, weights)
     for file in sorted(built.iterdir()):
-        if not file.name.startswith(MODEL_FILE):
-            shutil.move(file, companions / file.name)
-    model = ir.load(built / MODEL_FILE)
-    options.log("onnx: checking every tensor of the graph against the run directory")
-    _check_built(model.graph, weights, control=options.dtype is not None)
-    return FinishedGraph(model, _finish(model, weights, options), f"onnxruntime-genai {builder_version}", True)
+        shutil.move(file, companions / file.name)
+    try:
+        bindings = replace_weights(model, matched, weights, options, keep_names=True)
+    except UserError as error:
+        raise CannotBuild(str(error).partition(";")[0]) from error
+    bindings = [_of_head(binding, weights) for binding in bindings]
+    return FinishedGraph(model, bindings, f"onnxruntime-genai {builder_version}", True)
 
 
-def _check_built(graph: ir.Graph, weights: RunWeights, control: bool) -> None:
-    """What the builder stores must be what it was given, each under its name: that proves the mapping of names.
-
-    A control holds the run's floats, a quantized graph the stand-ins of `staging` and small floats.
-    """
-    bindings = find_bindings(graph)
-    if control:
-        check_bindings(graph, bindings, weights)
-        return
-    bindings = [b for b in bindings if b.parameters != (EMBEDDING,)]
-    check_bindings(graph, [b for b in bindings if not b.quantized], weights)
-    check_stand_ins(graph, [b for b in bindings if b.quantized], weights)
+def _is_mixed(binding: Binding, weights: RunWeights) -> bool:
+    """Whether a stacked matrix has parts of several formats."""
+    return len({weights.run.entry(p).format for p in binding.parameters}) > 1
 
 
-def _finish(model: ir.Model, weights: RunWeights, options: OnnxOptions) -> list[Binding]:
-    """The passes, in order; returns what the finished graph holds."""
-    if options.dtype is None:
-        set_operands(model.graph, weights)
-        set_float_matrices(model.graph, weights)
-        set_embedding(model.graph, weights)
-        set_accuracy_level(model.graph, options.accuracy_level)
-        _drop_unused_initializers(model.graph)
-    bindings = find_bindings(model.graph)
-    if options.dtype == "f16":
-        halve_weights(model.graph, bindings, weights)
-    return bindings
+def _check_complete(matched: list[Binding], weights: RunWeights) -> None:
+    try:
+        check_complete(matched, weights)
+    except CheckFailed as error:
+        raise CannotBuild(str(error)) from error
 
 
-def _drop_unused_initializers(graph: ir.Graph) -> None:
-    """onnx_ir's RemoveUnusedNodesPass does that too, but also cuts empty inputs off the builder's nodes."""
-    for name, value in list(graph.initializers.items()):
-        if not value.uses():
-            del graph.initializers[name]
+def _of_head(binding: Binding, weights: RunWeights) -> Binding:
+    """The binding of a tied head by its own name."""
+    head = next((alias for alias, owner in weights.run.manifest.tied.items() if (owner,) == binding.parameters), None)
+    return replace(binding, parameters=(head,)) if head and binding.op in ("MatMul", "MatMulNBits") else binding

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exporters.onnx.builder_names import GENAI_CONFIG
+from exporters.onnx.builder_classes import GENAI_CONFIG
 from exporters.onnx.routes.graph import MODEL_FILE
 from exporters.onnx.routes.traced_cache import State
 from signround_edge.errors import UserError

@@ -38,7 +38,7 @@ class FinishedGraph:
 
 
 def replace_weights(
-    model: ir.Model, matched: list[Binding], weights: RunWeights, options: OnnxOptions
+    model: ir.Model, matched: list[Binding], weights: RunWeights, options: OnnxOptions, keep_names: bool = False
 ) -> list[Binding]:
     """Put the run's weights in the place of a float graph's; returns what the finished graph holds.
 
@@ -47,10 +47,11 @@ def replace_weights(
         matched: what `matching` found in it.
         weights: the run.
         options: of the export.
+        keep_names: see `set_matched_weights`.
     Raises:
         UserError: see `set_matched_weights`.
     """
-    bindings = set_matched_weights(model, matched, weights, keep_floats=options.dtype is not None)
+    bindings = set_matched_weights(model, matched, weights, options.dtype is not None, keep_names)
     set_accuracy_level(model.graph, options.accuracy_level)
     common.RemoveUnusedNodesPass()(model)
     if options.dtype == "f16":

@@ -143,14 +143,14 @@ def _choose(initializer: str, candidates: list[_Found], limit: float) -> tuple[_
     unclear = [c for c in candidates if c.error < _CLEAR * nearest or c.error == nearest]
     if len(unclear) == 1:
         return near[0], rivals
-    likeness = [_likeness(initializer, c.parameter) for c in unclear]
-    first = unclear[int(np.argmax(likeness))]
-    if first.error <= limit and (likeness.count(max(likeness)) == 1 or all(c.error == 0 for c in unclear)):
+    alike = [likeness(initializer, c.parameter) for c in unclear]
+    first = unclear[int(np.argmax(alike))]
+    if first.error <= limit and (alike.count(max(alike)) == 1 or all(c.error == 0 for c in unclear)):
         return first, rivals
     return None, unclear
 
 
-def _likeness(initializer: str, parameter: str) -> float:
+def likeness(initializer: str, parameter: str) -> float:
     """Shared words of two names over all of them, between 0 and 1."""
     ours, theirs = ({w for w in re.split(r"[^a-z0-9]+", n.lower()) if w} for n in (parameter, initializer))
     return len(ours & theirs) / len(ours | theirs)

@@ -11,7 +11,7 @@ from onnx_ir.passes import common
 
 from exporters.onnx.artifact.reader import open_model
 from exporters.onnx.bindings import Binding
-from exporters.onnx.builder_names import GENAI_CONFIG
+from exporters.onnx.builder_classes import GENAI_CONFIG
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx.routes.graph import MODEL_FILE, FinishedGraph, copy_config_files, replace_weights
 from exporters.onnx.routes.matching import NEAR, match_weights

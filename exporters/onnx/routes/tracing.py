@@ -66,10 +66,8 @@ def trace(weights: RunWeights, companions: Path, options: OnnxOptions) -> Finish
         UserError: torch cannot trace this architecture, or a quantized matrix has no quantized form in the graph.
         CheckFailed: the graph lacks a parameter of the run.
     """
-    options.log(
-        "onnx: onnxruntime-genai's model builder does not know this architecture; tracing it with torch.onnx.export"
-        + (". The graph has no KV cache: it runs in plain ONNX Runtime, not in onnxruntime-genai" * options.no_cache)
-    )
+    if options.no_cache:
+        options.log("onnx: the graph has no KV cache: it runs in plain ONNX Runtime, not in onnxruntime-genai")
     model = trace_graph(weights.run, not options.no_cache, options.log)
     options.log("onnx: matching the graph's weights with the run directory")
     matched = match_weights(model.graph, weights, limit=0.0).bindings

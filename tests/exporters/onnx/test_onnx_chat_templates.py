@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from exporters.onnx.artifact.reader import changed_files
 from exporters.onnx.artifact.sidecar import Sidecar
-from exporters.onnx.routes.builder import build_graph
+from exporters.onnx.routes.builder import write_float_graph
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.onnx.conftest import export
 
@@ -50,7 +50,7 @@ def test_both_libraries_find_the_templates(layout: str, route: str, llama_run: R
     run = with_templates(llama_run, tmp_path / "run", TEMPLATES, layout)
     template = None
     if route == "template":
-        build_graph(llama_run.path.parent / "model", tmp_path / "fp32", "fp32")
+        write_float_graph(llama_run.path.parent / "model", tmp_path / "fp32")
         template = tmp_path / "fp32"
     lines: list[str] = []
     out = export(run, tmp_path / "out", log=lines.append, template=template)

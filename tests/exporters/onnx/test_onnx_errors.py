@@ -4,20 +4,24 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
+from torch import nn
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from exporters.gguf import GgufExporter
 from exporters.interface import ExportOptions, options_for
 from exporters.onnx import OnnxExporter
 from exporters.onnx import export as export_module
+from exporters.onnx.bindings import Binding
+from exporters.onnx.builder_classes import BuilderClass
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx.routes import built
-from signround_edge.errors import CheckFailed, UserError
+from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.onnx.conftest import BASE, Exported, export
 
@@ -30,20 +34,6 @@ def refused(run: RunDirectory, out: Path, **options: object) -> str:
     assert "\n" not in str(caught.value)
     assert not out.with_name(out.name + ".partial").exists()
     return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("config", "rope"),
-    [(LlamaConfig, {"rope_type": "linear", "factor": 4.0}), (Qwen2Config, {"rope_type": "yarn", "factor": 4.0})],
-)
-def test_rope_types_that_the_builder_gets_wrong_are_refused(
-    config: type[PretrainedConfig], rope: dict[str, object], make_random_run: MakeRun, tmp_path: Path
-) -> None:
-    parameters = {"rope_theta": 10000.0, "original_max_position_embeddings": 64, **rope}
-    run = make_random_run(config(**{**BASE, "num_hidden_layers": 1}, rope_parameters=parameters), "onnx:w4g32")
-    message = refused(run, tmp_path / "out")
-    assert str(rope["rope_type"]) in message
-    assert "default" in message
 
 
 def test_a_grid_with_a_minimum_names_schemes_that_export(make_random_run: MakeRun, tmp_path: Path) -> None:
@@ -142,33 +132,63 @@ def test_a_killed_exports_leftovers_are_cleaned(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("operand", ["qweight", "scales", "qzeros"])
+def traced_because(run: RunDirectory, out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The line that says why the builder's graph is not taken."""
+
+    def trace(*arguments: object) -> None:
+        raise UserError("traced")
+
+    monkeypatch.setattr(export_module, "trace", trace)
+    lines: list[str] = []
+    with pytest.raises(UserError, match="traced"):
+        export(run, out, log=lines.append)
+    assert list(out.parent.iterdir()) == []
+    (line,) = [line for line in lines if "tracing it" in line]
+    return line
+
+
 def test_a_builder_that_changes_a_value_is_caught_and_the_tensor_named(
-    operand: str, llama_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build = built.build_graph
 
-    def build_wrongly(checkpoint: Path, out: Path, precision: str, pack_qkv: bool = True) -> None:
-        build(checkpoint, out, precision, pack_qkv)
-        model = ir.load(out / "model.onnx")
-        tensor = model.graph.initializers[f"model.layers.1.mlp.down_proj.MatMulNBits.{operand}"].const_value
-        data = bytearray((out / "model.onnx.data").read_bytes())
-        data[tensor.offset + tensor.length // 2] ^= 1
-        (out / "model.onnx.data").write_bytes(data)
+    def build_wrongly(model: nn.Module, row: BuilderClass, config: Path, out: Path, pack_qkv: bool = True) -> ir.Model:
+        graph = build(model, row, config, out, pack_qkv)
+        value = graph.graph.initializers["model.layers.1.mlp.down_proj.MatMul.weight"]
+        array = value.const_value.numpy().copy()
+        array[3, 5] *= 2
+        value.const_value = ir.Tensor(array)
+        return graph
 
     monkeypatch.setattr(built, "build_graph", build_wrongly)
-    with pytest.raises(CheckFailed, match=r"model\.layers\.1\.mlp\.down_proj\.weight .* differ .* in 1 of"):
-        export(llama_run, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    line = traced_because(llama_run, tmp_path / "out", monkeypatch)
+    assert "tensor model.layers.1.mlp.down_proj.weight of the run directory is not in the ONNX graph" in line
 
 
 def test_a_parameter_that_the_graph_does_not_hold_is_caught(
     llama_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = built.find_bindings
-    monkeypatch.setattr(built, "find_bindings", lambda graph: find(graph)[:-2])
-    with pytest.raises(CheckFailed, match=r"model\.norm\.weight"):
-        export(llama_run, tmp_path / "out")
+    find = built.recognise
+
+    def without_the_last_norm(*arguments: Any) -> list[Binding]:
+        return [b for b in find(*arguments) if b.parameters != ("model.norm.weight",)]
+
+    monkeypatch.setattr(built, "recognise", without_the_last_norm)
+    assert "tensor model.norm.weight " in traced_because(llama_run, tmp_path / "out", monkeypatch)
+
+
+def test_a_row_that_the_graph_does_not_hold_is_caught(
+    llama_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = built.recognise
+
+    def without_a_row(*arguments: Any) -> list[Binding]:
+        name = "model.layers.0.mlp.up_proj.weight"
+        return [replace(b, rows=((0, 511),)) if b.parameters == (name,) else b for b in find(*arguments)]
+
+    monkeypatch.setattr(built, "recognise", without_a_row)
+    line = traced_because(llama_run, tmp_path / "out", monkeypatch)
+    assert "tensor model.layers.0.mlp.up_proj.weight " in line
 
 
 def test_a_bias_of_zeros_may_be_left_out(make_random_run: MakeRun, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from exporters.onnx.artifact.reader import open_artifact, read_sidecar, read_tensors
 from exporters.onnx.artifact.sidecar import SIDECAR, hash_files
-from exporters.onnx.routes.builder import build_graph
+from exporters.onnx.routes.builder import write_float_graph
 from runtime_tests.verify import verify
 from signround_edge.cli import main
 from signround_edge.errors import UserError
@@ -97,7 +97,7 @@ def from_torch(torch_template: tuple[RunDirectory, Path], tmp_path_factory: pyte
 def builder_template(llama_run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The builder's fp32 graph: packed QKV, KV cache, its own names."""
     out = tmp_path_factory.mktemp("builder") / "fp32"
-    build_graph(source_of(llama_run), out, "fp32")
+    write_float_graph(source_of(llama_run), out)
     return out
 
 

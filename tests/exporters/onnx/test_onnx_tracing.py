@@ -35,7 +35,7 @@ NEOX = {**COMMON, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layer
 OPT = {**NEOX, "ffn_dim": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 128}
 BLOOM = {**COMMON, "hidden_size": 64, "n_layer": 2, "n_head": 4}
 FALCON = {**COMMON, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-GEMMA3 = {**NEOX, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": 16}
+OLMO2 = {**NEOX, "num_key_value_heads": 2, "tie_word_embeddings": True}
 
 full = pytest.mark.full
 FAMILIES = {
@@ -47,7 +47,7 @@ FAMILIES = {
     "bloom-2-bits": (transformers.BloomConfig(**BLOOM), "onnx:w2g16-asym"),
     "gpt2-untied": (transformers.GPT2Config(**GPT2, tie_word_embeddings=False), "onnx:w8g32"),
     "falcon-tied": (transformers.FalconConfig(**FALCON), "onnx:w4g32"),
-    "gemma3-tied": (transformers.Gemma3TextConfig(**GEMMA3), "onnx:w4g32"),
+    "olmo2-tied": (transformers.Olmo2Config(**OLMO2), "onnx:w4g32"),
 }
 BY_DEFAULT = ("gpt2-conv1d-tied",)
 TOKENS = torch.randint(3, 600, (3, 37), generator=torch.Generator().manual_seed(1))  # traced with 2 × 8

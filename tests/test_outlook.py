@@ -36,9 +36,6 @@ def test_what_will_not_work_is_said_with_the_way_out(tmp_path: Path) -> None:
     ways = {a.step: a for a in outlook(str(save_random_model(experts, tmp_path / "experts"))).answers}
     assert ways["export --format gguf"].works
     assert "each expert computes for every token" in ways["export --format onnx"].how
-    rope = LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
-    ways = {a.step: a for a in outlook(str(save_random_model(rope, tmp_path / "rope"))).answers}
-    assert "RoPE type 'linear'" in ways["export --format onnx"].how
 
 
 def test_a_folder_that_is_no_model_is_an_answer_and_no_folder_an_error(tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ from exporters.onnx.artifact.layouts import Layout, layout_of
 from exporters.onnx.artifact.model_file import write_model
 from exporters.onnx.artifact.ort_format import write_ort_format
 from exporters.onnx.artifact.sidecar import SIDECAR, Sidecar, hash_files
-from exporters.onnx.artifact.transformers_js import prepare_graph, write_companions
+from exporters.onnx.artifact.transformers_js import check_cache, write_companions
 from exporters.onnx.builder_classes import GENAI_CONFIG, builder_class
 from exporters.onnx.fused_level import set_fused_level
 from exporters.onnx.options import TRANSFORMERS_JS, OnnxOptions
+from exporters.onnx.passes.cache_shapes import pin_head_size
 from exporters.onnx.passes.portable_gather import use_portable_gathers
 from exporters.onnx.passes.provenance import provenance, set_provenance
 from exporters.onnx.passes.standard_operators import use_standard_operators
@@ -119,7 +120,8 @@ def _write(
     set_provenance(graph.model, provenance(weights, graph.made_by))
     layout = layout_of(options.layout, graph.model.graph)
     if options.layout == TRANSFORMERS_JS:
-        prepare_graph(graph.model.graph, companions)
+        check_cache(graph.model.graph)
+        pin_head_size(graph.model.graph, companions / GENAI_CONFIG)  # of a template
         use_portable_gathers(graph.model)
     model = partial / layout.model
     model.parent.mkdir(exist_ok=True)

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from exporters.onnx.fused_level import FUSED_LEVEL
 from exporters.onnx.passes.accuracy_level import set_accuracy_level
 from signround_edge.evaluation.torch_models import load_run_model
-from signround_edge.model.config import head_dim
 from signround_edge.run_directory import RunDirectory
 
 FloatArray = NDArray[np.float32]
@@ -71,7 +70,7 @@ def divergence(run: RunDirectory, model: Path, steps: int = _STEPS) -> Divergenc
         expected = reference(input_ids=torch.from_numpy(tokens), use_cache=False).logits.float()
     del reference
     with _at_level_1(model) as comparable:
-        found = CachedGraph(comparable, head_dim(run.config))
+        found = CachedGraph(comparable)
     texts = _kl(expected[:, :length], found.append(tokens[:, :length]))
     stepwise = [found.append(tokens[:, i : i + 1]) for i in range(length, length + steps)]
     return Divergence(texts, _kl(expected[:, length:], np.concatenate(stepwise, axis=1)))
@@ -91,13 +90,9 @@ def _at_level_1(model: Path) -> Iterator[Path]:
 
 
 class CachedGraph:
-    """A graph in ONNX Runtime with the state that it gave last.
+    """A graph in ONNX Runtime with the state that it gave last."""
 
-    Args:
-        head_dim: values a head, where the graph leaves that open.
-    """
-
-    def __init__(self, model: Path, head_dim: int) -> None:
+    def __init__(self, model: Path) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -107,7 +102,6 @@ class CachedGraph:
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.state: dict[str, FloatArray] = {}
-        self.head_dim = head_dim
         self.length = 0
 
     def append(self, tokens: IntArray) -> FloatArray:
@@ -132,8 +126,7 @@ class CachedGraph:
     def _empty(self, name: str, batch: int) -> FloatArray:
         """The state before any token: no keys and values, or zeros."""
         _, *sizes = self.inputs[name].shape
-        open_sizes = {"kv_cache_dim": self.head_dim}  # the builder's word; what else is open is the length
-        shape = (batch, *(size if isinstance(size, int) else open_sizes.get(size, 0) for size in sizes))
+        shape = (batch, *(size if isinstance(size, int) else 0 for size in sizes))  # what is open is the length
         return np.zeros(shape, dtype=np.float32)
 
 

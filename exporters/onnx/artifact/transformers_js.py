@@ -39,28 +39,14 @@ _GENERATION_CONFIG = "generation_config.json"
 _CHAT_TEMPLATE, _TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
 
-def prepare_graph(graph: ir.Graph, companions: Path) -> None:
-    """Write the size of a head into the cache's shapes, where a graph leaves it open: transformers.js takes 0 for that.
-
-    Args:
-        graph: edited in place.
-        companions: folder with genai_config.json.
-    Raises:
-        UserError: the graph has no cache, and transformers.js generates with one only.
-    """
+def check_cache(graph: ir.Graph) -> None:
+    """UserError for a graph that transformers.js cannot feed: it generates with a cache only."""
     names = [str(value.name) for value in graph.inputs]
     if not any(_KEY.fullmatch(name) for name in names):
         raise UserError(
             f"--layout transformers.js: the graph has no key-value cache (inputs {', '.join(names)}), and "
             "transformers.js generates with one only; export it with its cache, or in the other layout"
         )
-    if not (companions / GENAI_CONFIG).is_file():
-        return
-    decoder = json.loads((companions / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]
-    for value in [*graph.inputs, *graph.outputs]:
-        is_cache = str(value.name).startswith(("past_key_values.", "present."))
-        if is_cache and value.shape is not None and len(value.shape) == 4 and not isinstance(value.shape[3], int):
-            value.shape = ir.Shape([*value.shape[:3], decoder["head_size"]])
 
 
 def write_companions(

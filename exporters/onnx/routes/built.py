@@ -10,8 +10,9 @@ from onnx_ir.passes import common
 
 from exporters.onnx.artifact.check import check_complete
 from exporters.onnx.bindings import Binding
-from exporters.onnx.builder_classes import BuilderClass
+from exporters.onnx.builder_classes import GENAI_CONFIG, BuilderClass
 from exporters.onnx.options import OnnxOptions
+from exporters.onnx.passes.cache_shapes import pin_head_size
 from exporters.onnx.routes.builder import CannotBuild, build_graph
 from exporters.onnx.routes.graph import FinishedGraph, copy_config_files, replace_weights
 from exporters.onnx.routes.recognition import recognise
@@ -57,6 +58,7 @@ def build(
     _check_complete(matched, weights)
     for file in sorted(built.iterdir()):
         shutil.move(file, companions / file.name)
+    pin_head_size(model.graph, companions / GENAI_CONFIG)
     try:
         bindings = replace_weights(model, matched, weights, options, keep_names=True)
     except UserError as error:

@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_the_earlier_export_and_no_partial_one(
     out = shutil.copytree(llama_export.folder, tmp_path / "out")
     before = {file.name: file.read_bytes() for file in out.iterdir()}
 
-    def full(model: ir.Model, path: Path, most: int | None) -> None:
+    def full(model: ir.Model, path: Path, most: int | None, ending: str) -> None:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -122,7 +122,7 @@ def test_a_killed_exports_leftovers_are_cleaned(
     leftover.mkdir(parents=True)
     (leftover / "half.safetensors").write_bytes(b"half")
 
-    def killed(model: ir.Model, path: Path, most: int | None) -> None:
+    def killed(model: ir.Model, path: Path, most: int | None, ending: str) -> None:
         assert not (leftover / "half.safetensors").exists()
         raise KeyboardInterrupt
 

@@ -145,11 +145,14 @@ def test_a_traced_graph_takes_them_too(make_random_run: MakeRun, tmp_path: Path)
     run = make_random_run(config, "onnx:w4g32")
     folder = export(run, tmp_path / "out", operators="qdq")
     assert differing(run, folder) == []
+    decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+    assert decoder["session_options"]["session.qdq_matmulnbits_accuracy_level"] == "0"
+    whole = export(run, tmp_path / "whole", operators="qdq", no_cache=True)
     assert (
-        'add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")' in (folder / "README.md").read_text()
+        'add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")' in (whole / "README.md").read_text()
     )
     with pytest.raises(UserError, match=r"needs a genai_config\.json, and this graph has none"):
-        set_fused_level(folder / "genai_config.json", 4)
+        set_fused_level(whole / "genai_config.json", 4)
 
 
 def test_the_level_stands_where_onnxruntime_genai_reads_it(llama_run: RunDirectory, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from signround_edge.run_directory import RunDirectory
 from tests.exporters.onnx.conftest import Exported, export
 from tests.exporters.onnx.test_onnx_export import TOKENS as GENAI_TOKENS
 from tests.exporters.onnx.test_onnx_export import assert_weights_equal, mean_kl, onnx_logits, torch_logits
-from tests.exporters.onnx.test_onnx_tracing import FAMILIES, GPT2, TOKENS, logits_without_cache, reference_logits
+from tests.exporters.onnx.test_onnx_tracing import FAMILIES, GPT2, TOKENS, logits_of, reference_logits
 from tests.support import make_run
 
 MakeRun = Callable[[PretrainedConfig, str], RunDirectory]
@@ -121,7 +121,7 @@ def test_a_torch_graph_computes_what_torch_computes_with_the_run(
 ) -> None:
     reference = reference_logits(from_torch.run, TOKENS)
     assert reference.std() > 0.5
-    assert mean_kl(reference, logits_without_cache(from_torch.folder, TOKENS)) <= 1e-9
+    assert mean_kl(reference, logits_of(from_torch.folder, TOKENS)) <= 1e-9
     with torch.no_grad():
         original = transformers.AutoModelForCausalLM.from_pretrained(source_of(from_torch.run)).eval()(TOKENS).logits
     assert mean_kl(original, reference) > 1e-4
@@ -204,7 +204,7 @@ def test_weights_in_f16_behind_casts_are_replaced_too(
     run, template = torch_template
     out = export(run, tmp_path / "out", template=halved(template, tmp_path / "half.onnx"))
     assert_weights_equal(run, out)
-    assert mean_kl(reference_logits(run, TOKENS), logits_without_cache(out, TOKENS)) <= 1e-6
+    assert mean_kl(reference_logits(run, TOKENS), logits_of(out, TOKENS)) <= 1e-6
     with pytest.raises(UserError, match=r"--dtype f32: the weights of --template .* are f16"):
         export(run, tmp_path / "control", template=tmp_path / "half.onnx", dtype="f32")
 
@@ -214,7 +214,7 @@ def test_weights_in_f16_stay_so_in_an_f16_control(torch_template: tuple[RunDirec
     out = export(run, tmp_path / "out", template=halved(template, tmp_path / "half.onnx"), dtype="f16")
     assert {kind for _, kind, shape, _ in read_tensors(out) if len(shape) == 2} == {"F16"}
     assert_weights_equal(run, out)
-    assert mean_kl(reference_logits(run, TOKENS), logits_without_cache(out, TOKENS)) <= 1e-4
+    assert mean_kl(reference_logits(run, TOKENS), logits_of(out, TOKENS)) <= 1e-4
 
 
 def test_weights_that_an_old_graph_lists_among_its_inputs_are_no_inputs(
@@ -227,7 +227,7 @@ def test_weights_that_an_old_graph_lists_among_its_inputs_are_no_inputs(
     out = export(run, tmp_path / "out", template=tmp_path / "old.onnx")
     assert [value.name for value in open_artifact(out).graph.inputs] == ["input_ids", "attention_mask"]
     assert_weights_equal(run, out)
-    assert mean_kl(reference_logits(run, TOKENS), logits_without_cache(out, TOKENS)) <= 1e-9
+    assert mean_kl(reference_logits(run, TOKENS), logits_of(out, TOKENS)) <= 1e-9
 
 
 @full
@@ -236,7 +236,7 @@ def test_a_graph_that_computes_in_f16_gets_casts_around_our_nodes(make_random_ru
     template = export_float_model(source_of(run), tmp_path / "half.onnx", torch.float16)
     out = export(run, tmp_path / "out", template=template)
     assert_weights_equal(run, out)
-    assert mean_kl(reference_logits(run, TOKENS), logits_without_cache(out, TOKENS).float()) <= 1e-3
+    assert mean_kl(reference_logits(run, TOKENS), logits_of(out, TOKENS).float()) <= 1e-3
 
 
 def test_tuned_norms_and_biases_take_the_place_of_the_templates(
@@ -250,7 +250,7 @@ def test_tuned_norms_and_biases_take_the_place_of_the_templates(
     tuned = make_run(model, tmp_path / "run", run.manifest.scheme)
     out = export(tuned, tmp_path / "out", template=template)
     assert_weights_equal(tuned, out)
-    assert mean_kl(reference_logits(tuned, TOKENS), logits_without_cache(out, TOKENS)) <= 1e-9
+    assert mean_kl(reference_logits(tuned, TOKENS), logits_of(out, TOKENS)) <= 1e-9
 
 
 # Errors

@@ -25,26 +25,28 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 MIXED = ["linear_attention", "full_attention"]
 
 FAMILIES = {
-    "lfm2": transformers.Lfm2Config(
-        **TWO, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, conv_L_cache=3
+    "lfm2_moe": transformers.Lfm2MoeConfig(
+        **TWO, **EXPERTS, layer_types=["conv", "full_attention"], conv_L_cache=3, num_experts=4, num_dense_layers=1,
     ),
     "mamba2": transformers.Mamba2Config(**COMMON, **MAMBA, hidden_size=64, num_hidden_layers=1, expand=2),
-    "qwen3_5": transformers.Qwen3_5TextConfig(**TWO, **DELTA, head_dim=32, layer_types=MIXED),
+    "qwen3_next": transformers.Qwen3NextConfig(
+        **TWO, **DELTA, **EXPERTS, head_dim=32, layer_types=MIXED, num_experts=4, shared_expert_intermediate_size=64,
+    ),
     "qwen3_moe": transformers.Qwen3MoeConfig(**{**ATTENTION, **EXPERTS}, num_hidden_layers=1, num_experts=4),
     "deepseek_v2": transformers.DeepseekV2Config(
         **{**ATTENTION, **MLA, **EXPERTS, "num_key_value_heads": 4}, num_hidden_layers=2, n_routed_experts=4,
         first_k_dense_replace=1, n_shared_experts=1,
     ),
-    "gemma2-window": transformers.Gemma2Config(**TWO, head_dim=16, sliding_window=8),
+    "olmo3-window": transformers.Olmo3Config(**TWO, sliding_window=8, layer_types=["sliding_attention"] * 2),
     "llama4": transformers.Llama4TextConfig(
         **TWO, head_dim=16, num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=64,
     ),
 }  # fmt: skip
-BY_DEFAULT = ("lfm2", "mamba2", "qwen3_moe")
+BY_DEFAULT = ("lfm2_moe", "mamba2")
 KINDS = {
-    "lfm2": {"conv", "key", "value"},
+    "lfm2_moe": {"conv", "key", "value"},
     "mamba2": {"conv", "recurrent"},
-    "qwen3_5": {"conv", "recurrent", "key", "value"},
+    "qwen3_next": {"conv", "recurrent", "key", "value"},
 }
 
 

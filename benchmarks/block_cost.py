@@ -4,9 +4,9 @@
     python -m benchmarks.block_cost gpt-oss-20b --scheme gguf:q4_0 --steps 20
 
 A checkpoint with one block of the published sizes (bf16, a vocabulary of 3,072) is tuned by the real command as a child
-process, once with a single step and once with more: the difference is the price of a step, and what remains that of
-everything before (loading, statistics, scale search, GPTQ's codes). The peak is of the whole process. Time is CPU time,
-since machines are shared.
+process: 8 texts of 256 tokens, batches of 4. The peak is of the whole process. Time is CPU time, since machines are
+shared. With `--per-step` it is tuned again with a single step: the difference is the price of a step, and what remains
+that of everything before (loading, statistics, scale search, GPTQ's codes).
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class Row:
     Attributes:
         weights: of the block, in millions.
         peak_gb: the largest resident set while it is tuned, in 10^9 bytes.
-        before_s: CPU seconds of the whole command without its steps.
-        step_s: CPU seconds a step.
+        cpu_s: CPU seconds of the whole command.
+        step_s: CPU seconds a step, where that was measured.
     """
 
     shape: str
@@ -96,8 +96,8 @@ class Row:
     steps: int
     weights: float
     peak_gb: float
-    before_s: float
-    step_s: float
+    cpu_s: float
+    step_s: float | None
 
 
 def main() -> int:
@@ -106,6 +106,7 @@ def main() -> int:
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)} (default: all)")
     parser.add_argument("--scheme", default="gguf:q4_k_m")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--per-step", action="store_true", help="tune again with one step")
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     args = parser.parse_args()
     unknown = [name for name in args.shapes if name not in SHAPES]
@@ -114,25 +115,25 @@ def main() -> int:
     rows = []
     for name in args.shapes or SHAPES:
         with tempfile.TemporaryDirectory(prefix="block-cost-", dir=args.folder) as folder:
-            rows.append(_measure(name, args.scheme, args.steps, Path(folder)))
+            rows.append(_measure(name, args.scheme, args.steps, args.per_step, Path(folder)))
         print(json.dumps(asdict(rows[-1])), flush=True)
     print("\n".join(_table(rows)))
     return 0
 
 
-def _measure(name: str, scheme: str, steps: int, folder: Path) -> Row:
+def _measure(name: str, scheme: str, steps: int, per_step: bool, folder: Path) -> Row:
     write_random(folder / "model", SHAPES[name])
-    one, more = (_tune(folder, scheme, count) for count in (1, 1 + steps))
-    step_s = (more.cpu_s - one.cpu_s) / steps
+    tuned = _tune(folder, scheme, steps)
+    step_s = (tuned.cpu_s - _tune(folder, scheme, 1).cpu_s) / (steps - 1) if per_step else None
     megabytes = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors")) / 1e6
     return Row(
         name,
         scheme,
         steps,
         round(megabytes / 2),
-        round(more.peak_mb / 1e3, 2),
-        round(one.cpu_s - step_s, 1),
-        round(step_s, 1),
+        round(tuned.peak_mb / 1e3, 2),
+        round(tuned.cpu_s, 1),
+        None if step_s is None else round(step_s, 1),
     )
 
 
@@ -145,12 +146,10 @@ def _tune(folder: Path, scheme: str, steps: int) -> Cost:
 
 
 def _table(rows: list[Row]) -> list[str]:
-    head = [
-        "| block of | weights | scheme | peak | CPU s before the steps | CPU s a step |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ["| block of | weights | scheme | steps | peak | CPU s | CPU s a step |", "|---|---|---|---|---|---|---|"]
     return head + [
-        f"| {r.shape} | {r.weights:.0f} M | {r.scheme} | {r.peak_gb} GB | {r.before_s} | {r.step_s} |" for r in rows
+        f"| {r.shape} | {r.weights:.0f} M | {r.scheme} | {r.steps} | {r.peak_gb} GB | {r.cpu_s} | {r.step_s or '–'} |"
+        for r in rows
     ]
 
 

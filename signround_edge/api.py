@@ -126,6 +126,7 @@ def export(
     operators: str | None = None,
     ort_format: bool = False,
     layout: str | None = None,
+    io_dtype: str | None = None,
     no_cache: bool = False,
     card_text: StrPath | None = None,
     mmproj: StrPath | None = None,
@@ -140,7 +141,7 @@ def export(
         template: GGUF: a file whose metadata to copy; ONNX: a float graph of the model.
         dtype: "f32" or "f16" writes the dequantized weights as floats instead.
         split_max_size: split the data into files of at most this size: 500_000_000, "500M" or "4G".
-        accuracy_level, scale_dtype, operators, ort_format, layout, no_cache: ONNX: see
+        accuracy_level, scale_dtype, operators, ort_format, layout, io_dtype, no_cache: ONNX: see
             `exporters.onnx.options.OnnxOptions`.
         card_text: ONNX: text on which the card says what accuracy level 4 costs; None takes shipped speeches.
         mmproj, mmproj_from: GGUF: see `exporters.gguf.options.GgufOptions`.
@@ -159,7 +160,8 @@ def export(
     given = {
         "template": _path("--template", template), "dtype": dtype, "split_max_bytes": _bytes_of(split_max_size),
         "log": shown.line, "accuracy_level": accuracy_level, "scale_dtype": scale_dtype,
-        "operators": operators, "ort_format": ort_format or None, "layout": layout, "no_cache": no_cache or None,
+        "operators": operators, "ort_format": ort_format or None, "layout": layout,
+        "io_dtype": io_dtype, "no_cache": no_cache or None,
         "mmproj": _path("--mmproj", mmproj),
         "mmproj_from": None if mmproj_from is None else _text("--mmproj-from", mmproj_from),
     }  # fmt: skip

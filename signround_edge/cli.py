@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from exporters.interface import DTYPES
-from exporters.onnx.options import ACCURACY_LEVELS, LAYOUTS, OPERATORS, SCALE_DTYPES
+from exporters.onnx.options import ACCURACY_LEVELS, IO_DTYPES, LAYOUTS, OPERATORS, SCALE_DTYPES
 from signround_edge import __version__
 from signround_edge.arguments import path_of
 from signround_edge.errors import CheckFailed, UserError
@@ -206,11 +206,12 @@ def rotate(model: str, out: Path, seed: int) -> None:
 @click.option("--split-max-size", "--max-shard-size", help="Split the data into files of at most this size (500M, 4G).")
 @click.option("--ort-format", is_flag=True, help="ONNX: also write model.ort and the list of operators that it needs.")
 @click.option("--layout", type=click.Choice(LAYOUTS), help="ONNX: whose names and places of files.")
+@click.option("--io-dtype", type=click.Choice(IO_DTYPES), help="ONNX: what the graph computes in.")
 @click.option("--no-cache", is_flag=True, help="ONNX: a traced graph that takes whole texts.")
 def export(
     run: Path, target: str, out: Path, template: Path | None, accuracy_level: str | None, scale_dtype: str | None,
     operators: str | None, card_text: Path | None, dtype: str | None, split_max_size: str | None, ort_format: bool,
-    mmproj: Path | None, mmproj_from: str | None, layout: str | None, no_cache: bool,
+    mmproj: Path | None, mmproj_from: str | None, layout: str | None, io_dtype: str | None, no_cache: bool,
 ) -> None:  # fmt: skip
     """Write the integers and scales of RUN, unchanged, as GGUF or ONNX."""
     from signround_edge import api
@@ -218,8 +219,8 @@ def export(
     written = api.export(
         run, target, out, template=template, dtype=dtype, split_max_size=split_max_size,
         accuracy_level=None if accuracy_level is None else int(accuracy_level), scale_dtype=scale_dtype,
-        operators=operators, ort_format=ort_format, layout=layout, no_cache=no_cache, card_text=card_text,
-        mmproj=mmproj, mmproj_from=mmproj_from, progress=_say,
+        operators=operators, ort_format=ort_format, layout=layout, io_dtype=io_dtype, no_cache=no_cache,
+        card_text=card_text, mmproj=mmproj, mmproj_from=mmproj_from, progress=_say,
     )  # fmt: skip
     _say(f"wrote {written.path}")
 

@@ -10,11 +10,19 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from exporters.onnx.artifact.card import CARD, NOT_MEASURED, render_card
 from exporters.onnx.artifact.check import check_bindings, check_complete
-from exporters.onnx.artifact.comparison import HALF_LIMIT, LIMIT, MOST_BYTES, divergence
+from exporters.onnx.artifact.comparison import (
+    HALF_ACTIVATIONS_LIMIT,
+    HALF_LIMIT,
+    LIMIT,
+    MOST_BYTES,
+    Divergence,
+    divergence,
+)
 from exporters.onnx.artifact.layouts import Layout, layout_of
 from exporters.onnx.artifact.model_file import write_model
 from exporters.onnx.artifact.ort_format import write_ort_format
@@ -24,6 +32,7 @@ from exporters.onnx.builder_classes import GENAI_CONFIG, builder_class
 from exporters.onnx.fused_level import set_fused_level
 from exporters.onnx.options import TRANSFORMERS_JS, OnnxOptions
 from exporters.onnx.passes.cache_shapes import pin_head_size
+from exporters.onnx.passes.half_activations import halve_activations
 from exporters.onnx.passes.portable_gather import use_portable_gathers
 from exporters.onnx.passes.provenance import provenance, set_provenance
 from exporters.onnx.passes.standard_operators import use_standard_operators
@@ -48,7 +57,7 @@ def export_folder(run: RunDirectory, out: Path, options: OnnxOptions) -> Path:
     _check_out(run, out, options.template)
     if options.dtype is None:
         _check_grids(run)
-    weights = RunWeights(run, half_scales=options.scale_dtype == "f16")
+    weights = RunWeights(run, half_scales="f16" in (options.scale_dtype, options.io_dtype))
     with whole_folder(out, "the ONNX export", marker=SIDECAR) as partial:
         companions = partial / "companions"
         graph, layout = _write_graph(weights, partial, companions, options)
@@ -100,6 +109,8 @@ def _write_graph(
         reason = "--no-cache wants a graph that keeps nothing"
     else:
         reason = "onnxruntime-genai's model builder does not know this architecture"
+    if options.io_dtype == "f16":
+        raise UserError(f"--io-dtype f16: {reason}, and a traced graph computes positions in f32; leave it out")
     companions.mkdir()
     if options.template is not None:
         graph = from_template(weights, options.template, companions, options)
@@ -113,6 +124,8 @@ def _write(
     graph: FinishedGraph, weights: RunWeights, partial: Path, companions: Path, options: OnnxOptions
 ) -> tuple[FinishedGraph, Layout]:
     """Write the model and its data in the operators and layout that are asked for, and check what is in the files."""
+    if options.io_dtype == "f16":
+        halve_activations(graph.model.graph, graph.bindings, weights)
     if options.operators == "qdq":
         graph = replace(graph, bindings=use_standard_operators(graph.model, graph.bindings, weights))
         set_fused_level(companions / GENAI_CONFIG, options.accuracy_level)
@@ -145,12 +158,27 @@ def _compare(run: RunDirectory, model: Path, options: OnnxOptions) -> None:
         found = divergence(run, model)
     except Exception as error:  # onnxruntime's error classes share no base but Exception
         raise CannotBuild(f"ONNX Runtime cannot run it: {first_line(error)[:300]}") from error
-    if not found.worst <= (HALF_LIMIT if options.dtype == "f16" else LIMIT):
+    if options.io_dtype == "f16":
+        _check_half(found, options)
+    elif not found.worst <= (HALF_LIMIT if options.dtype == "f16" else LIMIT):
         raise CannotBuild(
             f"its logits differ from those of transformers: KL divergence {found.texts:.0e} on texts, "
             f"{found.steps:.0e} on single tokens after them"
         )
     options.log(f"onnx: the graph's logits are those of transformers (KL divergence {found.worst:.0e})")
+
+
+def _check_half(found: Divergence, options: OnnxOptions) -> None:
+    """UserError where f16 is too small for the model's activations."""
+    if not np.isfinite(found.worst):
+        raise UserError(
+            "--io-dtype f16: the model's activations overflow in f16 (its logits are no numbers); export it in f32"
+        )
+    if found.worst > HALF_ACTIVATIONS_LIMIT:
+        raise UserError(
+            f"--io-dtype f16: in f16 the model's logits are a KL divergence of {found.worst:.0e} from those in f32, "
+            f"more than {HALF_ACTIVATIONS_LIMIT:.0e}; export it in f32"
+        )
 
 
 def _check_out(run: RunDirectory, out: Path, template: Path | None) -> None:

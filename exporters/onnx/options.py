@@ -18,6 +18,7 @@ SCALE_DTYPES = ("f32", "f16")
 GENAI, TRANSFORMERS_JS = LAYOUTS = ("onnxruntime-genai", "transformers.js")
 # matmulnbits: ONNX Runtime's own, MatMulNBits and GatherBlockQuantized; qdq: ONNX's, DequantizeLinear in front.
 OPERATORS = ("matmulnbits", "qdq")
+IO_DTYPES = ("f32", "f16")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class OnnxOptions(ExportOptions):
         ort_format: also write ONNX Runtime's own file format.
         layout: where the files lie, one of `LAYOUTS`.
         operators: which hold the integers, one of `OPERATORS`.
+        io_dtype: what the graph computes in, one of `IO_DTYPES`: activations, caches, logits.
         no_cache: of an architecture that is traced: the graph takes whole texts and keeps nothing between calls.
     """
 
@@ -38,6 +40,7 @@ class OnnxOptions(ExportOptions):
     ort_format: bool = False
     layout: str = GENAI
     operators: str = "matmulnbits"
+    io_dtype: str = "f32"
     no_cache: bool = False
 
     def __post_init__(self) -> None:
@@ -58,6 +61,10 @@ class OnnxOptions(ExportOptions):
             raise UserError(f"--ort-format is for the layout {GENAI}; leave it out with --layout {self.layout}")
         if self.operators not in OPERATORS:
             raise UserError(f"--operators {self.operators} is unknown; known are {' and '.join(OPERATORS)}")
+        if self.io_dtype not in IO_DTYPES:
+            raise UserError(f"--io-dtype {self.io_dtype} is unknown; a graph computes in {' or '.join(IO_DTYPES)}")
+        if self.io_dtype == "f16":
+            self._check_half()
         if self.operators == "qdq" and self.dtype is not None:
             raise UserError(f"--operators qdq holds integers, and --dtype {self.dtype} writes floats; give one of them")
         if self.operators == "qdq" and self.layout == TRANSFORMERS_JS:
@@ -66,6 +73,19 @@ class OnnxOptions(ExportOptions):
             raise UserError(
                 "--ort-format: ONNX Runtime writes MatMulNBits for --operators qdq there; give one of the two options"
             )
+
+    def _check_half(self) -> None:
+        """UserError for what does not go with f16 activations."""
+        others = {
+            "--dtype": self.dtype is not None,
+            "--template": self.template is not None,
+            "--operators qdq": self.operators == "qdq",
+            "--no-cache": self.no_cache,
+            "--accuracy-level 4": self.accuracy_level == 4,
+        }
+        given = next((name for name, is_given in others.items() if is_given), None)
+        if given is not None:
+            raise UserError(f"--io-dtype f16 does not go with {given}; give one of them")
 
     @classmethod
     def of(cls, options: ExportOptions) -> OnnxOptions:

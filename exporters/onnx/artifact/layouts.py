@@ -20,7 +20,8 @@ MODEL_FOLDER = "onnx"  # of transformers.js
 
 # Bits of most weights → transformers.js's name, which only chooses the file; a graph computes with what it holds.
 _NAMES = {2: "q2", 4: "q4", 8: "q8"}
-_SUFFIXES = {"q2": "_q2", "q4": "_q4", "q8": "_quantized", "fp32": ""}
+_SUFFIXES = {"q2": "_q2", "q4": "_q4", "q8": "_quantized", "fp32": "", "q2f16": "_q2f16", "q4f16": "_q4f16"}
+_SUFFIXES |= {"fp16": "_fp16"}  # it has no name for 8 bits in f16
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ def layout_of(name: str, graph: ir.Graph) -> Layout:
     if name == GENAI:
         return Layout(Path("model.onnx"), ".data")
     dtype = _dtype(graph)
+    if any(value.dtype == ir.DataType.FLOAT16 for value in graph.outputs):
+        dtype = {"fp32": "fp16", "q8": "fp16"}.get(dtype, f"{dtype}f16")
     return Layout(Path(MODEL_FOLDER) / f"model{_SUFFIXES[dtype]}.onnx", "_data", dtype)
 
 

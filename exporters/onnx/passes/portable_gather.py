@@ -4,8 +4,8 @@ The WebAssembly build of ONNX Runtime in transformers.js 4.3.2 (onnxruntime-web 
 the operator on WebGPU only. The function has its name, inputs and attributes, so that what reads a graph finds the same
 operands; runtimes put its nodes in its place when they load the model.
 
-(codes − zero points)·scales of the rows that the tokens name, in f32: the difference is exact, so the rows are those of
-the operator bit for bit.
+(codes − zero points)·scales of the rows that the tokens name, in the scales' type: the difference is exact, so the rows
+are those of the operator bit for bit.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ def use_portable_gathers(model: ir.Model) -> None:
         assert scales is not None
         assert scales.shape is not None
         blocks = int(scales.shape[1])
-        node.domain, node.overload = DOMAIN, f"{bits}_bits_{blocks}_blocks_of_{block_size}"
-        function = _function(bits, block_size, blocks, node.overload)
+        dtype = scales.dtype or ir.DataType.FLOAT
+        node.domain, node.overload = DOMAIN, f"{bits}_bits_{blocks}_blocks_of_{block_size}_{dtype.name.lower()}"
+        function = _function(bits, block_size, blocks, dtype, node.overload)
         model.functions.setdefault(function.identifier(), function)
         model.opset_imports[DOMAIN] = 1
         model.ir_version = max(model.ir_version or 0, 10)  # which has overloads
 
 
-def _function(bits: int, block_size: int, blocks: int, overload: str) -> ir.Function:
-    """codes uint8 [N, blocks·g·bits/8], tokens [batch, tokens], scales f32 [N, blocks], zero points uint8 → rows."""
-    body = _Body()
+def _function(bits: int, block_size: int, blocks: int, dtype: ir.DataType, overload: str) -> ir.Function:
+    """codes uint8 [N, blocks·g·bits/8], tokens [batch, tokens], scales [N, blocks], zero points uint8 → rows."""
+    body = _Body(dtype)
     codes, tokens, scales, zeros = inputs = [ir.Value(name=name) for name in ("codes", "tokens", "scales", "zeros")]
     found = body.unpacked(body.add("Gather", codes, tokens), bits, blocks * block_size)
     values = body.add("Reshape", found, body.constant([0, 0, blocks, block_size]))
@@ -54,10 +55,11 @@ def _function(bits: int, block_size: int, blocks: int, overload: str) -> ir.Func
 
 
 class _Body:
-    """Nodes of a function, in order."""
+    """Nodes of a function, in order; it computes in `dtype`, which holds the differences of codes exactly."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: ir.DataType) -> None:
         self.nodes: list[ir.Node] = []
+        self.dtype = dtype
 
     def add(self, op: str, *inputs: ir.Value, **attributes: int | str) -> ir.Value:
         """The output of a new node."""
@@ -71,7 +73,7 @@ class _Body:
         return self.add("Constant", value=ir.tensor(np.array(values, dtype=dtype)))  # type: ignore[arg-type]
 
     def unpacked(self, packed: ir.Value, bits: int, count: int) -> ir.Value:
-        """f32 [batch, tokens, count] of values that lie in bytes, the lowest bits first."""
+        """[batch, tokens, count] of values that lie in bytes, the lowest bits first."""
         if bits < 8:
             per_byte = 8 // bits
             shifts = self.constant([i * bits for i in range(per_byte)], np.uint8)
@@ -83,4 +85,4 @@ class _Body:
             if padded > count:
                 ends = [self.constant([0]), self.constant([count]), self.constant([-1])]
                 packed = self.add("Slice", packed, *ends)
-        return self.add("Cast", packed, to=ir.DataType.FLOAT.value)
+        return self.add("Cast", packed, to=self.dtype.value)

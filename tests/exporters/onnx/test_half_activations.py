@@ -1,0 +1,115 @@
+"""`--io-dtype f16`: the same codes and scales in a graph that computes in f16, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from transformers import GPT2Config, GraniteConfig, LlamaConfig, Qwen3_5TextConfig
+
+from exporters.onnx.artifact.comparison import CachedGraph
+from exporters.onnx.artifact.reader import open_artifact
+from exporters.onnx.options import OnnxOptions
+from runtime_tests.verify import verify
+from signround_edge.errors import UserError
+from signround_edge.run_directory import RunDirectory
+from tests.exporters.onnx.conftest import BASE, export
+from tests.exporters.onnx.test_onnx_export import assert_weights_equal, generated, mean_kl
+from tests.support import TOKENS, dequantized_model
+
+MakeRun = Callable[..., RunDirectory]
+
+
+@pytest.fixture(scope="module")
+def run(make_random_run: MakeRun) -> RunDirectory:
+    """A tied Llama whose scales are all f16 values."""
+    return make_random_run(LlamaConfig(**BASE, tie_word_embeddings=True), "onnx:w4g32")
+
+
+@pytest.fixture(scope="module")
+def half(run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its export in f16."""
+    return export(run, tmp_path_factory.mktemp("half") / "out", io_dtype="f16")
+
+
+def test_codes_and_scales_are_the_runs_and_nothing_is_f32(run: RunDirectory, half: Path) -> None:
+    assert_weights_equal(run, half)
+    graph = open_artifact(half).graph
+    assert {value.dtype for value in graph.inputs} == {ir.DataType.INT64, ir.DataType.FLOAT16}
+    assert {value.dtype for value in graph.outputs} == {ir.DataType.FLOAT16}
+    assert not [name for name, value in graph.initializers.items() if value.const_value.dtype == ir.DataType.FLOAT]
+    casts = [node for node in graph if node.op_type == "Cast"]
+    assert ir.DataType.FLOAT.value not in [node.attributes["to"].as_int() for node in casts]
+
+
+def test_logits_are_near_those_of_transformers_with_the_cache_too(run: RunDirectory, half: Path) -> None:
+    tokens = np.random.default_rng(1).integers(3, 600, (2, 40))
+    with torch.no_grad():
+        reference = dequantized_model(run)(torch.from_numpy(tokens), use_cache=False).logits.float()
+    graph = CachedGraph(half / "model.onnx")
+    parts = [graph.append(tokens[:, :32]), *(graph.append(tokens[:, i : i + 1]) for i in range(32, 40))]
+    kl = mean_kl(reference, torch.from_numpy(np.concatenate(parts, axis=1)))
+    assert 0 < kl <= 1e-5
+
+
+def test_onnxruntime_genai_generates_from_it(half: Path) -> None:
+    assert len(generated(half, [5, 6, 7, 8], 12)) == 12
+
+
+def test_verify_judges_it_as_what_rounds_activations(tiny_llama_run: RunDirectory, tmp_path: Path) -> None:
+    from signround_edge.demo import evaluation_text_path
+
+    folder = export(tiny_llama_run, tmp_path / "out", io_dtype="f16")
+    report = verify(tiny_llama_run, [folder], evaluation_text_path(), n_ctx=64, max_windows=1)
+    assert report.passed
+    assert [runtime.gate for runtime in report.runtimes] == ["quantized"]
+
+
+@pytest.fixture(scope="module")
+def tiny_llama_run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    from tests.support import make_run
+
+    return make_run(tiny_llama, tmp_path_factory.mktemp("tiny") / "run", "onnx:w4g32")
+
+
+def refusal(run: RunDirectory, out: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        export(run, out, io_dtype="f16")
+    assert not out.exists()
+    return str(caught.value)
+
+
+def test_activations_that_overflow_are_found(make_random_run: MakeRun, tmp_path: Path) -> None:
+    wild = make_random_run(GraniteConfig(**{**BASE, "initializer_range": 1.0}, embedding_multiplier=6e4), "onnx:w4g32")
+    assert "activations overflow in f16" in refusal(wild, tmp_path / "out")
+
+
+def test_scales_that_are_no_f16_values_are_not_rounded(llama_run: RunDirectory, tmp_path: Path) -> None:
+    assert "are no f16 values, and rounding them would change the weights" in refusal(llama_run, tmp_path / "out")
+
+
+def test_recurrent_states_and_traced_graphs_are_refused(make_random_run: MakeRun, tmp_path: Path) -> None:
+    mixed = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
+    sizes = {"linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+    recurrent = make_random_run(Qwen3_5TextConfig(**BASE, **mixed, **sizes), "onnx:w4g32")
+    assert "keeps sums over the whole text" in refusal(recurrent, tmp_path / "recurrent")
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=600, n_positions=64, **TOKENS)
+    traced = make_random_run(config, "onnx:w4g32")
+    assert "and a traced graph computes positions in f32; leave it out" in refusal(traced, tmp_path / "traced")
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        ({"operators": "qdq"}, "--operators qdq"),
+        ({"accuracy_level": 4}, "--accuracy-level 4"),
+        ({"dtype": "f16"}, "--dtype"),
+    ],
+)
+def test_options_that_do_not_go_with_it(other: dict[str, object], name: str) -> None:
+    with pytest.raises(UserError, match=f"--io-dtype f16 does not go with {name}"):
+        OnnxOptions(io_dtype="f16", **other)  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from runtime_tests.setup.npm import NODE, TRANSFORMERS_JS
 from runtime_tests.transports.pages.browser import Chromium
 from runtime_tests.verify import verify
 from signround_edge.errors import UserError
+from signround_edge.evaluation.scoring import score
 from signround_edge.evaluation.torch_models import load_run_model
 from signround_edge.run_directory import RunDirectory
 from tests.support import TOKENS, make_run, save_random_model
@@ -205,6 +206,23 @@ def test_a_graph_without_a_cache_is_refused(tmp_path: Path, tiny_llama: Path) ->
     config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=3072, n_positions=128, **TOKENS)
     model = save_random_model(config, tmp_path / "gpt2", tokenizer_from=tiny_llama)
     run = make_run(model, tmp_path / "run", "onnx:w4g32")
+    floats = OnnxExporter().export(run, tmp_path / "floats", OnnxOptions(dtype="f32", no_cache=True, log=str))
     with pytest.raises(UserError, match=r"no key-value cache .* generates with one only"):
-        export(run, tmp_path / "out", no_cache=True)
+        export(run, tmp_path / "out", template=floats / "model.onnx")
     assert not (tmp_path / "out").exists()
+
+
+def test_no_cache_is_refused_before_anything_is_traced() -> None:
+    with pytest.raises(UserError, match="leave --no-cache out"):
+        OnnxOptions(layout=LAYOUT, no_cache=True)
+
+
+def test_evaluate_takes_the_folder(run: RunDirectory, folder: Path, evaluation_text: Path) -> None:
+    """It has the model's config.json, and is no model with weights."""
+    expected = score(str(run.path), evaluation_text, None, n_ctx=64, max_windows=1)
+    found = score(str(folder), evaluation_text, None, n_ctx=64, max_windows=1)
+    assert found.ppl == pytest.approx(expected.ppl, rel=1e-4)
+
+
+def test_verify_takes_the_inner_folder_too(run: RunDirectory, folder: Path, evaluation_text: Path) -> None:
+    assert verify(run, [folder / "onnx"], evaluation_text, n_ctx=64, max_windows=1).passed

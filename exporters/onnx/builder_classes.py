@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 GENAI_CONFIG = "genai_config.json"
 
@@ -160,8 +161,9 @@ BUILDER_CLASSES: dict[str, BuilderClass] = {
 
 
 def architecture_of(config: Config) -> str:
-    """The first one that config.json names."""
-    return str(next(iter(config.get("architectures") or ["none"])))
+    """The first one that config.json names; where it names none, transformers' language model of its model_type."""
+    named = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type"), "none")]
+    return str(next(iter(named)))
 
 
 def builder_class(config: Config, parameters: Sequence[str]) -> BuilderClass | None:

@@ -65,6 +65,11 @@ class OnnxOptions(ExportOptions):
             raise UserError(f"--io-dtype {self.io_dtype} is unknown; a graph computes in {' or '.join(IO_DTYPES)}")
         if self.io_dtype == "f16":
             self._check_half()
+        if self.no_cache and self.layout == TRANSFORMERS_JS:
+            raise UserError(f"--layout {TRANSFORMERS_JS}: it generates with a cache only; leave --no-cache out")
+        if self.no_cache and self.template is not None:
+            raise UserError("--no-cache is for a graph that is traced, and --template brings its own; give one of them")
+        self._check_floats()
         if self.operators == "qdq" and self.dtype is not None:
             raise UserError(f"--operators qdq holds integers, and --dtype {self.dtype} writes floats; give one of them")
         if self.operators == "qdq" and self.layout == TRANSFORMERS_JS:
@@ -73,6 +78,13 @@ class OnnxOptions(ExportOptions):
             raise UserError(
                 "--ort-format: ONNX Runtime writes MatMulNBits for --operators qdq there; give one of the two options"
             )
+
+    def _check_floats(self) -> None:
+        """UserError for what floats instead of integers do not have: scales, and MatMulNBits."""
+        others = {"--scale-dtype f16": self.scale_dtype == "f16", "--accuracy-level 4": self.accuracy_level == 4}
+        given = next((name for name, is_given in others.items() if is_given), None)
+        if given is not None and self.dtype is not None:
+            raise UserError(f"{given} is for integers, and --dtype {self.dtype} writes floats; give one of them")
 
     def _check_half(self) -> None:
         """UserError for what does not go with f16 activations."""

@@ -118,5 +118,7 @@ def _smallest_error(found: Sequence[FloatArray], last_rows: FloatArray, states: 
         return float("inf")
     distances = np.linalg.norm(last_rows - states[-1], axis=1)
     best = found[int(np.argmin(np.where(np.isfinite(distances), distances, np.inf)))]
-    relative = np.linalg.norm(best - states, axis=1) / np.linalg.norm(states, axis=1)
+    errors, sizes = np.linalg.norm(best - states, axis=1), np.linalg.norm(states, axis=1)
+    # A row of zeros, the embedding of a padding token say, is right where the runtime's is zeros too.
+    relative = np.where((errors == 0) & (sizes == 0), 0, errors / sizes)
     return float(np.sqrt(np.mean(np.square(relative))))

@@ -71,7 +71,7 @@ export class OnnxDecoder {
     if (logits.dims.length !== 3 || logits.dims[1] !== n)
       throw new Refusal(`the model gives logits of shape ${logits.dims} for ${n} tokens; verify needs them at every position`);
     const vocab = logits.dims[2];
-    const data = logits.type === 'float32' ? logits.data : Float32Array.from(logits.data);
+    const data = logits.type === 'float32' ? logits.data : floatsOf(logits.data);
     const part = data.slice(first * vocab, last * vocab);
     logits.dispose();
     return part;
@@ -107,6 +107,18 @@ export class OnnxDecoder {
     if (input.type === 'int32') return new Tensor('int32', Int32Array.from({ length: count }, (_, i) => value(i)), dims);
     throw new Refusal(`input ${input.name} has type ${input.type}, which verify cannot feed`);
   }
+}
+
+/** Float32Array of f16 values: engines without Float16Array (Node 20) give their bits as a Uint16Array. */
+function floatsOf(data) {
+  if (!(data instanceof Uint16Array)) return Float32Array.from(data);
+  return Float32Array.from(data, (bits) => {
+    const exponent = (bits >> 10) & 31;
+    const fraction = bits & 1023;
+    const sign = bits & 0x8000 ? -1 : 1;
+    if (exponent === 31) return fraction ? NaN : sign * Infinity;
+    return sign * (exponent ? (1 + fraction / 1024) * 2 ** (exponent - 15) : (fraction / 1024) * 2 ** -14);
+  });
 }
 
 /** Float32Array [rows, cols] of one node's weights: see `NodeModel` in runtime_tests/worker/onnx_dequantize.py. */

@@ -144,8 +144,10 @@ def model_file(artifact: Path) -> Path:
     # A name here or in transformers.js's folder, never a path out of the folder; on devices all files lie together.
     file = artifact / named.name
     inside = sorted((artifact / _TRANSFORMERS_JS).glob(named.name if named.parent.name else "*.onnx"))
-    if not file.is_file() and len(inside) == 1:
-        file = inside[0]
+    # Or transformers.js's folder itself.
+    found = inside or sorted(artifact.glob("*.onnx"))
+    if not file.is_file() and len(found) == 1:
+        file = found[0]
     if not file.is_file():
         raise UserError(f"{artifact} is neither an .onnx file nor a folder with {file.name}; export it again")
     return file

@@ -14,7 +14,7 @@ from signround_edge.evaluation.perplexity import TorchSession, check_windows, ev
 from signround_edge.evaluation.torch_models import load_run_model, load_source_model
 from signround_edge.model.config import is_model_folder
 from signround_edge.model.source import resolve_model
-from signround_edge.plugins import exporter_of, runtimes
+from signround_edge.plugins import exporter_of, exporters, runtimes
 from signround_edge.run_directory import RunDirectory
 
 
@@ -54,8 +54,7 @@ def _open(path: str, reference_dir: Path | None) -> tuple[Any, Path]:
     if (local / "manifest.json").is_file():
         run = RunDirectory.open(local)
         return TorchSession(load_run_model(run)), run.config_dir
-    # An ONNX folder may carry its model's config.json.
-    if not local.exists() or (is_model_folder(local) and not (local / "model.onnx").is_file()):
+    if not local.exists() or _is_model(local):
         folder = resolve_model(path)
         return TorchSession(load_source_model(folder)), folder
     artifact_format = exporter_of(local).name
@@ -69,3 +68,11 @@ def _open(path: str, reference_dir: Path | None) -> tuple[Any, Path]:
                 raise UserError(f"{path} needs the runtime {runtime.name}, which cannot run here: {reason}")
             return runtime.open(local), tokenizer_dir
     raise UserError(f"{path}: no runtime for {artifact_format} is installed")
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether it is a model: an ONNX folder may carry config.json too, and a model of the hub graphs in onnx/."""
+    if not is_model_folder(folder) or (folder / "model.onnx").is_file():
+        return False
+    has_weights = any(folder.glob("*.safetensors"))
+    return has_weights or not any(exporter.recognises(folder) for exporter in exporters().values())

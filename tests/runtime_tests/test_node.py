@@ -22,6 +22,7 @@ from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 from tests.runtime_tests.javascript_support import ready_device
 from tests.runtime_tests.processes import command_of, descendants, killed_client_of_worker, wait_until
+from tests.support import make_run
 
 TOKENS = np.random.default_rng(0).integers(0, 300, 48).astype(np.int32)
 
@@ -56,6 +57,14 @@ def test_its_logits_and_digests_are_those_of_onnx_runtime(web: OnnxRuntimeWeb, o
     np.testing.assert_array_equal(digest.top_ids, ours.top_ids)
     for name in ("top_logp", "rest_logp", "loss"):
         np.testing.assert_allclose(getattr(digest, name), getattr(ours, name), rtol=1e-5, atol=1e-5)
+
+
+def test_logits_in_f16_are_read_as_numbers(web: OnnxRuntimeWeb, small_model: Path, text: Path, tmp_path: Path) -> None:
+    run = make_run(small_model, tmp_path / "run", "onnx:w4g32")
+    folder = OnnxExporter().export(run, tmp_path / "half", OnnxOptions(io_dtype="f16", log=str))
+    with OnnxRuntime().open(folder) as native, web.open(folder) as session:
+        np.testing.assert_allclose(session.logits(TOKENS), native.logits(TOKENS), atol=0.1)
+    assert verify(run, [folder], text, devices=["node-wasm"], n_ctx=64, max_windows=1, log=str).passed
 
 
 @pytest.mark.full

@@ -16,7 +16,9 @@ import devices
 from devices import Tolerances, get_device, load_devices, read_profile
 from runtime_tests.checks.exactness import Difference, Exactness, check_exactness
 from runtime_tests.checks.gates import miss_exact_gate, miss_quantized_gate
+from runtime_tests.checks.layers import locate
 from runtime_tests.checks.parity import Contender, score
+from runtime_tests.checks.torch_points import Point
 from runtime_tests.device_status import list_devices
 from runtime_tests.interface import StoredTensor
 from runtime_tests.report.report import ArtifactReport, RuntimeReport, VerifyReport
@@ -61,6 +63,25 @@ def test_the_exact_gate_bounds_the_divergence(kld: float, passes: bool) -> None:
 )
 def test_the_quantized_gate_is_statistical(kld: float, ln_ratio: float, stderr: float, passes: bool) -> None:
     assert (miss_quantized_gate(scores(kld, ln_ratio, stderr), LIMITS) is None) is passes
+
+
+class Shows:
+    """A session that shows one tensor of hidden states."""
+
+    def __init__(self, states: FloatArray) -> None:
+        self.states = states
+
+    def hidden_states(self, tokens: TokenArray, width: int) -> dict[str, FloatArray]:
+        return {"node": self.states}
+
+
+@pytest.mark.parametrize(("first", "agrees"), [(0.0, True), (1.0, False)])
+def test_a_row_of_zeros_agrees_with_zeros_only(first: float, agrees: bool) -> None:
+    """The embedding of a padding token is zeros, and a tokenizer may begin texts with that token."""
+    expected = np.array([[0, 0], [1, 2]], dtype=np.float32)
+    shown = np.array([[first, 0], [1, 2]], dtype=np.float32)
+    found = locate(Shows(shown), np.zeros(2, np.int32), [Point("token embedding", True, expected)], 1e-4)
+    assert (found.first is None) is agrees
 
 
 def test_figures_that_are_no_numbers_are_null_in_json() -> None:

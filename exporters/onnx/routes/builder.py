@@ -62,7 +62,7 @@ def build_graph(model: nn.Module, row: BuilderClass, config_dir: Path, out: Path
 
             builder.check_extra_options(*arguments, options)
             rope = static_rope(model)
-            _tell(options["hf_details"]["hf_config"], row, rope is not None)
+            _tell(options["hf_details"]["hf_config"], row, type(model).__name__, rope is not None)
             with _reading(model, row, rope) as built:
                 builder.create_model(*arguments, **options)
     except OSError as error:
@@ -95,9 +95,9 @@ def _weights(names: list[str]) -> list[str]:
     return [name for name in names if name.endswith(".safetensors")]
 
 
-def _tell(config: Any, row: BuilderClass, rope_is_ours: bool) -> None:
-    if row.architecture is not None:
-        config.architectures = [row.architecture]
+def _tell(config: Any, row: BuilderClass, architecture: str, rope_is_ours: bool) -> None:
+    if row.architecture is not None or not config.architectures:
+        config.architectures = [row.architecture or architecture]
     for change in row.config:
         change(config)
     if rope_is_ours:

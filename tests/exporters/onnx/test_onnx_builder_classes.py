@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,3 +190,15 @@ def test_a_graph_that_is_not_what_transformers_computes_is_traced_instead(
     with pytest.raises(UserError, match="traced"):
         export(run, tmp_path / "out", log=lines.append)
     assert any("its logits differ from those of transformers: KL divergence" in line for line in lines)
+
+
+def test_a_config_that_names_no_architecture_is_known_by_its_model_type(
+    llama_run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "trace", trace)
+    config = shutil.copytree(llama_run.path, tmp_path / "run") / "config" / "config.json"
+    settings = json.loads(config.read_text())
+    del settings["architectures"]
+    config.write_text(json.dumps(settings))
+    run = RunDirectory.open(tmp_path / "run")
+    assert_weights_equal(run, export(run, tmp_path / "out"))

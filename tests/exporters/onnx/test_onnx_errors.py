@@ -50,6 +50,17 @@ def test_options_without_a_meaning_are_refused(llama_run: RunDirectory, tmp_path
     assert "f32 or f16" in refused(llama_run, tmp_path / "out", scale_dtype="bf16")
 
 
+@pytest.mark.parametrize("option", [{"scale_dtype": "f16"}, {"accuracy_level": 4}])
+def test_what_floats_do_not_have_is_refused_with_them(option: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="is for integers, and --dtype f16 writes floats; give one of them"):
+        OnnxOptions(dtype="f16", **option)  # type: ignore[arg-type]
+
+
+def test_no_cache_is_refused_with_a_graph_of_ones_own() -> None:
+    with pytest.raises(UserError, match=r"--no-cache .* --template brings its own; give one of them"):
+        OnnxOptions(template=Path("float.onnx"), no_cache=True)
+
+
 class OtherExporter(OnnxExporter):
     """A third party's format, which shares one option with ONNX and lacks the others."""
 

@@ -29,6 +29,7 @@ from runtime_tests.setup.npm import NODE, TRANSFORMERS_JS
 from runtime_tests.transports.pages.browser import Chromium
 from runtime_tests.verify import verify
 from signround_edge.errors import UserError
+from signround_edge.evaluation.scoring import score
 from signround_edge.evaluation.torch_models import load_run_model
 from signround_edge.run_directory import RunDirectory
 from tests.support import make_run
@@ -224,3 +225,19 @@ def test_a_type_that_the_library_does_not_know_is_called_llama(run: RunDirectory
     written = json.loads((out / "config.json").read_text())
     assert (written["model_type"], written["num_hidden_layers"]) == ("llama", 5)
     assert lines == [line for line in lines if "transformers.js does not know arcane" in line]
+
+
+def test_no_cache_is_refused_before_anything_is_traced() -> None:
+    with pytest.raises(UserError, match="leave --no-cache out"):
+        OnnxOptions(layout=LAYOUT, no_cache=True)
+
+
+def test_evaluate_takes_the_folder(run: RunDirectory, folder: Path, evaluation_text: Path) -> None:
+    """It has the model's config.json, and is no model with weights."""
+    expected = score(str(run.path), evaluation_text, None, n_ctx=64, max_windows=1)
+    found = score(str(folder), evaluation_text, None, n_ctx=64, max_windows=1)
+    assert found.ppl == pytest.approx(expected.ppl, rel=1e-4)
+
+
+def test_verify_takes_the_inner_folder_too(run: RunDirectory, folder: Path, evaluation_text: Path) -> None:
+    assert verify(run, [folder / "onnx"], evaluation_text, n_ctx=64, max_windows=1).passed

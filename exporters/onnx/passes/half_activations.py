@@ -53,7 +53,7 @@ def halve_activations(graph: ir.Graph, bindings: list[Binding], weights: RunWeig
         else:
             value.const_value = ir.tensor(_halved(name, value.const_value.numpy()), name=name)
             value.type = ir.TensorType(_HALF)
-    for node in graph:
+    for node in graph.all_nodes():  # those of subgraphs too: LongRoPE chooses one of two tables there
         if node in floats:
             continue
         _halve_attributes(node)
@@ -64,7 +64,7 @@ def halve_activations(graph: ir.Graph, bindings: list[Binding], weights: RunWeig
 
 
 def _check(graph: ir.Graph) -> None:
-    angles = next((node for node in graph if node.op_type in _INEXACT), None)
+    angles = next((node for node in graph.all_nodes() if node.op_type in _INEXACT), None)
     if angles is not None:
         raise UserError(
             f"--io-dtype f16: the graph computes the angles of RoPE itself (node {angles.name}), which f16 cannot hold "

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from transformers import GPT2Config, GraniteConfig, LlamaConfig, Qwen3_5TextConfig
+from transformers import GPT2Config, GraniteConfig, LlamaConfig, Phi3Config, Qwen3_5TextConfig
 
 from exporters.onnx.artifact.comparison import CachedGraph
 from exporters.onnx.artifact.reader import open_artifact
@@ -54,6 +54,18 @@ def test_logits_are_near_those_of_transformers_with_the_cache_too(run: RunDirect
     parts = [graph.append(tokens[:, :32]), *(graph.append(tokens[:, i : i + 1]) for i in range(32, 40))]
     kl = mean_kl(reference, torch.from_numpy(np.concatenate(parts, axis=1)))
     assert 0 < kl <= 1e-5
+
+
+def test_long_rope_chooses_one_of_two_tables_in_f16(make_random_run: MakeRun, tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": [1.0] * 32, "long_factor": [2.0 + i / 16 for i in range(32)]}
+    run = make_random_run(Phi3Config(**BASE, rope_parameters=rope), "onnx:w4g32")
+    folder = export(run, tmp_path / "out", io_dtype="f16")
+    for length in (24, 48):
+        tokens = np.random.default_rng(1).integers(3, 600, (1, length))
+        with torch.no_grad():
+            reference = dequantized_model(run)(torch.from_numpy(tokens), use_cache=False).logits.float()
+        assert mean_kl(reference, torch.from_numpy(CachedGraph(folder / "model.onnx").append(tokens))) <= 1e-5
 
 
 def test_onnxruntime_genai_generates_from_it(half: Path) -> None:

@@ -91,6 +91,7 @@ def of_the_harness(tiny_llama: Path, task_dir: Path) -> dict[str, dict[str, floa
     return {task: {k: v for k, v in values.items() if ",none" in k} for task, values in results.items()}
 
 
+@pytest.mark.full
 def test_figures_are_those_of_the_harness(
     tiny_llama: Path, task_dir: Path, of_the_harness: dict[str, dict[str, float]]
 ) -> None:

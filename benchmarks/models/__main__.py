@@ -2,6 +2,7 @@
 
     python -m benchmarks.models                  # all of them; half an hour on two cores
     python -m benchmarks.models lfm2 gemma4_mm   # some; their rows take the others' place in the file of results
+    python -m benchmarks.models --only onnx      # one format; the results of the other stay
     python -m benchmarks.models --page           # write the table of docs/models.md from the file of results
 
 Each model has a process of its own, and a limit of time. Results are in signround_edge/tested_models.json, which
@@ -22,7 +23,7 @@ from benchmarks.llama_converter import why_unavailable
 from benchmarks.models.page import write_page
 from benchmarks.models.process import in_a_process
 from benchmarks.models.small_models import MODELS
-from benchmarks.models.stages import Found, to_json
+from benchmarks.models.stages import FORMATS, Found, to_json
 from runtime_tests.worker.llama_cpp_bindings import VERSION
 from signround_edge.tested_models import FILE
 
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="models (default: all)")
     parser.add_argument("--page", action="store_true", help="write the table of docs/models.md")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
-    parser.add_argument("--without-onnx", action="store_true", help="leave out ONNX, which takes longest")
+    parser.add_argument("--only", choices=list(FORMATS), help="one format; the results of the other stay")
     args = parser.parse_args(arguments)
     unknown = [name for name in args.names if name not in MODELS]
     if unknown:
@@ -47,12 +48,12 @@ def main(arguments: list[str] | None = None) -> None:
     kept: dict[str, Found] = json.loads(FILE.read_text())["models"] if FILE.exists() else {}
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = {
-            pool.submit(in_a_process, name, reason is None, not args.without_onnx): name
+            pool.submit(in_a_process, name, reason is None, [args.only] if args.only else list(FORMATS)): name
             for name in args.names or MODELS
         }
         for run in as_completed(runs):
             name, found = runs[run], run.result()
-            kept[name] = {**kept.get(name, {}), **found} if args.without_onnx else found
+            kept[name] = {**kept.get(name, {}), **found} if args.only else found
             print(f"{name:26} {found}", flush=True)
             results = {known: kept[known] for known in MODELS if known in kept}
             FILE.write_text(to_json(results, _versions()))

@@ -8,6 +8,7 @@ import multiprocessing
 import queue
 import tempfile
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +24,11 @@ LIMIT_S = 400
 _PUBLISHED = {"mpt": {"architectures": ["MPTForCausalLM"]}, "phimoe": {"architectures": ["PhiMoEForCausalLM"]}}
 
 
-def in_a_process(name: str, with_template: bool, with_onnx: bool) -> Found:
-    """What becomes of a small model, by name."""
+def in_a_process(name: str, with_template: bool, formats: Collection[str]) -> Found:
+    """What becomes of a small model, by name, in some of `stages.FORMATS`."""
     context = multiprocessing.get_context("spawn")
     answers: multiprocessing.Queue[Found] = context.Queue()
-    process = context.Process(target=_work, args=(name, with_template, with_onnx, answers))
+    process = context.Process(target=_work, args=(name, with_template, formats, answers))
     process.start()
     try:
         deadline = time.monotonic() + LIMIT_S
@@ -42,15 +43,15 @@ def in_a_process(name: str, with_template: bool, with_onnx: bool) -> Found:
         process.join()
 
 
-def _work(name: str, with_template: bool, with_onnx: bool, answers: multiprocessing.Queue[Found]) -> None:
+def _work(name: str, with_template: bool, formats: Collection[str], answers: multiprocessing.Queue[Found]) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="signround-models-") as temporary:
         model = build(name, Path(temporary) / name)
-        if not with_template:
-            answers.put(run_stages(model, Path(temporary), None, with_onnx))
+        if not with_template or "gguf" not in formats:
+            answers.put(run_stages(model, Path(temporary), None, formats))
             return
         with Converter() as converter:
-            answers.put(run_stages(model, Path(temporary), partial(_convert, converter), with_onnx))
+            answers.put(run_stages(model, Path(temporary), partial(_convert, converter), formats))
 
 
 def _convert(converter: Converter, model: Path, out: Path) -> Path:

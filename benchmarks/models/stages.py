@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +32,28 @@ WINDOW, WINDOWS = 128, 2
 POSITIONS = 200
 
 # In the order of the table's columns.
-STAGES = ("source check", "tune", "GGUF built in", "GGUF template", "llama.cpp", "F16 top-1", "ONNX", "KV cache")
+FORMATS = {
+    "gguf": ("GGUF built in", "GGUF template", "llama.cpp", "F16 top-1"),
+    "onnx": ("ONNX", "KV cache"),
+}
+STAGES = ("source check", "tune", *FORMATS["gguf"], *FORMATS["onnx"])
 
 Convert = Callable[[Path, Path], Path]
 Found = dict[str, str]  # stage → "yes", a figure, or "no: " and the reason
 
 
-def run_stages(model: Path, work: Path, convert: Convert | None, with_onnx: bool) -> Found:
+def run_stages(model: Path, work: Path, convert: Convert | None, formats: Collection[str] = tuple(FORMATS)) -> Found:
     """What becomes of the model in the folder `model`.
 
     Args:
         work: an empty folder for everything that is made.
         convert: llama.cpp's converter, (model, file to write) → file; None leaves out the template route.
-        with_onnx: also export to ONNX, which takes longest.
+        formats: which to export to, of `FORMATS`.
+    Returns:
+        The stages of these formats, and those before.
     """
-    found: Found = dict.fromkeys(STAGES, "")
+    left_out = [stage for name in FORMATS if name not in formats for stage in FORMATS[name]]
+    found: Found = {stage: "" for stage in STAGES if stage not in left_out}
     try:
         run = quantize(
             model, parse_scheme(SCHEME), work / "run", str(calibration_text_path()), SETTINGS, float_fallback=True
@@ -57,12 +64,25 @@ def run_stages(model: Path, work: Path, convert: Convert | None, with_onnx: bool
     check = run.manifest.source_check
     found["source check"] = "not done" if check is None or check["error"] is None else f"{check['error']:.0e}"
     found["tune"] = "yes"
-    ways = {"GGUF built in": None, "GGUF template": convert and (lambda: convert(model, work / "template.gguf"))}
-    for stage, make_template in ways.items():
-        if stage == "GGUF template" and make_template is None:
+    if "gguf" in formats:
+        found |= _gguf(run, work, convert and (lambda: convert(model, work / "template.gguf")))
+    if "onnx" in formats:
+        found |= _onnx(run, work)
+    return found
+
+
+class ConverterRefused(Exception):
+    """llama.cpp's converter does not take the model."""
+
+
+def _gguf(run: RunDirectory, work: Path, make_template: Callable[[], Path] | None) -> Found:
+    found: Found = dict.fromkeys(FORMATS["gguf"], "")
+    ways = {"GGUF built in": None, "GGUF template": make_template}
+    for stage, make in ways.items():
+        if stage == "GGUF template" and make is None:
             continue
         try:
-            template = None if make_template is None else make_template()
+            template = None if make is None else make()
             options = ExportOptions(template=template, log=lambda line: None)
             file = GgufExporter().export(run, work / f"{stage.replace(' ', '-')}.gguf", options)
         except (UserError, CheckFailed, ConverterRefused) as error:
@@ -73,15 +93,7 @@ def run_stages(model: Path, work: Path, convert: Convert | None, with_onnx: bool
             found["llama.cpp"] = figure
             with contextlib.suppress(UserError):  # llama.cpp refuses the file: the line above says so
                 found["F16 top-1"] = f"{_top1(run, work / 'f16.gguf', template):.1%}"
-    if with_onnx:
-        found |= _onnx(run, work)
-    else:
-        del found["ONNX"], found["KV cache"]
     return found
-
-
-class ConverterRefused(Exception):
-    """llama.cpp's converter does not take the model."""
 
 
 def _onnx(run: RunDirectory, work: Path) -> Found:

@@ -1,7 +1,8 @@
 """Let a finished graph compute in f16: `export --io-dtype f16`, the form that GPUs in browsers want.
 
 Every f32 value becomes f16: activations, caches, logits, norm weights, the tables of RoPE. Codes and zero points stay,
-and scales are the f16 values that were tuned, which MatMulNBits then reads without a Cast.
+and scales are the f16 values that were tuned, which MatMulNBits then reads without a Cast. Scales that are no f16
+values (of a Q6_K head) stay as they are: their nodes compute in f32 between two Casts.
 """
 
 from __future__ import annotations
@@ -26,20 +27,25 @@ def halve_activations(graph: ir.Graph, bindings: list[Binding], weights: RunWeig
     """Make every f32 value of a graph f16, in place.
 
     Args:
-        graph: with everything that the finished graph holds; scales of quantized nodes are stored in f16.
+        graph: with everything that the finished graph holds; scales of quantized nodes are stored in f16 where that
+            loses nothing.
         bindings: what it holds of the run.
         weights: the run.
     Raises:
-        UserError: scales are no f16 values, a number is too large for f16, or the graph computes RoPE's angles.
+        UserError: a number is too large for f16, or the graph computes RoPE's angles, or keeps recurrent states.
     """
     _check(graph)
+    floats: set[ir.Node] = set()
     for node in [n for n in graph if n.op_type in _QUANTIZED]:
         if (cast := scales_cast(node)) is not None:
             ir.convenience.replace_all_uses_with(cast.outputs[0], cast.inputs[0])
             graph.remove(cast, safe=True)
+        elif node.inputs[2] is not None and node.inputs[2].dtype == _FLOAT:
+            floats.update(_between_casts(graph, node))
+    scales = {str(node.inputs[2].name) for node in floats if node.op_type in _QUANTIZED and node.inputs[2] is not None}
     bound = {b.initializers["weight"]: b for b in bindings if not b.quantized}
     for name, value in list(graph.initializers.items()):
-        if value.const_value.dtype != _FLOAT:
+        if value.const_value.dtype != _FLOAT or name in scales:
             continue
         if name in bound:
             _check_range(name, weights.stored_floats(bound[name], "float32", tuple(value.shape.numpy())))
@@ -48,6 +54,8 @@ def halve_activations(graph: ir.Graph, bindings: list[Binding], weights: RunWeig
             value.const_value = ir.tensor(_halved(name, value.const_value.numpy()), name=name)
             value.type = ir.TensorType(_HALF)
     for node in graph.all_nodes():  # those of subgraphs too: LongRoPE chooses one of two tables there
+        if node in floats:
+            continue
         _halve_attributes(node)
         for output in node.outputs:
             _halve_type(output)
@@ -68,12 +76,24 @@ def _check(graph: ir.Graph) -> None:
             f"--io-dtype f16: linear attention (node {recurrent.name}) keeps sums over the whole text, which are no "
             "place for f16; leave it out"
         )
-    for node in graph:
-        if node.op_type in _QUANTIZED and node.inputs[2] is not None and node.inputs[2].is_initializer():
-            raise UserError(
-                f"--io-dtype f16: the scales of {node.name} are no f16 values, and rounding them would change the "
-                "weights; quantize with another scheme, or leave it out"
-            )
+
+
+def _between_casts(graph: ir.Graph, old: ir.Node) -> list[ir.Node]:
+    """Put Casts before and behind a quantized node; returns the nodes that compute in f32."""
+    name = str(old.name)
+    inputs = list(old.inputs)
+    chain = []
+    if old.op_type == "MatMulNBits":
+        chain.append(ir.node("Cast", [inputs[0]], {"to": _FLOAT.value}, name=f"{name}/Cast_input", num_outputs=1))
+        inputs[0] = chain[0].outputs[0]
+    attributes = list(old.attributes.values())
+    node = ir.Node(old.domain, old.op_type, inputs, attributes, name=name, num_outputs=1)
+    behind = ir.node("Cast", [node.outputs[0]], {"to": _HALF.value}, name=f"{name}/Cast", num_outputs=1)
+    kept = [*chain, node]
+    ir.convenience.replace_nodes_and_values(graph, old, [old], [*kept, behind], old.outputs, behind.outputs)
+    for made in kept:
+        made.outputs[0].type = ir.TensorType(_FLOAT)
+    return kept
 
 
 def _halve_type(value: ir.Value) -> None:

@@ -242,7 +242,7 @@ def test_the_example_of_the_docs_generates_what_torch_generates(built: Exported,
     assert tokens == expected_tokens(built.run, prompt, len(prompt) + 20)
 
 
-@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("adds_bos", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_the_cards_program_of_a_graph_without_cache_generates_what_torch_generates(
     adds_bos: bool, make_random_run: MakeRun, tmp_path: Path
 ) -> None:

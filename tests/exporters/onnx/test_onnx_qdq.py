@@ -140,6 +140,7 @@ def test_one_flipped_bit_names_its_tensor(
     assert differing(llama_run, folder) == [binding.name], place
 
 
+@pytest.mark.full
 def test_a_traced_graph_takes_them_too(make_random_run: MakeRun, tmp_path: Path) -> None:
     config = GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=600, n_positions=64, bos_token_id=1, eos_token_id=2)
     run = make_random_run(config, "onnx:w4g32")

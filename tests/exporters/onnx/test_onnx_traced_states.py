@@ -42,7 +42,7 @@ FAMILIES = {
         **TWO, head_dim=16, num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=64,
     ),
 }  # fmt: skip
-BY_DEFAULT = ("lfm2_moe", "mamba2")
+BY_DEFAULT = ("lfm2_moe",)  # convolutions, keys and values, experts
 KINDS = {
     "lfm2_moe": {"conv", "key", "value"},
     "mamba2": {"conv", "recurrent"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -12,11 +13,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import Empty, Queue
 
+import onnx_ir as ir
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config
+from transformers import AutoTokenizer
 
 from exporters.onnx import OnnxExporter
+from exporters.onnx.artifact.layouts import layout_of
+from exporters.onnx.artifact.reader import open_artifact
+from exporters.onnx.artifact.transformers_js import check_cache, write_companions
 from exporters.onnx.options import TRANSFORMERS_JS as LAYOUT
 from exporters.onnx.options import OnnxOptions
 from runtime_tests.setup.devices import CHROMIUM
@@ -27,7 +32,7 @@ from signround_edge.errors import UserError
 from signround_edge.evaluation.scoring import score
 from signround_edge.evaluation.torch_models import load_run_model
 from signround_edge.run_directory import RunDirectory
-from tests.support import TOKENS, make_run, save_random_model
+from tests.support import make_run
 
 SCRIPT = Path(__file__).with_name("transformers_js.mjs")
 PROMPT, COUNT = "The state of the union", 12
@@ -202,14 +207,24 @@ def test_onnxruntime_genai_loads_it_too(folder: Path, expected: str) -> None:
     assert tokenizer.decode(generator.get_sequence(0)).strip() == expected
 
 
-def test_a_graph_without_a_cache_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
-    config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=3072, n_positions=128, **TOKENS)
-    model = save_random_model(config, tmp_path / "gpt2", tokenizer_from=tiny_llama)
-    run = make_run(model, tmp_path / "run", "onnx:w4g32")
-    floats = OnnxExporter().export(run, tmp_path / "floats", OnnxOptions(dtype="f32", no_cache=True, log=str))
+def test_a_graph_without_a_cache_is_refused() -> None:
+    ids, logits = (ir.Value(name=name) for name in ("input_ids", "logits"))
+    graph = ir.Graph([ids], [logits], nodes=[ir.node("Identity", [ids], outputs=[logits])], name="whole texts")
     with pytest.raises(UserError, match=r"no key-value cache .* generates with one only"):
-        export(run, tmp_path / "out", template=floats / "model.onnx")
-    assert not (tmp_path / "out").exists()
+        check_cache(graph)
+
+
+def test_a_type_that_the_library_does_not_know_is_called_llama(run: RunDirectory, folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run.path, tmp_path / "run")
+    config = json.loads((other / "config" / "config.json").read_text())
+    (other / "config" / "config.json").write_text(json.dumps({**config, "model_type": "arcane"}))
+    graph = open_artifact(folder).graph
+    lines: list[str] = []
+    out = shutil.copytree(folder, tmp_path / "out")
+    write_companions(RunDirectory.open(other), out, graph, layout_of(LAYOUT, graph), lines.append)
+    written = json.loads((out / "config.json").read_text())
+    assert (written["model_type"], written["num_hidden_layers"]) == ("llama", 5)
+    assert lines == [line for line in lines if "transformers.js does not know arcane" in line]
 
 
 def test_no_cache_is_refused_before_anything_is_traced() -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from exporters.onnx.bindings import Binding
 from exporters.onnx.packing import unpack_bits
 from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import CheckFailed
@@ -87,10 +88,10 @@ class QdqLayout:
         return {"axis": 0 if self.columns_first else 1, "block_size": self.block_size}
 
 
-def qdq_layout(weights: RunWeights, parameters: tuple[str, ...], columns_first: bool) -> QdqLayout:
-    """The layout of quantized parameters, stacked in order, known without packing them."""
-    layout = weights.layout(parameters)
-    grids = [get_grid(str(weights.run.entry(weights.owner(p)).format)) for p in parameters]
+def qdq_layout(weights: RunWeights, binding: Binding, columns_first: bool) -> QdqLayout:
+    """The layout of a binding's quantized rows, known without packing them."""
+    layout = weights.layout(binding.parameters, binding.rows)
+    grids = [get_grid(str(weights.run.entry(weights.owner(p)).format)) for p in binding.parameters]
     block_size = math.gcd(*(grid.block_size for grid in grids))
     zeros = {_common_zero(grid, layout.bits) for grid in grids}
     zero = zeros.pop() if len(zeros) == 1 else None
@@ -105,13 +106,13 @@ def _common_zero(grid: Grid, bits: int) -> int | None:
     return zero if zero <= half and grid.code_max - grid.code_min - zero < half else None
 
 
-def qdq_operands(weights: RunWeights, parameters: tuple[str, ...], layout: QdqLayout) -> dict[str, NDArray[Any]]:
+def qdq_operands(weights: RunWeights, binding: Binding, layout: QdqLayout) -> dict[str, NDArray[Any]]:
     """ "weight" int8 or uint8 with a code in each byte, "scales", and "zero_points" uint8 where each block has its own.
 
     Raises:
         CheckFailed: a grid that calls itself symmetric has another zero point.
     """
-    operands = weights.operands(parameters)
+    operands = weights.operands(binding.parameters, binding.rows)
     rows, blocks = operands.scales.shape
     step = layout.block_size // operands.block_size
     codes = unpack_bits(operands.weight.reshape(rows, -1), layout.bits, layout.cols)
@@ -121,7 +122,7 @@ def qdq_operands(weights: RunWeights, parameters: tuple[str, ...], layout: QdqLa
         found["zero_points"] = zeros[:, ::step]
     else:
         if (zeros != layout.zero).any():
-            raise CheckFailed(f"tensor {parameters[0]} has zero points that its symmetric grid has not")
+            raise CheckFailed(f"tensor {binding.parameters[0]} has zero points that its symmetric grid has not")
         found["weight"] = (codes - np.uint8(layout.zero)).view(np.int8)
     if layout.columns_first:
         found = {role: array.T for role, array in found.items()}

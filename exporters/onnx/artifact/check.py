@@ -32,14 +32,14 @@ def check_bindings(graph: ir.Graph, bindings: list[Binding], weights: RunWeights
 def _check_dequantized(graph: ir.Graph, node: ir.Node, binding: Binding, weights: RunWeights) -> None:
     """The operands of one DequantizeLinear, and the attributes that say how they are read."""
     stored = graph.initializers[binding.initializers["weight"]]
-    layout = qdq_layout(weights, binding.parameters, columns_first=holds_columns_first(node))
+    layout = qdq_layout(weights, binding, columns_first=holds_columns_first(node))
     attributes = {name: node.attributes[name].as_int() for name in node.attributes}
     if attributes != layout.attributes or stored.dtype != layout.dtype:
         raise CheckFailed(
             f"tensor {binding.title} is {stored.dtype} with {attributes} in node {node.name}, but {layout.dtype} with "
             f"{layout.attributes} in the run directory"
         )
-    for role, expected in qdq_operands(weights, binding.parameters, layout).items():
+    for role, expected in qdq_operands(weights, binding, layout).items():
         if role not in binding.initializers:
             raise CheckFailed(f"tensor {binding.title} has no {OPERAND_WORDS[role]} in node {node.name}")
         found = _array(graph, binding.initializers[role])

@@ -41,8 +41,8 @@ def use_standard_operators(model: ir.Model, bindings: list[Binding], weights: Ru
     """
     graph = model.graph
     by_node = {binding.node: binding for binding in bindings if binding.op in _REPLACED}
-    by_codes = {binding.initializers["weight"]: binding.parameters for binding in by_node.values()}
-    _raise_opset(model, any(weights.layout(parameters).bits == 2 for parameters in by_codes.values()))
+    by_codes = {binding.initializers["weight"]: binding for binding in by_node.values()}
+    _raise_opset(model, any(weights.layout(binding.parameters).bits == 2 for binding in by_codes.values()))
     made: dict[str, tuple[QdqLayout, dict[str, ir.Value]]] = {}  # initializer of codes → its operands
     renamed: dict[str, Binding] = {}
     nodes = [node for node in graph if node.op_type in _REPLACED]
@@ -56,9 +56,9 @@ def use_standard_operators(model: ir.Model, bindings: list[Binding], weights: Ru
         elif codes.name in made:
             layout, operands = made[codes.name]
         else:
-            parameters = by_codes[codes.name]
-            layout = qdq_layout(weights, parameters, columns_first=not gathers)
-            operands = _make_operands(graph, codes.name.removesuffix(".qweight"), parameters, layout, weights)
+            held = by_codes[codes.name]
+            layout = qdq_layout(weights, held, columns_first=not gathers)
+            operands = _make_operands(graph, codes.name.removesuffix(".qweight"), held, layout, weights)
             made[codes.name] = (layout, operands)
         dequantize = _dequantize(graph, node, layout, operands)
         if node.name in by_node:
@@ -82,12 +82,12 @@ def _raise_opset(model: ir.Model, two_bits: bool) -> None:
 
 
 def _make_operands(
-    graph: ir.Graph, base: str, parameters: tuple[str, ...], layout: QdqLayout, weights: RunWeights
+    graph: ir.Graph, base: str, binding: Binding, layout: QdqLayout, weights: RunWeights
 ) -> dict[str, ir.Value]:
     """Initializers `<base>.codes`, `.scales` and, unless codes are signed, `.zero_points`."""
 
     def operand(role: str) -> NDArray[Any]:
-        return qdq_operands(weights, parameters, layout)[role]
+        return qdq_operands(weights, binding, layout)[role]
 
     scales = _SCALES[layout.scale_dtype]
     made = {

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
-from transformers import GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import GPT2Config, LlamaConfig, Phi3Config, PretrainedConfig
 
 from exporters.onnx.artifact.reader import changed_files, iter_expected, open_artifact, read_sidecar, read_tensors
 from exporters.onnx.fused_level import set_fused_level
@@ -194,3 +194,11 @@ def test_a_template_of_an_old_opset_is_refused(
     onnx.save(model, template / "model.onnx")
     with pytest.raises(UserError, match="needs opset 21, and the graph of --template has 17"):
         export(run, tmp_path / "out", operators="qdq", template=template)
+
+
+def test_parts_of_one_matrix_are_matrices_of_their_own(make_random_run: MakeRun, tmp_path: Path) -> None:
+    """Phi-3's gate and up projections are one parameter, and two in the builder's graph."""
+    run = make_random_run(Phi3Config(**{**BASE, "num_hidden_layers": 1}), "onnx:w4g32")
+    folder = export(run, tmp_path / "out", operators="qdq")
+    assert [b.rows for b in read_sidecar(folder).bindings if "gate_up_proj" in b.title] == [((0, 512),), ((512, 1024),)]
+    assert differing(run, folder) == []

@@ -39,7 +39,6 @@ from signround_edge.model.decoder import (
 from signround_edge.model.tokenizer import load_tokenizer
 from signround_edge.model.weights import ModelWeights
 from signround_edge.run_directory import RunDirectory
-from signround_edge.tuning.block.gptq import inverse_factor
 from signround_edge.tuning.block.start import initial_scales
 from signround_edge.tuning.calibration.activations import Stream, run_block
 from signround_edge.tuning.calibration.shell import Shell, block_returns_tuple
@@ -234,3 +233,19 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
+    """Upper Cholesky factor f32 of the inverse of the damped hessian [K, K], or None where there is none.
+
+    Channels that never fired get a diagonal of 1.
+    """
+    damped = hessian.double()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += damping * diagonal.mean()
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed or not lower.isfinite().all():
+        return None
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if failed else upper.float()

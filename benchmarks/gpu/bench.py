@@ -27,7 +27,7 @@ from signround_edge.progress import SILENT
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.plan import make_plan
 from signround_edge.schemes.scheme import parse_scheme
-from signround_edge.tuning.block.tune import compute_context, compute_dtype
+from signround_edge.tuning.block.compute import compute_context, compute_dtype
 from signround_edge.tuning.block.unit import Matrix, Unit
 from signround_edge.tuning.block.units import block_matrices, block_unit, run_all
 from signround_edge.tuning.calibration.activations import Stream

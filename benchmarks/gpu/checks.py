@@ -167,7 +167,7 @@ def _state(grid: Grid, rows: int) -> tuple[RoundingState, list[Tensor]]:
     weight = torch.randn(shape, generator=generator)
     scales = initial_scales(grid, weight, torch.ones(shape[1]), "search")
     state = RoundingState.start(grid, weight, scales)
-    state.v = torch.empty_like(state.blocks).uniform_(-0.4, 0.4, generator=generator)
+    state.shift = torch.empty(state.v.shape).uniform_(-0.4, 0.4, generator=generator)
     return state, [torch.randn(shape, generator=generator).bfloat16() for _ in range(_STEPS)]
 
 
@@ -188,7 +188,7 @@ def _steps_apart(
     why = EQUAL if torch.equal(out, other_out) else "products and sums rounded otherwise turn signs near 0"
     return {
         **found.row(),
-        "v_apart": float((first.v.to(CPU) - second.v.to(CPU)).abs().max()),
+        "v_apart": float((first.shift.to(CPU) - second.shift.to(CPU)).abs().max()),
         "weights_percent": 100 * float((out != other_out).float().mean()),
         "off_grid_percent": off_grid,
         "why": "WRONG: a step leaves weights that are not those of codes and scales" if off_grid else why,
@@ -203,9 +203,9 @@ def _on_device(state: RoundingState, device: torch.device) -> RoundingState:
 
     return replace(
         state,
-        blocks=copied(state.blocks),
         initial=state.initial.map(copied),
-        positions=None if state.positions is None else {k: copied(v) for k, v in state.positions.items()},
+        positions=None if state.positions is None else copied(state.positions),
+        weights=None if state.weights is None else copied(state.weights),
         v=copied(state.v),
         alpha=copied(state.alpha),
         beta=None if state.beta is None else copied(state.beta),

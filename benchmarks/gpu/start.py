@@ -11,7 +11,7 @@ from benchmarks.gpu.bench import Bench, PreparedBlock
 from benchmarks.gpu.parts import Row
 from benchmarks.gpu.timing import timed
 from signround_edge.tuning.block.drift import Corrected, correct_drift
-from signround_edge.tuning.block.gptq import DAMPING, compensated, inverse_factor
+from signround_edge.tuning.block.gptq import DAMPING, compensated, unit_factor
 from signround_edge.tuning.block.loss import held_out_loss
 from signround_edge.tuning.block.start import initial_scales
 from signround_edge.tuning.block.unit import Matrix
@@ -67,8 +67,9 @@ def _of_matrix(bench: Bench, block: PreparedBlock, matrix: Matrix, hessian: Tens
             compensated(matrix.exact, hessian, matrix.grid, fields, damping)
 
     def factor() -> None:
+        order = hessian.diagonal().argsort(descending=True)
         for damping in DAMPING:
-            inverse_factor(hessian, damping)
+            unit_factor(hessian, order, damping)
 
     factor()  # the first call of the solver sets it up
     return {

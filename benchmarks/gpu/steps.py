@@ -23,8 +23,8 @@ from signround_edge.tuning.block.loss import loss_gradient
 from signround_edge.tuning.block.sign_step import RoundingState, fused_step
 from signround_edge.tuning.block.start import initial_scales
 
-# Bytes of a weight that a fused step must at least read or write: u's weight, V twice; gradient and ŵ besides.
-_STATE_BYTES = 4 + 2 * 4
+# Bytes of a weight that a fused step must at least read or write: u, V twice; gradient and ŵ besides.
+_STATE_BYTES = 2 + 2 * 2
 _KERNELS_SHOWN = 12
 
 

@@ -23,9 +23,10 @@ from signround_edge.schemes.plan import Plan, listing, make_plan, part_of_block
 from signround_edge.schemes.scheme import Scheme
 from signround_edge.transforms.block_transform import BlockTransform
 from signround_edge.tuning.block.channel_scaling import choose_channel_scales
+from signround_edge.tuning.block.compute import compute_context
 from signround_edge.tuning.block.loss import held_out_loss
 from signround_edge.tuning.block.transforming import Transforming, stored_transform, transformed_matrix
-from signround_edge.tuning.block.tune import TunedUnit, compute_context, tune_unit
+from signround_edge.tuning.block.tune import TunedUnit, tune_unit
 from signround_edge.tuning.block.unit import Matrix, Unit
 from signround_edge.tuning.block.units import FEWEST_TOKENS, block_matrices, block_unit, layer_unit, run_all
 from signround_edge.tuning.calibration.activations import Stream

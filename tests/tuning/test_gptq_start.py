@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from benchmarks.gptq import Options, gptq
 from signround_edge.formats import GRIDS, Grid, get_grid
 from signround_edge.formats.grid import Fields
+from signround_edge.tuning.block.compute import compute_context
 from signround_edge.tuning.block.drift import correct_drift
-from signround_edge.tuning.block.gptq import DAMPING, compensated, inverse_factor
+from signround_edge.tuning.block.gptq import DAMPING, compensated, unit_factor
+from signround_edge.tuning.block.sign_step import position_unit
 from signround_edge.tuning.block.start import find_start, initial_scales
-from signround_edge.tuning.block.tune import TunedUnit, compute_context, tune_unit
+from signround_edge.tuning.block.tune import TunedUnit, tune_unit
 from signround_edge.tuning.block.unit import Matrix, Unit
 from signround_edge.tuning.calibration.activations import equal_weights
 from signround_edge.tuning.schedule import V_TRAVEL, travel_from_gptq
@@ -78,7 +80,7 @@ def test_channels_that_never_fire_and_repeated_ones_do_no_harm() -> None:
     products[7] = products[:, 7] = 0
     products[9], products[:, 9] = products[8], products[:, 8]  # not of full rank
     products[9, 9] = products[8, 8]
-    factor = inverse_factor(products, 0.01)
+    factor = unit_factor(products, torch.arange(len(products)), 0.01)
     assert factor is not None
     assert bool(factor.isfinite().all())
     assert bool(compensated(weight, products, grid, stored_scales(grid, weight, products), 0.03).isfinite().all())
@@ -146,8 +148,9 @@ def test_damping_is_higher_where_text_is_short(samples: int, damping: float) -> 
     autocast = compute_context(SETTINGS, [m.grid], torch.device("cpu"))
     products = correct_drift(unit, SETTINGS.batch_size, autocast, lambda: 0.0).hessians
     start = find_start(unit, SETTINGS, autocast)
-    expected = compensated(m.weight, products["m"], m.grid, start.tensors["m"].fields, damping)
-    assert torch.equal(start.states["m"].blocks.view(16, 64), expected)
+    fields = start.tensors["m"].fields
+    expected = m.grid.offsets(m.grid.blocked(compensated(m.weight, products["m"], m.grid, fields, damping)), fields)
+    assert torch.allclose(start.states["m"].offsets(fields), expected, rtol=0, atol=position_unit(m.grid))
     assert start.loss < start.rounded
 
 

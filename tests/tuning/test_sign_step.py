@@ -26,12 +26,12 @@ def make_state(name: str, positions: str = "fixed", shrink: float = 0.7) -> tupl
     scales = grid.search(grid.blocked(weight), torch.ones(1))
     minimum = None if scales.minimum is None else scales.minimum * shrink
     state = RoundingState.start(grid, weight, replace(scales, scale=scales.scale * shrink, minimum=minimum), positions)
-    state.v = torch.empty_like(state.blocks).uniform_(-0.4, 0.4, generator=generator)
+    state.shift = torch.empty(state.v.shape).uniform_(-0.4, 0.4, generator=generator)
     return state, torch.randn(weight.shape, generator=generator)
 
 
 def tuned_tensors(state: RoundingState) -> dict[str, Tensor | None]:
-    return {"v": state.v, "alpha": state.alpha, "beta": state.beta}
+    return {"v": state.shift, "alpha": state.alpha, "beta": state.beta}
 
 
 def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
@@ -49,10 +49,10 @@ def autograd_signs(state: RoundingState, gradient: Tensor) -> dict[str, Tensor]:
         minimum = straight_through(state.initial.minimum * tuned["beta"], -stored_zero * stored_scale).unsqueeze(-1)
     else:  # the code of weight zero stays; a symmetric grid's is its anchor
         minimum = (grid.anchor - stored_zero).unsqueeze(-1) * scale
-    if state.positions is not None:
-        position = grid.offsets(state.blocks, state.positions)
+    if state.weights is None:
+        position = state.offsets(state.fields())
     else:
-        position = (state.blocks - minimum if grid.affine else state.blocks) * safe_reciprocal(scale)
+        position = (state.weights - minimum if grid.affine else state.weights) * safe_reciprocal(scale)
     shifted = position + tuned["v"]
     offset = straight_through(shifted, shifted.detach().round()).clamp(*grid.offset_range)
     weight = scale * offset + minimum
@@ -75,7 +75,7 @@ def test_step_follows_the_sign_of_autograd(name: str, positions: str) -> None:
             assert key not in expected
             continue
         moved = start - (lr if key == "v" else scale_lr) * expected[key]
-        agree = torch.isclose(after, moved.clamp(-0.5, 0.5) if key == "v" else moved, atol=1e-6).float().mean()
+        agree = torch.isclose(after, moved.clamp(-0.5, 0.5) if key == "v" else moved, atol=1e-5).float().mean()
         assert agree == 1 if key == "v" else agree > 0.99, key  # sums near 0 differ in sign by the order of addition
 
 
@@ -114,7 +114,7 @@ def test_compiled_step_equals_the_chunked_one(name: str, optimizer: str) -> None
     for step in range(3):
         fused_step(chunked, gradient, out_chunked, step, settings)
         fused_step(compiled, gradient, out_compiled, step, settings, compiled=True)
-    assert torch.allclose(chunked.v, compiled.v, atol=1e-5)
+    assert torch.allclose(chunked.shift, compiled.shift, atol=1e-5)
     # A fused multiply-add may turn a tie: a code in ten thousand.
     assert float((out_chunked != out_compiled).float().mean()) < 1e-3
 

@@ -108,7 +108,7 @@ def test_positions_start_within_the_codes_that_v_chose(name: str) -> None:
     grid, generator = get_grid(name), torch.Generator().manual_seed(0)
     weight = torch.randn(8, 2 * max(grid.row_multiple, 64), generator=generator)
     state = RoundingState.start(grid, weight, grid.search(grid.blocked(weight), torch.ones(1)))
-    state.v = torch.empty_like(state.blocks).uniform_(-0.5, 0.5, generator=generator)
+    state.shift = torch.empty(state.v.shape).uniform_(-0.5, 0.5, generator=generator)
     tensor = state.quantized()
     positions = starting_positions(tensor, weight)
     codes = grid.blocked(tensor.codes).float() - grid.anchor

@@ -113,9 +113,9 @@ def _sums(
 
 def _ridge(hessian: Tensor, errors: Tensor) -> Tensor | None:
     """ΔW f32 [out, in], or None where the inputs are all zero or not finite."""
-    damped = hessian.double()
-    damped.diagonal().add_(_RIDGE * damped.diagonal().mean())
+    damped = hessian.clone()
+    damped.diagonal().add_(_RIDGE * damped.diagonal().mean())  # by which f32 is enough
     lower, failed = torch.linalg.cholesky_ex(damped)
     if failed or not lower.isfinite().all():
         return None
-    return torch.cholesky_solve(errors.double().T, lower).T.float().contiguous()
+    return torch.cholesky_solve(errors.T, lower).T.contiguous()

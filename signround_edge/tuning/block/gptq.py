@@ -1,9 +1,11 @@
 """Weights that rounding turns into GPTQ's codes (Frantar et al. 2023, arXiv 2210.17323): where tuning starts from.
 
-With H = Σ x·xᵀ of a matrix's inputs and U the upper Cholesky factor of H⁻¹ (algorithm 1 there), columns are rounded one
-after another, those of the largest H_jj first, and what each loses is made up for by those that are still to come:
+Columns are rounded one after another, those of the largest H_jj first, with H = Σ x·xᵀ of a matrix's inputs, and what
+each loses is made up for by those that are still to come. It is computed in the form of LDLQ (Chee et al. 2023, arXiv
+2307.13304, theorem 6), which gives the same codes and needs no inverse of H: with H = Ũ·D·Ũᵀ, D diagonal and Ũ upper
+triangular with ones on its diagonal,
 
-    E_j = (w_j − ŵ_j) / U_jj,    w_k ← w_k − E_j·U_jk  for k after j
+    w'_k = w_k + Σ_(j before k) (w_j − ŵ_j)·Ũ_jk    and ŵ_k is w'_k rounded
 
 Scales do not change meanwhile: they are those of the search. What a column has become when its turn comes is kept
 unrounded, so that V can go on from there: its code is round(w'/s + z) with V = 0.
@@ -35,7 +37,7 @@ def compensated(weight: Tensor, hessian: Tensor, grid: Grid, fields: Fields, dam
         damping: added to the diagonal of H, as a share of its mean.
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = inverse_factor(hessian[order][:, order], damping)
+    factor = unit_factor(hessian, order, damping)
     if factor is None:
         return weight
     # Transposed: a column of the weight is contiguous, and so is its scale.
@@ -43,31 +45,34 @@ def compensated(weight: Tensor, hessian: Tensor, grid: Grid, fields: Fields, dam
     minimum = grid.from_levels(torch.zeros_like(grid.blocked(weight)[..., :1]), fields)[..., 0].T.contiguous()
     inverse = safe_reciprocal(scale)
     work = weight.T[order]
-    diagonal, blocks = factor.diagonal().tolist(), (order // grid.block_size).tolist()
+    blocks = (order // grid.block_size).tolist()
     for start in range(0, len(work), _COLUMNS_AT_ONCE):
         end = min(start + _COLUMNS_AT_ONCE, len(work))
-        errors = torch.empty_like(work[start:end])
+        errors = weight.T[order[start:end]]
         for j in range(start, end):
             block, error = blocks[j], errors[j - start]
             levels = grid.nearest_levels((work[j] - minimum[block]).mul_(inverse[block]))
-            torch.sub(work[j], levels.mul_(scale[block]).add_(minimum[block]), out=error)
-            error.div_(diagonal[j])
-            work[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
-        work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+            error.sub_(levels.mul_(scale[block])).sub_(minimum[block])
+            work[j + 1 : end].addr_(factor[j, j + 1 : end], error)
+        work[end:].addmm_(factor[start:end, end:].T, errors)
     return torch.empty_like(work).index_copy_(0, order, work).T.contiguous()
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
-    """Upper Cholesky factor f32 of the inverse of the damped hessian [K, K], or None where there is none.
+def unit_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor | None:
+    """Ũ f32 [K, K] of the damped hessian f32 [K, K] with rows and columns in an order, or None where there is none.
 
-    Channels that never fired get a diagonal of 1.
+    Channels that never fired get a diagonal of 1. It is found in f32, of half the memory and time, and in f64 only
+    where that fails.
     """
-    damped = hessian.double()
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if failed or not lower.isfinite().all():
-        return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if failed else upper.float()
+    last_first = order.flip(0)
+    for dtype in (torch.float32, torch.float64):
+        damped = hessian[last_first][:, last_first].to(dtype)
+        diagonal = damped.diagonal()
+        diagonal[diagonal == 0] = 1
+        diagonal += damping * diagonal.mean()
+        # H in reverse order is L·Lᵀ; put into order again, L is upper triangular.
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed and lower.isfinite().all():
+            factor: Tensor = lower.div_(lower.diagonal().clone()).flip(0, 1).float()
+            return factor
+    return None

@@ -15,11 +15,15 @@ Or they follow the scales, as in the paper (arXiv 2309.05516, equations 2–5), 
     ∂ŵ/∂V = s·mask      ∂ŵ/∂s = level(q) − mask·level(u)      ∂ŵ/∂m = 1 − mask
 
 and every step of α and β moves all codes of a block past V, whether or not they are to move: see docs/LOG.md.
+
+A state takes 4 bytes a weight: fixed positions and V are integers in units of a power of two, whose sum f32 holds
+exactly, so that no device and no compiler can round u + V otherwise than another.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +38,9 @@ from signround_edge.tuning.settings import TuningSettings
 
 # Values a chunk on CPU: all temporaries of a chunk stay in the L2 cache.
 _CHUNK_VALUES = 1 << 18
+# V is stored in units of 1/65,536: a last step of 1,000 is still one.
+_V_UNIT = 2.0**-16
+_INT16 = (-(1 << 15), (1 << 15) - 1)
 
 
 @dataclass
@@ -50,19 +57,20 @@ class RoundingState:
 
     Attributes:
         grid: the target grid.
-        blocks: f32 [R, B, S], the weights whose code positions V shifts: the original ones, or what GPTQ makes of them.
         initial: scales before tuning, [R, B].
-        positions: stored fields of the scales that code positions are taken on; None where positions follow the scales.
-        v: rounding shift f32 [R, B, S] in [−0.5, 0.5]; one zero seen as so many until the first step.
+        positions: u less the anchor on the stored initial scales, int16 [R, B, S] in units of `position_unit`; those of
+            weights far beyond the codes' range are at its end. None where positions follow the scales.
+        weights: f32 [R, B, S], whose positions follow the scales; None where they are fixed.
+        v: rounding shift int16 [R, B, S] in units of 2⁻¹⁶, one zero seen as so many until the first step.
         alpha, beta: factors of scale and minimum, f32 [R, B]; beta is None where the minimum is not tuned.
         moments: Adam moments per tuned tensor name; empty with SignSGD.
         travel: the first rate of V times the number of steps, unless the settings give a rate.
     """
 
     grid: Grid
-    blocks: Tensor
     initial: BlockScales
-    positions: Fields | None
+    positions: Tensor | None
+    weights: Tensor | None
     v: Tensor
     alpha: Tensor
     beta: Tensor | None
@@ -79,28 +87,51 @@ class RoundingState:
             positions: "fixed" or "follow"; see `TuningSettings`.
         """
         blocks = grid.blocked(weight)
-        alpha, beta = torch.ones_like(initial.scale), None
-        fixed = grid.store(initial) if positions == "fixed" else None
-        if fixed is not None and grid.integer_zero:
-            # The minimum of the integer zero point itself, so that no change of the scale can round it to another.
-            initial = replace(initial, minimum=-grid.affine_view(fixed)[1] * initial.scale)
-        elif grid.affine:
+        alpha, beta, fixed = torch.ones_like(initial.scale), None, None
+        if positions == "fixed":
+            fields = grid.store(initial)
+            fixed = _fixed_positions(grid, blocks, fields)
+            if grid.integer_zero:
+                # The minimum of the integer zero point itself, so that no change of the scale rounds it to another.
+                initial = replace(initial, minimum=-grid.affine_view(fields)[1] * initial.scale)
+        if grid.affine and not (fixed is not None and grid.integer_zero):
             beta = torch.ones_like(alpha)
-        return cls(grid, blocks, initial, fixed, blocks.new_zeros(()).expand(blocks.shape), alpha, beta, {})
+        v = torch.zeros((), dtype=torch.int16, device=blocks.device).expand(blocks.shape)
+        return cls(grid, initial, fixed, blocks if fixed is None else None, v, alpha, beta, {})
 
     def rows(self, part: slice) -> RoundingState:
         """The same state for some rows; a view, so updates in place reach this one."""
+
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[part]
+
         return RoundingState(
             self.grid,
-            self.blocks[part],
             self.initial.map(lambda t: t[part]),
-            None if self.positions is None else field_rows(self.positions, part),
+            some(self.positions),
+            some(self.weights),
             self.v[part],
             self.alpha[part],
-            None if self.beta is None else self.beta[part],
+            some(self.beta),
             {k: AdamMoments(m.first[part], m.second[part]) for k, m in self.moments.items()},
             self.travel,
         )
+
+    @property
+    def shift(self) -> Tensor:
+        """V itself, f32 [R, B, S]."""
+        return self.v.float().mul_(_V_UNIT)
+
+    @shift.setter
+    def shift(self, shift: Tensor) -> None:
+        self.v = shift.div(_V_UNIT).round_().clamp_(*_INT16).to(torch.int16)
+
+    def offsets(self, fields: Fields) -> Tensor:
+        """u less the anchor f32 [R, B, S]; on `fields` where positions follow the scales."""
+        if self.positions is not None:
+            return self.positions.float().mul_(position_unit(self.grid))
+        assert self.weights is not None
+        return self.grid.offsets(self.weights, fields)
 
     def fields(self) -> Fields:
         """The scale fields as the format stores them now."""
@@ -111,13 +142,26 @@ class RoundingState:
 
     def quantized(self) -> QuantizedTensor:
         """Codes and fields of the current state."""
-        codes = torch.empty(self.blocks.shape, dtype=self.grid.code_dtype, device=self.blocks.device)
+        codes = torch.empty(self.v.shape, dtype=self.grid.code_dtype, device=self.v.device)
         fields = self.fields()
-        for part in row_chunks(self.blocks):
+        for part in row_chunks(self.v):
             state = self.rows(part)
-            positions = state.positions or field_rows(fields, part)
-            codes[part] = self.grid.round_codes(state.blocks, positions, state.v).to(codes.dtype)
+            code = state.offsets(field_rows(fields, part)).add_(state.v.float(), alpha=_V_UNIT).round_()
+            codes[part] = code.clamp_(*self.grid.offset_range).add_(self.grid.anchor).to(codes.dtype)
         return self.grid.pack_tensor(codes, fields)
+
+
+def position_unit(grid: Grid) -> float:
+    """In what fixed positions are counted: the power of two that makes the most of 16 bits."""
+    return 2.0 ** -math.floor(math.log2((1 << 15) / (1 + max(map(abs, grid.offset_range)))))
+
+
+def _fixed_positions(grid: Grid, blocks: Tensor, fields: Fields) -> Tensor:
+    found = torch.empty(blocks.shape, dtype=torch.int16, device=blocks.device)
+    for part in row_chunks(blocks):
+        offsets = grid.offsets(blocks[part], field_rows(fields, part))
+        found[part] = offsets.div_(position_unit(grid)).round_().clamp_(*_INT16).to(torch.int16)
+    return found
 
 
 def learning_rates(settings: TuningSettings, grid: Grid, step: int, travel: float = V_TRAVEL) -> tuple[float, float]:
@@ -141,7 +185,9 @@ def fused_step(
     if settings.optimizer == "adam" and not state.moments:
         tuned = {"v": state.v, "alpha": state.alpha, "beta": state.beta}
         state.moments = {
-            k: AdamMoments(torch.zeros_like(t), torch.zeros_like(t)) for k, t in tuned.items() if t is not None
+            k: AdamMoments(torch.zeros_like(t, dtype=torch.float32), torch.zeros_like(t, dtype=torch.float32))
+            for k, t in tuned.items()
+            if t is not None
         }
     rates = learning_rates(settings, state.grid, step, state.travel)
     if compiled:
@@ -149,7 +195,7 @@ def fused_step(
         tensors = [torch.tensor(float(x), device=gradient.device) for x in (*rates, step)]
         _compiled_update()(state, gradient, out, *tensors, settings)
         return
-    for part in row_chunks(state.blocks):
+    for part in row_chunks(state.v):
         _update(state.rows(part), gradient[part], out[part], *rates, step, settings)
 
 
@@ -174,8 +220,8 @@ def _update(
     gradient = grid.blocked(gradient).float()
     fields = state.fields()
     scale, zero = grid.affine_view(fields)
-    offset = grid.offsets(state.blocks, state.positions or fields)  # u less the anchor, and so are the codes here
-    code = (offset + state.v).round_()
+    offset, units = state.offsets(fields), state.v.float()  # u less the anchor, and so are the codes here
+    code = offset.add(units, alpha=_V_UNIT).round_()
     clipped = code.clamp(*grid.offset_range)
     inside = torch.eq(code, clipped, out=torch.empty_like(code))  # 1.0 or 0.0; nine times as fast as a bool cast to f32
     if settings.tune_scales:
@@ -183,19 +229,19 @@ def _update(
         _descend(state, "alpha", state.alpha, slope.mul_(state.initial.scale), lr_scale, step)
         state.alpha.clamp_(*settings.scale_range)
         if state.beta is not None and state.initial.minimum is not None:
-            slope = gradient.sum(-1) if state.positions else torch.linalg.vecdot(gradient, 1 - inside)
+            slope = gradient.sum(-1) if state.weights is None else torch.linalg.vecdot(gradient, 1 - inside)
             _descend(state, "beta", state.beta, slope.mul_(state.initial.minimum), lr_scale, step)
             state.beta.clamp_(*settings.scale_range)
     direction = inside.mul_(gradient).mul_(scale.unsqueeze(-1))
-    _descend(state, "v", state.v, direction, lr_v, step)
-    state.v.clamp_(-0.5, 0.5)
-    _write_weight(state, offset, out)
+    _descend(state, "v", units, direction, lr_v / _V_UNIT, step)
+    state.v.copy_(units.round_().clamp_(*_INT16))
+    _write_weight(state, offset, units, out)
 
 
 def _slope_of_scale(state: RoundingState, clipped: Tensor, offset: Tensor, inside: Tensor, zero: Tensor) -> Tensor:
     """∂ŵ/∂s [R, B, S]; the integer zero point `zero` [R, B] counts where positions are fixed."""
     levels = state.grid.levels(clipped)
-    if state.positions is None:
+    if state.weights is not None:
         return torch.addcmul(levels, inside, state.grid.levels(offset), value=-1)
     return levels - zero.unsqueeze(-1) if state.grid.integer_zero else levels
 
@@ -217,12 +263,12 @@ def _descend(
     value.sub_(mean.div_(spread).mul_(lr))
 
 
-def _write_weight(state: RoundingState, offset: Tensor, out: Tensor) -> None:
-    """The next ŵ; `offset` [R, B, S] is u less the anchor before the step, and is overwritten."""
+def _write_weight(state: RoundingState, offset: Tensor, units: Tensor, out: Tensor) -> None:
+    """The next ŵ; `offset` [R, B, S] is u less the anchor before the step, and is overwritten; `units` is V's, f32."""
     grid, fields = state.grid, state.fields()
-    if state.positions is None:
-        offset = grid.offsets(state.blocks, fields)
-    rounded = offset.add_(state.v).round_().clamp_(*grid.offset_range)
+    if state.weights is not None:
+        offset = grid.offsets(state.weights, fields)
+    rounded = offset.add_(units, alpha=_V_UNIT).round_().clamp_(*grid.offset_range)
     grid.blocked(out).copy_(grid.from_offsets(rounded, fields))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.fidelity import lies_on_grid
 from signround_edge.formats.scale_search import extreme_scales
+from signround_edge.tuning.block.compute import compute_dtype
 from signround_edge.tuning.block.drift import correct_drift
 from signround_edge.tuning.block.gptq import DAMPING, compensated
 from signround_edge.tuning.block.loss import held_out_loss
@@ -61,11 +62,6 @@ class _GptqTarget:
     hessian: Tensor
     damping: float
 
-    @property
-    def codes(self) -> int:
-        """How many the grid has."""
-        return self.matrix.grid.code_max - self.matrix.grid.code_min + 1
-
     def state(self, settings: TuningSettings, damping: float) -> RoundingState:
         """What is tuned, at GPTQ's codes."""
         damping, grid = max(damping, self.damping), self.matrix.grid
@@ -78,7 +74,8 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
     """Round to nearest, and take GPTQ's codes instead where they are wanted and better; what is taken is installed.
 
     GPTQ is tried with each damping, the safest first; the unit's modules hold the exact weights before. Matrices that
-    lie on the grid already keep their codes, and those of experts that are seldom used the nearest ones.
+    lie on the grid already keep their codes, and those of experts that are seldom used the nearest ones. All is done
+    matrix by matrix, so that nothing of the size of the block exists but what is compared: codes and positions.
     """
     scales = {m.name: initial_scales(m.grid, m.exact, m.importance, settings.scale_init) for m in unit.matrices}
 
@@ -88,28 +85,37 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
     targets, inherited = dict[str, _GptqTarget](), 0.0
     if settings.start == "gptq" and settings.steps:
         targets, inherited = _gptq_targets(unit, scales, settings, autocast)  # needs the exact weights in the modules
-    nearest = {m.name: state(m).quantized() for m in unit.matrices}
-    settled = frozenset(m.name for m in unit.matrices if lies_on_grid(m.exact, nearest[m.name]) or m.seldom)
-    targets = {name: target for name, target in targets.items() if name not in settled}
-    unit.install(nearest)
+    unit.release()
+    nearest, settled = dict[str, QuantizedTensor](), set[str]()
+    candidates: list[dict[str, RoundingState]] = [{} for _ in DAMPING]
+    for m in unit.matrices:  # a hessian goes with the last matrix that it is of
+        nearest[m.name], target = state(m).quantized(), targets.pop(m.name, None)
+        if m.seldom or lies_on_grid(m.exact, nearest[m.name]):
+            settled.add(m.name)
+        elif target is not None:
+            for candidate, damping in zip(candidates, DAMPING, strict=True):
+                candidate[m.name] = target.state(settings, damping)
+    dtype = compute_dtype(settings, (m.grid for m in unit.matrices), unit.matrices[0].weight.device)
+    unit.install(nearest, dtype)
     rounded = held_out_loss(unit, settings, autocast)
-    # One matrix after another, and no more states at a time than are compared: they are most of what tuning keeps.
     found, tensors, best = dict[str, RoundingState](), nearest, rounded
-    for damping in DAMPING if targets else ():
-        candidate = {name: target.state(settings, damping) for name, target in targets.items()}
+    for candidate in filter(None, candidates):
         codes = nearest | quantized(candidate)
-        unit.install(codes)
+        unit.install(codes, dtype)
         loss = held_out_loss(unit, settings, autocast)
         if loss < best * (1 - _RISK if found else 1):
             left = (loss - inherited) / (rounded - inherited) if inherited < loss else 1.0
-            for name, target in targets.items():
-                candidate[name].travel = travel_from_gptq(settings, target.codes, left, len(unit.train))
+            for tried in candidate.values():
+                tried.travel = travel_from_gptq(settings, _codes(tried.grid), left, len(unit.train))
             found, tensors, best = candidate, codes, loss
-        del candidate
-    targets.clear()
-    unit.install(tensors)
+    candidates.clear()
+    unit.install(tensors, dtype)
     states = {m.name: found.get(m.name) or state(m) for m in unit.matrices}
-    return Start(nearest, rounded, states, tensors, best, settled)
+    return Start(nearest, rounded, states, tensors, best, frozenset(settled))
+
+
+def _codes(grid: Grid) -> int:
+    return grid.code_max - grid.code_min + 1
 
 
 def _gptq_targets(
@@ -125,11 +131,11 @@ def _gptq_targets(
     for m in unit.matrices:
         if m.name not in found.hessians:
             continue
-        scales, corrected = nearest[m.name], found.weights.get(m.name)
+        scales, corrected = nearest[m.name], found.weights.pop(m.name, None)
         if corrected is not None:
             scales = initial_scales(m.grid, corrected, m.importance, settings.scale_init)
         damping = DAMPING[0] if m.underdetermined else 0.0
-        targets[m.name] = _GptqTarget(m, corrected, scales, found.hessians[m.name], damping)
+        targets[m.name] = _GptqTarget(m, corrected, scales, found.hessians.pop(m.name), damping)
     return targets, found.loss
 
 

@@ -49,7 +49,7 @@ def v_histogram(state: RoundingState) -> Tensor:
     """int64 [V_BINS] of V as it is now."""
     counts = torch.zeros(V_BINS, dtype=torch.int64)
     for part in row_chunks(state.v):
-        counts += torch.histc(state.v[part].float(), bins=V_BINS, min=-0.5, max=0.5).long().cpu()
+        counts += torch.histc(state.rows(part).shift, bins=V_BINS, min=-0.5, max=0.5).long().cpu()
     return counts
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from signround_edge.formats import Grid, QuantizedTensor
+from signround_edge.formats import QuantizedTensor
 from signround_edge.model.decoder import is_transposed, set_weight, weight_of
 from signround_edge.model.experts import split_expert
+from signround_edge.tuning.block.compute import compute_context, compute_dtype
 from signround_edge.tuning.block.loss import held_out_loss, loss_gradient
 from signround_edge.tuning.block.sign_step import RoundingState, fused_step
 from signround_edge.tuning.block.start import find_start, quantized
@@ -85,7 +86,10 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
             if found < best_loss:
                 best, best_loss, best_step = candidate, found, step + 1
                 histograms = {name: v_histogram(state) for name, state in states.items()}
-    unit.install(best)
+    # Positions, V and weights are most of what tuning keeps.
+    states.clear()
+    steps.weights.clear()
+    unit.install(best, dtype)
     statistics = {
         m.name: rounding_statistics(m.exact, start.nearest[m.name], best[m.name], histograms[m.name], m.importance)
         for m in unit.matrices
@@ -142,23 +146,6 @@ class _Steps:
                 fused_step(state, gradient, out, self.step, self.settings, compiled=weight.is_cuda)
         weight.grad = None
         self.done.add(matrix.name)
-
-
-def compute_dtype(settings: TuningSettings, grids: Iterable[Grid], device: torch.device) -> torch.dtype:
-    """The dtype of matrix products while a unit on these grids is tuned.
-
-    bfloat16 errs by 0.2 %, a fortieth of what rounding to 4 bits does, but as much as rounding to 8 bits.
-    """
-    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    coarse = all(grid.code_max - grid.code_min < 32 for grid in grids)
-    bfloat16 = {"auto": native and coarse, "float32": False, "bfloat16": True}[settings.compute_dtype]
-    return torch.bfloat16 if bfloat16 else torch.float32
-
-
-def compute_context(settings: TuningSettings, grids: Iterable[Grid], device: torch.device) -> torch.autocast:
-    """Within, matrix products have `compute_dtype`."""
-    dtype = compute_dtype(settings, grids, device)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def _transposed_step(state: RoundingState, gradient: Tensor, out: Tensor, step: int, settings: TuningSettings) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from signround_edge.formats import Grid, QuantizedTensor
-from signround_edge.model.decoder import set_out_in
+from signround_edge.model.decoder import set_out_in, set_weight, weight_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Matrix:
         return self.weight.float()
 
     def install(self, weight: Tensor) -> None:
-        """Put a weight f32 [out, in] into the module."""
+        """Put a weight [out, in] into the module."""
         set_out_in(self.module, weight)
 
 
@@ -66,7 +67,17 @@ class Unit:
     held_out: Tensor
     module: nn.Module
 
-    def install(self, tensors: dict[str, QuantizedTensor]) -> None:
-        """Put the dequantized weights into the modules; tensors by matrix name."""
+    def install(self, tensors: dict[str, QuantizedTensor], dtype: torch.dtype = torch.float32) -> None:
+        """Put the dequantized weights into the modules.
+
+        Args:
+            tensors: by matrix name.
+            dtype: that of the products, so that the weights take no more memory and are not converted at every call.
+        """
         for matrix in self.matrices:
-            matrix.install(tensors[matrix.name].dequantize())
+            matrix.install(tensors[matrix.name].dequantize().to(dtype))
+
+    def release(self) -> None:
+        """Give the memory of the modules' weights back; `install` fills them again."""
+        for matrix in self.matrices:
+            set_weight(matrix.module, weight_of(matrix.module).to("meta"))

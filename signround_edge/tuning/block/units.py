@@ -10,7 +10,7 @@ from torch import Tensor
 from signround_edge.model.decoder import out_in
 from signround_edge.model.experts import split_expert
 from signround_edge.schemes.roles import writes_to_stream
-from signround_edge.tuning.block.tune import compute_context
+from signround_edge.tuning.block.compute import compute_context
 from signround_edge.tuning.block.unit import Matrix, Unit
 from signround_edge.tuning.calibration.activations import Stream, run_block
 from signround_edge.tuning.calibration.input_moments import InputMoments, SecondMoments

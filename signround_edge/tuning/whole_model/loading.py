@@ -10,7 +10,7 @@ from torch import Tensor
 from signround_edge.formats import QuantizedTensor
 from signround_edge.manifest import OUTSIDE, TensorEntry
 from signround_edge.model.decoder import set_tensor
-from signround_edge.tuning.block.tune import compute_context, compute_dtype
+from signround_edge.tuning.block.compute import compute_context, compute_dtype
 from signround_edge.tuning.calibration.shell import Shell
 from signround_edge.tuning.job import CPU, Job
 from signround_edge.tuning.outside import embed, frozen, load_outside

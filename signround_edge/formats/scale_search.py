@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from signround_edge.formats.grid import BlockScales, Fields, Grid, safe_reciprocal
+from signround_edge.formats.threads import over_chunks
 
 # Values worked on at once: temporaries stay in the L2 cache, several times faster than whole matrices.
 CHUNK_VALUES = 1 << 16
@@ -33,11 +34,8 @@ def in_row_chunks(search: Callable[[Tensor, Tensor], BlockScales], blocks: Tenso
     if blocks.is_cuda:
         rows_at_once *= 256
     importance = importance.expand(blocks.shape)
-    parts = [
-        search(blocks[i : i + rows_at_once], importance[i : i + rows_at_once])
-        for i in range(0, blocks.shape[0], rows_at_once)
-    ]
-    return BlockScales.join(parts)
+    chunks = [slice(i, i + rows_at_once) for i in range(0, blocks.shape[0], rows_at_once)]
+    return BlockScales.join(over_chunks(lambda rows: search(blocks[rows], importance[rows]), chunks, blocks.is_cuda))
 
 
 def extreme_scales(grid: Grid, blocks: Tensor) -> BlockScales:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.grid import Fields, field_rows
+from signround_edge.formats.threads import over_chunks
 from signround_edge.tuning.schedule import V_TRAVEL
 from signround_edge.tuning.settings import TuningSettings
 
@@ -195,8 +196,11 @@ def fused_step(
         tensors = [torch.tensor(float(x), device=gradient.device) for x in (*rates, step)]
         _compiled_update()(state, gradient, out, *tensors, settings)
         return
-    for part in row_chunks(state.v):
+
+    def update(part: slice) -> None:
         _update(state.rows(part), gradient[part], out[part], *rates, step, settings)
+
+    over_chunks(update, row_chunks(state.v), state.v.is_cuda)
 
 
 @functools.cache

@@ -23,13 +23,16 @@ def weighted_loss(unit: Unit, output: Tensor, index: Tensor) -> Tensor:
 
 
 def held_out_loss(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -> float:
-    """Loss over the held-out samples, computed as in the training steps but summed in f64."""
-    total, count = 0.0, 0
+    """Loss over the held-out samples, computed as in the training steps but summed in f64.
+
+    It is summed where it is computed, so that a GPU is waited for once.
+    """
+    total, count = torch.zeros((), dtype=torch.float64), 0
     with torch.no_grad():
         for index in unit.held_out.split(settings.batch_size):
             with autocast:
                 output = unit.forward(index)
             loss = weighted_loss(unit, output.float(), index)
-            total += float(loss.double().sum())
+            total = total.to(loss.device) + loss.sum(dtype=torch.float64)
             count += loss.numel()
-    return total / count
+    return float(total) / count

@@ -48,7 +48,7 @@ class Transforming:
     ) -> Transforming:
         """For a model whose embeddings are in full precision; `tokens` [samples, seqlen] are the calibration's."""
         few = tokens[:1, :CHECK_TOKENS]
-        made = cls(replace(shell, calls={}, latest=None), few, device, progress, compares)
+        made = cls(replace(shell, calls={}, latest=None, _moved={}), few, device, progress, compares)
         made.shell.exact_lookups = {m: m._parameters["weight"] for m in shell.decoder.lookups.values()}
         made.original = made.transformed = made.shell.embed(few).to(device)
         return made

@@ -29,10 +29,6 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def to(self, device: torch.device) -> BlockCall:
-        """The same call with its tensors on a device."""
-        return self._mapped(lambda tensor: tensor.to(device))
-
     def tensors(self) -> list[Tensor]:
         """All tensors in it, in a fixed order."""
         found: list[Tensor] = []
@@ -41,7 +37,7 @@ class BlockCall:
             found.append(tensor)
             return tensor
 
-        self._mapped(keep)
+        self.mapped(keep)
         return found
 
     def run(self, block: nn.Module, hidden: Tensor, shared: Shared | None = None) -> Tensor:
@@ -53,7 +49,7 @@ class BlockCall:
         Args:
             shared: what the blocks before have put into arguments that all blocks share; this one's is added.
         """
-        call = self._mapped(lambda tensor: tensor)  # with mappings of its own, for blocks write into them
+        call = self.mapped(lambda tensor: tensor)  # with mappings of its own, for blocks write into them
         kwargs = call.kwargs
         if "position_embeddings" in kwargs and torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -70,8 +66,21 @@ class BlockCall:
                 shared[name] = left
         return output
 
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> BlockCall:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> BlockCall:
+        """The same call with changed tensors, in mappings and lists of its own."""
         return BlockCall(_map(self.args, change), _map(self.kwargs, change))
+
+
+def moved_calls(calls: list[BlockCall], device: torch.device) -> list[BlockCall]:
+    """The calls with their tensors on a device; those that several blocks are given are copied once."""
+    moved: dict[int, Tensor] = {}
+
+    def move(tensor: Tensor) -> Tensor:
+        if id(tensor) not in moved:
+            moved[id(tensor)] = tensor.to(device)
+        return moved[id(tensor)]
+
+    return [call.mapped(move) for call in calls]
 
 
 def tokens_first(hidden: Tensor) -> Tensor:

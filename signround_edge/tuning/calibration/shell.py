@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from signround_edge.errors import UserError
 from signround_edge.model.decoder import Decoder, weight_of
-from signround_edge.tuning.calibration.block_call import BlockCall, streams_first, tokens_first
+from signround_edge.tuning.calibration.block_call import BlockCall, moved_calls, streams_first, tokens_first
 
 
 class _StopForward(Exception):
@@ -40,6 +40,10 @@ class Shell:
     calls: dict[tuple[int, ...], list[BlockCall]] = field(default_factory=dict)
     latest: Tensor | None = None
     _depends_on_tokens: bool | None = None
+    # Calls whose tensors are on a device, and those that they were made of.
+    _moved: dict[tuple[tuple[int, ...], torch.device], tuple[list[BlockCall], list[BlockCall]]] = field(
+        default_factory=dict
+    )
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Hidden states f32 [n, seqlen, hidden] that enter block 0; of several streams [n, seqlen, streams, hidden]."""
@@ -55,7 +59,12 @@ class Shell:
             self.calls.pop(shape, None)
             self._pass(tokens, None)
             self.latest = tokens
-        return self.calls[shape][index].to(device)
+        recorded = self.calls[shape]
+        of, moved = self._moved.get((shape, device), (None, recorded))
+        if of is not recorded:
+            moved = moved_calls(recorded, device)
+            self._moved[shape, device] = recorded, moved
+        return moved[index]
 
     def depends_on_tokens(self, tokens: Tensor) -> bool:
         """Whether blocks are given something that depends on the tokens; found with these [n, seqlen] and others."""

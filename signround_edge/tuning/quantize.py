@@ -158,14 +158,13 @@ def _execute(job: Job) -> None:
     if run.manifest.state == "complete" and job.importance.sink is None:
         return
     shell = open_shell(job.weights, job.tokens)
-    exact = quantized = embed(job, shell)
+    exact = embed(job, shell)
     transforming = None
     if job.settings.transforms:
         compares = run.manifest.whole_model is None
         transforming = Transforming.start(shell, job.tokens, job.device, job.progress, compares)
     lookups = quantize_lookups(job, shell)
-    if lookups:
-        quantized = embed(job, shell)
+    quantized = embed(job, shell) if lookups else Stream(exact.hidden.clone())
     for index in range(blocks):
         exact, quantized = _block(job, shell, transforming, index, exact, quantized)
         job.progress.parts(index + 1, len(parts))
@@ -181,14 +180,14 @@ def _execute(job: Job) -> None:
 def _block(
     job: Job, shell: Shell, transforming: Transforming | None, index: int, exact: Stream, quantized: Stream
 ) -> tuple[Stream, Stream]:
-    """Tune (or, when it is complete, read) one block; returns the inputs of the next one."""
+    """Tune (or, when it is complete, read) one block; returns the inputs of the next one, in the memory of its own."""
     block, part, prefix = job.decoder.blocks[index], part_of_block(index), job.decoder.block_prefix(index)
     job.weights.load(block, prefix, job.device)
     every = job.decoder.matrices(index)
     moments = SecondMoments(job.token_weights)
     chosen = {name: module for name, module in every.items() if job.run.is_quantized(name)}
     with shell.exact(), moments.watching(block, job.importance.to_collect(every, chosen)):
-        target = run_all(job, shell, index, exact, moments)
+        target = run_all(job, shell, index, exact, moments, in_place=True)
     matrices = block_matrices(job, index, job.importance.settle(moments.result(), job.device), moments)
     transform, found = BlockTransform(), None
     if transforming is not None:
@@ -214,7 +213,7 @@ def _block(
         )
         for name, unit in tuned.items():
             job.progress.line(f"{index + 1}/{len(job.decoder.blocks)} {name}: {unit.report}")
-    following = run_all(job, shell, index, quantized)
+    following = run_all(job, shell, index, quantized, in_place=True)
     unload_parameters(block)
     return target, following
 

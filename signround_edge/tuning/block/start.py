@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from signround_edge.formats import BlockScales, Grid, QuantizedTensor
 from signround_edge.formats.fidelity import lies_on_grid
 from signround_edge.formats.scale_search import extreme_scales
+from signround_edge.formats.threads import over_chunks
 from signround_edge.tuning.block.compute import compute_dtype
 from signround_edge.tuning.block.drift import correct_drift
 from signround_edge.tuning.block.gptq import DAMPING, compensated
@@ -22,6 +25,10 @@ from signround_edge.tuning.settings import TuningSettings
 
 # What less damping must gain over more of it, as a share of the loss: tuning takes up a smaller difference.
 _RISK = 0.01
+# Values of a matrix, of whose hessian and factor several are in memory at a time.
+_SMALL = 1 << 24
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,11 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
     lie on the grid already keep their codes, and those of experts that are seldom used the nearest ones. All is done
     matrix by matrix, so that nothing of the size of the block exists but what is compared: codes and positions.
     """
-    scales = {m.name: initial_scales(m.grid, m.exact, m.importance, settings.scale_init) for m in unit.matrices}
+    grids, names = (m.grid for m in unit.matrices), [m.name for m in unit.matrices]
+    searched = _of_every_matrix(
+        lambda m: initial_scales(m.grid, m.exact, m.importance, settings.scale_init), unit.matrices
+    )
+    scales = dict(zip(names, searched, strict=True))
 
     def state(m: Matrix) -> RoundingState:
         return RoundingState.start(m.grid, m.exact, scales[m.name], settings.positions)
@@ -86,16 +97,18 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
     if settings.start == "gptq" and settings.steps:
         targets, inherited = _gptq_targets(unit, scales, settings, autocast)  # needs the exact weights in the modules
     unit.release()
-    nearest, settled = dict[str, QuantizedTensor](), set[str]()
-    candidates: list[dict[str, RoundingState]] = [{} for _ in DAMPING]
-    for m in unit.matrices:  # a hessian goes with the last matrix that it is of
-        nearest[m.name], target = state(m).quantized(), targets.pop(m.name, None)
-        if m.seldom or lies_on_grid(m.exact, nearest[m.name]):
-            settled.add(m.name)
-        elif target is not None:
-            for candidate, damping in zip(candidates, DAMPING, strict=True):
-                candidate[m.name] = target.state(settings, damping)
-    dtype = compute_dtype(settings, (m.grid for m in unit.matrices), unit.matrices[0].weight.device)
+
+    def first(m: Matrix) -> tuple[QuantizedTensor, bool, list[RoundingState]]:
+        """Its nearest codes, whether they stay, and what GPTQ makes of it, whose hessian goes with its last matrix."""
+        codes, target = state(m).quantized(), targets.pop(m.name, None)
+        stays = m.seldom or lies_on_grid(m.exact, codes)
+        return codes, stays, [] if stays or target is None else [target.state(settings, d) for d in DAMPING]
+
+    every = dict(zip(names, _of_every_matrix(first, unit.matrices), strict=True))
+    nearest, settled = {name: codes for name, (codes, _, _) in every.items()}, {n for n in names if every[n][1]}
+    candidates = [{name: made[i] for name, (_, _, made) in every.items() if made} for i in range(len(DAMPING))]
+    every.clear()
+    dtype = compute_dtype(settings, grids, unit.matrices[0].weight.device)
     unit.install(nearest, dtype)
     rounded = held_out_loss(unit, settings, autocast)
     found, tensors, best = dict[str, RoundingState](), nearest, rounded
@@ -112,6 +125,14 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
     unit.install(tensors, dtype)
     states = {m.name: found.get(m.name) or state(m) for m in unit.matrices}
     return Start(nearest, rounded, states, tensors, best, frozenset(settled))
+
+
+def _of_every_matrix(work: Callable[[Matrix], Found], matrices: list[Matrix]) -> list[Found]:
+    """What `work` makes of each matrix: beside one another where they are many and small, as experts are."""
+    largest = max(m.weight.numel() for m in matrices)
+    if len(matrices) < 2 * torch.get_num_threads() or largest > _SMALL:
+        return [work(m) for m in matrices]
+    return over_chunks(work, matrices, matrices[0].weight.is_cuda)
 
 
 def _codes(grid: Grid) -> int:

@@ -94,9 +94,11 @@ def layer_unit(job: Job, shell: Shell, index: int, matrix: Matrix, inputs: Strea
     )
 
 
-def run_all(job: Job, shell: Shell, index: int, stream: Stream, moments: InputMoments | None = None) -> Stream:
-    """`stream`, all samples of it, through block `index`, products in the dtype of its tuning."""
+def run_all(
+    job: Job, shell: Shell, index: int, stream: Stream, moments: InputMoments | None = None, in_place: bool = False
+) -> Stream:
+    """`stream`, all samples of it, through block `index`, products in the dtype of its tuning; see `run_block`."""
     grids = [job.grid(name) for name in job.decoder.matrices(index) if job.run.is_quantized(name)]
     autocast = compute_context(job.settings, grids, job.device)
     size = job.settings.batch_size
-    return run_block(job.decoder, shell, index, job.tokens, stream, size, job.device, autocast, moments)
+    return run_block(job.decoder, shell, index, job.tokens, stream, size, job.device, autocast, moments, in_place)

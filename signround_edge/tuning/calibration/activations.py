@@ -45,6 +45,7 @@ def run_block(
     device: torch.device,
     autocast: torch.autocast,
     moments: InputMoments | None = None,
+    in_place: bool = False,
 ) -> Stream:
     """What a loaded block makes of all samples.
 
@@ -53,8 +54,9 @@ def run_block(
     Args:
         autocast: context of the products, the same as while tuning.
         moments: settled after each batch, with the weights that the loss gives to its tokens.
+        in_place: whether what comes out takes the memory of the hidden states that went in.
     """
-    out = torch.empty_like(stream.hidden)
+    out = stream.hidden if in_place else torch.empty_like(stream.hidden)
     left: list[Shared] = []
     with torch.no_grad():
         for start in range(0, len(out), batch_size):
@@ -63,10 +65,10 @@ def run_block(
             hidden, shared = stream.at(part, device)
             with autocast:
                 result = call.run(decoder.blocks[index], hidden, shared).float()
-            out[part] = result.cpu()
             left.append(shared)
-            if moments is not None:
+            if moments is not None:  # before they are overwritten: hidden states may be what waits
                 moments.settle(moments.token_weights(result))
+            out[part] = result.cpu()
     return Stream(out, _joined(left))
 
 

@@ -80,6 +80,7 @@ def export_folder(run: RunDirectory, out: Path, options: OnnxOptions) -> Path:
             kv_cache=graph.kv_cache,
             scale_dtype=options.scale_dtype,
             operators=options.operators,
+            io_dtype=options.io_dtype,
         )
         (partial / CARD).write_bytes(render_card(partial, sidecar, NOT_MEASURED).encode())
         (partial / SIDECAR).write_bytes(replace(sidecar, files=hash_files(partial)).to_bytes())

@@ -134,14 +134,14 @@ def measure(run: RunDirectory, folder: Path, decoded: int, rounds: int) -> list[
                 if runtime in LOGITS:
                     with LOGITS[runtime].open(out) as session:
                         row["kld_mean"] = evaluate(session, windows, torch_logits).kld_mean
-                row["same_tokens"] = _agreeing(_in_a_process(row, prompt, 2)["tokens"], expected)
+                row["same_tokens"] = agreeing(decode(out, runtime, prompt, 2)["tokens"], expected)
                 row["text_tokens"] = len(expected)
             except (UserError, subprocess.CalledProcessError) as error:
-                row["loads"] = f"no: {_reason(error)}"
+                row["loads"] = f"no: {reason_of(error)}"
     alive = [row for row in rows if row["loads"] == "yes"]
     for first in range(rounds):
         for row in (*alive[first % len(alive) :], *alive[: first % len(alive)]):
-            speed = _in_a_process(row, prompt, decoded)
+            speed = decode(row["folder"], row["runtime"], prompt, decoded)
             row.setdefault("all_tokens_per_cpu_s", []).append(speed["tokens_per_cpu_s"])
             row.setdefault("all_tokens_per_s", []).append(speed["tokens_per_s"])
             _say(f"{row['form']} in {row['runtime']}: {speed['tokens_per_cpu_s']:.1f} tokens a CPU second")
@@ -159,28 +159,32 @@ def greedy_text(run: RunDirectory, prompt: list[int]) -> list[int]:
     return [int(token) for token in made[0][len(prompt) :]]
 
 
-def _agreeing(found: list[int], expected: list[int]) -> int:
+def agreeing(found: list[int], expected: list[int]) -> int:
     """How many tokens of two texts are the same, from the beginning."""
     differing = (i for i, (ours, theirs) in enumerate(zip(found, expected, strict=False)) if ours != theirs)
     return next(differing, min(len(found), len(expected)))
 
 
-def _in_a_process(row: dict[str, Any], prompt: list[int], decoded: int) -> dict[str, Any]:
-    folder: Path = row["folder"].resolve()
+def decode(folder: Path, runtime: str, prompt: list[int], decoded: int) -> dict[str, Any]:
+    """What a process of its own says of a folder in a runtime: see `onnx_forms_process.measure`.
+
+    Raises:
+        subprocess.CalledProcessError: it does not load there, or does not run.
+    """
     numbers = [",".join(map(str, prompt)), str(TEXT), str(decoded)]
-    if row["runtime"] == NODE:
+    if runtime == NODE:
         if PACKAGE.missing() is not None:
             PACKAGE.install(_say)
         script = str(Path(__file__).with_suffix(".mjs"))
-        command = ["node", script, str(PACKAGE.path), f"{folder.parent}/", folder.name, *numbers]
+        command = ["node", script, str(PACKAGE.path), f"{folder.resolve().parent}/", folder.name, *numbers]
     else:
-        command = [sys.executable, "-m", "benchmarks.onnx_forms_process", str(folder), row["runtime"], *numbers]
+        command = [sys.executable, "-m", "benchmarks.onnx_forms_process", str(folder), runtime, *numbers]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: UserError | subprocess.CalledProcessError) -> str:
     """What a process said last, or our own sentence."""
     said = (error.stderr or "").strip().splitlines() if isinstance(error, subprocess.CalledProcessError) else []
     return (said[-1] if said else first_line(error)).replace("|", "/")[:200]

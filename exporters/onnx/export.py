@@ -65,7 +65,8 @@ def export_folder(run: RunDirectory, out: Path, options: OnnxOptions) -> Path:
         zero_biases = check_complete(graph.bindings, weights)
         if options.ort_format:
             options.log("onnx: writing model.ort")
-            write_ort_format(partial / layout.model)
+            floats = [b.initializers["weight"] for b in graph.bindings if not b.quantized]
+            write_ort_format(partial / layout.model, floats)
         for file in sorted(companions.iterdir()):
             shutil.move(file, partial / file.name)
         companions.rmdir()

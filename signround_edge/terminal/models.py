@@ -8,7 +8,6 @@ from rich.text import Text
 from signround_edge.outlook import Outlook
 from signround_edge.tested_models import TestedModels
 
-
 # What only docs/models.md and --json have room for.
 _FIGURES = ("ONNX route", "KL, texts", "KL, steps", "tokens/CPU s")
 

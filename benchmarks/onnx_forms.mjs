@@ -20,7 +20,7 @@ async function generate(tokens, options) {
   return { tokens: made.tolist()[0].slice(ids.length).map(Number), cpu: (user + system) / 1e6, wall: (performance.now() - began[1]) / 1e3 };
 }
 
-const { tokens } = await generate(Number(count), {});
+const tokens = Number(count) ? (await generate(Number(count), {})).tokens : [];
 const first = await generate(1, { min_new_tokens: 1 });
 const all = await generate(Number(decoded), { min_new_tokens: Number(decoded) });
 const more = Number(decoded) - 1;

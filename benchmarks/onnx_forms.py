@@ -134,14 +134,14 @@ def measure(run: RunDirectory, folder: Path, decoded: int, rounds: int) -> list[
                 if runtime in LOGITS:
                     with LOGITS[runtime].open(out) as session:
                         row["kld_mean"] = evaluate(session, windows, torch_logits).kld_mean
-                row["same_tokens"] = agreeing(decode(out, runtime, prompt, 2)["tokens"], expected)
+                row["same_tokens"] = agreeing(decode(out, runtime, prompt, TEXT)["tokens"], expected)
                 row["text_tokens"] = len(expected)
             except (UserError, subprocess.CalledProcessError) as error:
                 row["loads"] = f"no: {reason_of(error)}"
     alive = [row for row in rows if row["loads"] == "yes"]
     for first in range(rounds):
         for row in (*alive[first % len(alive) :], *alive[: first % len(alive)]):
-            speed = decode(row["folder"], row["runtime"], prompt, decoded)
+            speed = decode(row["folder"], row["runtime"], prompt, 0, decoded)
             row.setdefault("all_tokens_per_cpu_s", []).append(speed["tokens_per_cpu_s"])
             row.setdefault("all_tokens_per_s", []).append(speed["tokens_per_s"])
             _say(f"{row['form']} in {row['runtime']}: {speed['tokens_per_cpu_s']:.1f} tokens a CPU second")
@@ -165,13 +165,13 @@ def agreeing(found: list[int], expected: list[int]) -> int:
     return next(differing, min(len(found), len(expected)))
 
 
-def decode(folder: Path, runtime: str, prompt: list[int], decoded: int) -> dict[str, Any]:
+def decode(folder: Path, runtime: str, prompt: list[int], count: int, decoded: int = 2) -> dict[str, Any]:
     """What a process of its own says of a folder in a runtime: see `onnx_forms_process.measure`.
 
     Raises:
         subprocess.CalledProcessError: it does not load there, or does not run.
     """
-    numbers = [",".join(map(str, prompt)), str(TEXT), str(decoded)]
+    numbers = [",".join(map(str, prompt)), str(count), str(decoded)]
     if runtime == NODE:
         if PACKAGE.missing() is not None:
             PACKAGE.install(_say)

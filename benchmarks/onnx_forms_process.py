@@ -2,8 +2,8 @@
 
 python -m benchmarks.onnx_forms_process FOLDER RUNTIME PROMPT COUNT DECODED
 
-PROMPT are token numbers with commas between, COUNT the tokens of the text (fewer where it ends), DECODED those that are
-timed, which do not end.
+PROMPT are token numbers with commas between, COUNT the tokens of the text (fewer where it ends; 0 for none), DECODED
+those that are timed, which do not end.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def measure(folder: Path, runtime: str, prompt: list[int], count: int, decoded: 
     config = folder / "genai_config.json"
     named = json.loads(config.read_text())["model"]["eos_token_id"] if config.is_file() else -1
     decoder = open_decoder(folder, runtime)
-    tokens = decoder.greedy(prompt, count, np.atleast_1d(named).tolist(), lambda: None)
+    tokens = decoder.greedy(prompt, count, np.atleast_1d(named).tolist(), lambda: None) if count else []
     began = [0.0, 0.0]
 
     def start() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.onnx_forms import GENAI, PROMPT, agreeing, decode, greedy_text, reason_of
+from benchmarks.onnx_forms import GENAI, PROMPT, TEXT, agreeing, decode, greedy_text, reason_of
 from exporters.gguf import GgufExporter
 from exporters.interface import ExportOptions
 from exporters.onnx import OnnxExporter
@@ -135,7 +135,7 @@ def _in_genai(run: RunDirectory, folder: Path) -> Found:
     """Whether onnxruntime-genai writes transformers' greedy text, in a process of its own, and how fast it decodes."""
     prompt = [int(token) for token in load_tokenizer(run.config_dir)(PROMPT)["input_ids"]]
     try:
-        found = decode(folder, GENAI, prompt, DECODED)
+        found = decode(folder, GENAI, prompt, TEXT, DECODED)
     except subprocess.CalledProcessError as error:
         return {"genai": f"no: {_shortened(reason_of(error))}", "tokens/CPU s": ""}
     expected = greedy_text(run, prompt)

@@ -17,8 +17,6 @@ import argparse
 import functools
 import json
 import math
-import os
-import platform
 import re
 import shutil
 import subprocess
@@ -36,6 +34,7 @@ from benchmarks import auto_round, llama_quantize, olive_gptq, onnx_peers
 from benchmarks.float_gguf import write_float_gguf
 from benchmarks.gguf_in_torch import load_llama_gguf
 from benchmarks.measure import Cost, run_measured
+from benchmarks.processor import processor
 from benchmarks.rows import OURS, steps_of
 from benchmarks.scoring import RememberingSession
 from benchmarks.split_text import SPARE_TOKENS, json_lines
@@ -112,10 +111,7 @@ def _samples(args: argparse.Namespace, longer: int = 0) -> Tensor:
 
 def _machine() -> str:
     """The processor, whether it multiplies bfloat16 natively (see `compute_dtype`), and how many cores there were."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else []
-    dtype = "bf16" if torch.cpu._is_avx512_bf16_supported() else "f32"
-    return f"{names[0] if names else platform.machine()} ({dtype}), {len(os.sched_getaffinity(0))} cores"
+    return processor(" (bf16)" if torch.cpu._is_avx512_bf16_supported() else " (f32)")
 
 
 def _commit() -> str:

@@ -28,6 +28,7 @@ from benchmarks.rows import (
 from signround_edge.files import write_atomically
 
 DECODE = RESULTS / "decode"
+FORMS = RESULTS / "forms"
 TARGET = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 HEAD = """# All measured rows
 
@@ -52,6 +53,11 @@ are the folders of onnxruntime-genai's int4 builder as they come, embedding and 
 reference implementation (benchmarks/gptq.py) on our grids, rows `olive-gptq` Olive 0.13.0's GPTQ pass on the same
 samples, both with our embedding and head. KL is compared with the best of the peers that takes no more bytes than the
 row plus 1 %.
+
+Tables "every form of ONNX of one run" (`python -m benchmarks.onnx_forms`) hold what `export --format onnx` makes of
+the same integers. Bytes are of graph and data; KL divergence is from torch with the run's dequantized weights, on four
+windows of 128 tokens, the last eight of which are fed one by one; the text is 20 greedy tokens, compared with
+transformers' of the same weights. Speed is of decoding alone, on one thread, the ratio the median over rounds.
 
 Times of different processors do not compare, above all where one multiplies bfloat16 natively and the other does not;
 numbers in brackets tell them apart.
@@ -79,6 +85,7 @@ def document() -> str:
     cut_off = [name for name in names() if is_cut_off(name)]
     parts = [HEAD, *(section for name in whole for section in sections(name, read(name)))]
     parts += [_decode_section(file.stem, json.loads(file.read_text())) for file in sorted(DECODE.glob("*.json"))]
+    parts += [forms_section(file.stem, json.loads(file.read_text())) for file in sorted(FORMS.glob("*.json"))]
     parts += [CUT_OFF] if cut_off else []
     return "\n".join([*parts, *(section for name in cut_off for section in sections(name, read(name)))])
 
@@ -110,6 +117,29 @@ def _decode_section(name: str, found: dict[str, Any]) -> str:
     return "\n".join(
         [*lines, "", f"{found['what']}; the best round of each, rounds alternating between the folders.", ""]
     )
+
+
+def forms_section(name: str, found: dict[str, Any]) -> str:
+    """The forms of ONNX of one run (`benchmarks.onnx_forms`)."""
+    lines = [f"## {name}: every form of ONNX of one run", ""]
+    lines += [
+        "| export | bytes | runtime | loads | KL from torch | tokens a CPU second | beside the first |"
+        " greedy text as transformers' |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for r in found["rows"]:
+        kl = f"{r['kld_mean']:.0e}" if "kld_mean" in r else "–"
+        figures = f"{r['tokens_per_cpu_s']:.1f} | {r['ratio']:.2f} ×" if "ratio" in r else "– | –"
+        cells = f"{r['form']}`", f"{r['bytes']:,}", r["runtime"], r["loads"], kl, figures, _text_cell(r)
+        lines.append(f"| `{' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"`{found['scheme']}`. {found['what']}.", ""])
+
+
+def _text_cell(row: dict[str, Any]) -> str:
+    """Whether transformers writes the same greedy text with the run's dequantized weights."""
+    if "same_tokens" not in row:
+        return "–"
+    return "yes" if row["same_tokens"] == row["text_tokens"] else f"the first {row['same_tokens']} tokens"
 
 
 def _section(name: str, rows: list[dict[str, Any]]) -> str:

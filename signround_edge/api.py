@@ -158,7 +158,7 @@ def export(
     if format not in known:
         raise UserError(f"--format {format} is unknown; known are {', '.join(known)}")
     given = {
-        "template": _path("--template", template), "dtype": dtype, "split_max_bytes": _bytes_of(split_max_size),
+        "template": _path("--template", template), "dtype": dtype, "split_max_bytes": _bytes_of(split_max_size, format),
         "log": shown.line, "accuracy_level": accuracy_level, "scale_dtype": scale_dtype,
         "operators": operators, "ort_format": ort_format or None, "layout": layout,
         "io_dtype": io_dtype, "no_cache": no_cache or None,
@@ -168,12 +168,15 @@ def export(
     options, text = options_for(format, known, given), _path("--card-text", card_text)
     if text is not None and not isinstance(options, OnnxOptions):
         raise foreign_option("card_text", ["onnx"], format)
+    if text is not None and isinstance(options, OnnxOptions) and not options.has_level_4:
+        asked = f"--dtype {options.dtype}" if options.dtype is not None else f"--io-dtype {options.io_dtype}"
+        raise UserError(f"--card-text is for measuring accuracy level 4, and {asked} has none; leave it out")
     check_card_text(text)
     opened = _run(run)
     check_card_text(text, opened.config_dir)
     check_output("-o", target, {"the run": opened.path, "--template": options.template, "--card-text": text})
     path = known[format].export(opened, target, options)
-    if isinstance(options, OnnxOptions) and options.dtype is None:
+    if isinstance(options, OnnxOptions) and options.has_level_4:
         from exporters.onnx.artifact.level_cost import add_level_cost  # late: GGUF needs no onnx
 
         shown.line("onnx: measuring what accuracy level 4 costs on this model")
@@ -275,14 +278,15 @@ def _progress(given: OnProgress) -> Progress:
     return Progress(given)
 
 
-def _bytes_of(size: str | int | None) -> int | None:
-    """500M, 4G or a plain number of bytes, as llama.cpp's gguf-split counts: M is 10^6, G is 10^9."""
+def _bytes_of(size: str | int | None, format: str) -> int | None:
+    """500M, 4G or a plain number of bytes, as llama.cpp's gguf-split counts: M is 10^6, G is 10^9, and K 10^3."""
     if size is None:
         return None
-    match = re.fullmatch(r"(\d+)([MG]?)", str(size).strip().upper())
+    match = re.fullmatch(r"(\d+)([KMG]?)", str(size).strip().upper())
     if match is None or int(match[1]) == 0:
-        raise UserError(f"--split-max-size (--max-shard-size) {size} is not a size; give for example 500M or 4G")
-    return int(match[1]) * {"": 1, "M": 10**6, "G": 10**9}[match[2]]
+        flag = "--max-shard-size" if format == "onnx" else "--split-max-size"  # two names of one option
+        raise UserError(f"{flag} {size} is not a size; give for example 500M or 4G")
+    return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]]
 
 
 def _run(given: StrPath | RunDirectory) -> RunDirectory:

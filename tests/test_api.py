@@ -74,6 +74,7 @@ def test_an_export_is_a_path(chain: tuple[Path, str], tmp_path: Path) -> None:
         ({"format": "onnx", "accuracy_level": 2}, "--accuracy-level 2 is unknown"),
         ({"format": "onnx", "dtype": "f8"}, "--dtype f8"),
         ({"format": "gguf", "split_max_size": "big"}, "big is not a size"),
+        ({"format": "onnx", "split_max_size": "1T"}, "--max-shard-size 1T is not a size"),
     ],
 )
 def test_bad_usage_is_one_sentence(

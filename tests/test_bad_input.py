@@ -311,7 +311,10 @@ def test_samples_longer_than_the_model_can_see_are_refused(
 def test_tensor_types_that_cannot_be(model: Path, calibration_text: Path) -> None:
     refused = quantize(model, calibration_text, "--tensor-type", "ffn_down")
     assert_refused(refused, "--tensor-type 'ffn_down'", "PATTERN=TYPE")
-    assert_refused(quantize(model, calibration_text, "--tensor-type", "ffn_down=Q9_K"), "unknown block format 'Q9_K'")
+    refused = quantize(model, calibration_text, "--tensor-type", "ffn_down=Q9_K")
+    assert_refused(refused, "unknown block format 'Q9_K'; near it are Q6_K, Q5_K, Q4_K, and docs/formats.md lists all")
+    refused = quantize(model, calibration_text, "--tensor-type", "ffn_down=F16")
+    assert_refused(refused, "F16 holds floats", "take Q8_0", "`export --dtype f16`")
     assert_refused(quantize(model, calibration_text, "--tensor-type", "(=Q6_K"), "no regular expression")
     assert_refused(quantize(model, calibration_text, "--tensor-type", "ffn_down=w4g64"), "GGUF has no type w4g64")
     refused = quantize(model, calibration_text, "--tensor-type", "down=Q4_K", scheme="onnx:w4g32")
@@ -336,6 +339,8 @@ def test_sizes_that_cannot_be(model: Path, calibration_text: Path, tmp_path: Pat
     for size in ("0", "lots", "-5M"):
         result = run_cli("export", run, "--format", "gguf", "-o", tmp_path / "m.gguf", f"--split-max-size={size}")
         assert_refused(result, "--split-max-size", "give for example 500M")
+    result = run_cli("export", run, "--format", "onnx", "-o", tmp_path / "m", "--max-shard-size=lots")
+    assert_refused(result, "--max-shard-size lots is not a size")
 
 
 def test_a_config_that_is_no_json_is_named_where_the_tokenizer_needs_it(model: Path, evaluation_text: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.parts import Row
+from benchmarks.processor import processor
 
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "gguf", "auto-round")
 
@@ -37,9 +37,7 @@ def _facts(device: torch.device) -> Iterator[tuple[str, str]]:
     for package in _PACKAGES:
         yield package, _version(package)
     yield "python", platform.python_version()
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else []
-    yield "processor", f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    yield "processor", processor()
     yield "threads of torch", str(torch.get_num_threads())
     yield "bf16 products on the CPU", "native" if torch.cpu._is_avx512_bf16_supported() else "not native"
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import subprocess
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.onnx_forms import GENAI, PROMPT, TEXT, agreeing, decode, greedy_text, reason_of
 from exporters.gguf import GgufExporter
 from exporters.interface import ExportOptions
 from exporters.onnx import OnnxExporter
+from exporters.onnx.artifact.comparison import divergence
 from exporters.onnx.artifact.sidecar import Sidecar
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from runtime_tests.verify import verify
 from signround_edge.demo import calibration_text_path, evaluation_text_path
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.evaluation.torch_models import load_run_model
+from signround_edge.model.tokenizer import load_tokenizer
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.quantize import quantize
@@ -30,11 +34,14 @@ SCHEME = "gguf:q4_0,onnx:w4g32"  # one run for both formats
 SETTINGS = TuningSettings(steps=2, samples=4, seqlen=64, batch_size=2, lr=0.02)
 WINDOW, WINDOWS = 128, 2
 POSITIONS = 200
+# Four windows in batches of two, each with so many single tokens after it.
+PAIRS, CACHED_STEPS = 2, 20
+DECODED = 64  # tokens that onnxruntime-genai is timed with
 
 # In the order of the table's columns.
 FORMATS = {
     "gguf": ("GGUF built in", "GGUF template", "llama.cpp", "F16 top-1"),
-    "onnx": ("ONNX", "KV cache"),
+    "onnx": ("ONNX", "KV cache", "ONNX route", "KL, texts", "KL, steps", "genai", "tokens/CPU s"),
 }
 STAGES = ("source check", "tune", *FORMATS["gguf"], *FORMATS["onnx"])
 
@@ -102,7 +109,39 @@ def _onnx(run: RunDirectory, work: Path) -> Found:
     except (UserError, CheckFailed) as error:
         return {"ONNX": f"no: {_short(error)}"}
     sidecar = Sidecar.read(folder)
-    return {"ONNX": _verified(run, folder)[0], "KV cache": "yes" if sidecar.kv_cache else "no"}
+    made_by = sidecar.provenance["graph_builder"]
+    return {
+        "ONNX": _verified(run, folder)[0],
+        "KV cache": "yes" if sidecar.kv_cache else "no",
+        "ONNX route": "traced" if made_by.startswith("torch") else "builder",
+        **_divergence(run, folder),
+        **_in_genai(run, folder),
+    }
+
+
+def _divergence(run: RunDirectory, folder: Path) -> Found:
+    """Mean KL divergence of transformers from the graph at level 1: of texts, two at a time, and of single tokens."""
+    try:
+        found = [divergence(run, folder / "model.onnx", CACHED_STEPS, seed) for seed in range(PAIRS)]
+    except Exception as error:  # onnxruntime's error classes share no base but Exception
+        return {"KL, texts": f"no: {_short(error)}", "KL, steps": ""}
+    return {
+        "KL, texts": f"{max(abs(one.texts) for one in found):.0e}",
+        "KL, steps": f"{max(abs(one.steps) for one in found):.0e}",
+    }
+
+
+def _in_genai(run: RunDirectory, folder: Path) -> Found:
+    """Whether onnxruntime-genai writes transformers' greedy text, in a process of its own, and how fast it decodes."""
+    prompt = [int(token) for token in load_tokenizer(run.config_dir)(PROMPT)["input_ids"]]
+    try:
+        found = decode(folder, GENAI, prompt, TEXT, DECODED)
+    except subprocess.CalledProcessError as error:
+        return {"genai": f"no: {_shortened(reason_of(error))}", "tokens/CPU s": ""}
+    expected = greedy_text(run, prompt)
+    same = agreeing(found["tokens"], expected)
+    loads = "yes" if same == len(expected) else f"no: only {same} of {len(expected)} greedy tokens are transformers'"
+    return {"genai": loads, "tokens/CPU s": f"{found['tokens_per_cpu_s']:.0f}"}
 
 
 def _verified(run: RunDirectory, artifact: Path) -> tuple[str, str]:

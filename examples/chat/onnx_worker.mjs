@@ -2,35 +2,35 @@
 
 const packages = new URL('packages/onnxruntime-web/dist/', import.meta.url);
 let ort, session, decoder;
-let pairs; // [input, output] of each layer's keys and values
-let cache; // input → tensor [1, heads, length, size]
+let pairs; // [input, output] of what the graph keeps: keys and values, states of convolutions and linear attention
+let cache; // input → tensor, of keys and values [1, heads, length, size]
 let length; // tokens in the cache
 
 const calls = {
   async open({ graph, data, decoder: config, device, threads }) {
     decoder = config;
-    const { inputs, outputs } = decoder;
-    const layers = [...Array(decoder.num_hidden_layers).keys()];
-    pairs = [['past_key_names', 'present_key_names'], ['past_value_names', 'present_value_names']].flatMap(([past, present]) =>
-      layers.map((layer) => [inputs[past].replace('%d', layer), outputs[present].replace('%d', layer)]));
     ort = await import(new URL(device === 'webgpu' ? 'ort.webgpu.min.mjs' : 'ort.wasm.min.mjs', packages));
     ort.env.wasm.wasmPaths = packages.href;
     ort.env.wasm.numThreads = threads;
-    session = await ort.InferenceSession.create(graph, {
+    const options = {
       executionProviders: [device],
       externalData: Object.entries(data).map(([path, bytes]) => ({ path, data: bytes })),
-      preferredOutputLocation: device === 'webgpu' ? Object.fromEntries(pairs.map(([, present]) => [present, 'gpu-buffer'])) : undefined,
+      preferredOutputLocation: device === 'webgpu' ? staysOnGpu(decoder) : undefined,
       logSeverityLevel: 3,
-    });
+    };
+    session = await ort.InferenceSession.create(graph, options);
+    const kept = session.inputNames.filter((name) => name.startsWith('past'));
+    pairs = kept.map((name) => [name, name.replace(/^past(_key_values)?/, 'present')]);
     calls.reset();
   },
 
   reset() {
+    const open = [1, decoder.num_key_value_heads, 0, decoder.head_size]; // sizes that the graph leaves open
     cache = Object.fromEntries(pairs.map(([past]) => {
       const { type, shape } = session.inputMetadata.find(({ name }) => name === past);
-      const size = (axis, key) => (typeof shape[axis] === 'number' ? shape[axis] : decoder[key]);
-      const dims = [1, size(1, 'num_key_value_heads'), 0, size(3, 'head_size')];
-      return [past, new ort.Tensor(type, type === 'float16' ? new Uint16Array(0) : new Float32Array(0), dims)];
+      const dims = shape.map((size, axis) => (typeof size === 'number' ? size : open[axis]));
+      const count = dims.reduce((product, size) => product * size, 1);
+      return [past, new ort.Tensor(type, type === 'float16' ? new Uint16Array(count) : new Float32Array(count), dims)];
     }));
     length = 0;
   },
@@ -44,8 +44,8 @@ const calls = {
       position_ids: ids.map((_, i) => start + i),
     };
     const feeds = { ...cache };
-    for (const { name, type } of session.inputMetadata)
-      if (values[name]) feeds[name] = integers(type, values[name]);
+    for (const { name, type, shape } of session.inputMetadata)
+      if (values[name]) feeds[name] = integers(type, values[name], shape.length);
     const results = await session.run(feeds);
     for (const [past, present] of pairs) {
       cache[past].dispose();
@@ -56,14 +56,25 @@ const calls = {
   },
 };
 
-function integers(type, values) {
-  const data = type === 'int64' ? BigInt64Array.from(values, BigInt) : Int32Array.from(values);
-  return new ort.Tensor(type, data, [1, values.length]);
+/** Names of the outputs that the next call takes, from the templates of genai_config.json. */
+function staysOnGpu({ outputs, num_hidden_layers }) {
+  const templates = Object.entries(outputs).filter(([key]) => key.startsWith('present_')).map(([, template]) => template);
+  const layers = [...Array(num_hidden_layers).keys()];
+  return Object.fromEntries(templates.flatMap((template) => layers.map((layer) => [template.replace('%d', layer), 'gpu-buffer'])));
+}
+
+/** Of positions with three axes, those of models that read images too, all three are those of the text. */
+function integers(type, values, axes) {
+  const all = axes === 3 ? [...values, ...values, ...values] : values;
+  const data = type === 'int64' ? BigInt64Array.from(all, BigInt) : Int32Array.from(all);
+  return new ort.Tensor(type, data, axes === 3 ? [3, 1, values.length] : [1, values.length]);
 }
 
 function argmax(values) {
+  // Where JavaScript has no Float16Array, f16 comes as its bits: sign and magnitude.
+  const ordered = values instanceof Uint16Array ? values.map((bits) => (bits & 0x8000 ? ~bits : bits | 0x8000)) : values;
   let best = 0;
-  for (let i = 1; i < values.length; i++) if (values[i] > values[best]) best = i;
+  for (let i = 1; i < ordered.length; i++) if (ordered[i] > ordered[best]) best = i;
   return best;
 }
 

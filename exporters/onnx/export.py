@@ -65,7 +65,8 @@ def export_folder(run: RunDirectory, out: Path, options: OnnxOptions) -> Path:
         zero_biases = check_complete(graph.bindings, weights)
         if options.ort_format:
             options.log("onnx: writing model.ort")
-            write_ort_format(partial / layout.model)
+            floats = [b.initializers["weight"] for b in graph.bindings if not b.quantized]
+            write_ort_format(partial / layout.model, floats)
         for file in sorted(companions.iterdir()):
             shutil.move(file, partial / file.name)
         companions.rmdir()
@@ -80,6 +81,7 @@ def export_folder(run: RunDirectory, out: Path, options: OnnxOptions) -> Path:
             kv_cache=graph.kv_cache,
             scale_dtype=options.scale_dtype,
             operators=options.operators,
+            io_dtype=options.io_dtype,
         )
         (partial / CARD).write_bytes(render_card(partial, sidecar, NOT_MEASURED).encode())
         (partial / SIDECAR).write_bytes(replace(sidecar, files=hash_files(partial)).to_bytes())

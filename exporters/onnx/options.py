@@ -79,6 +79,11 @@ class OnnxOptions(ExportOptions):
                 "--ort-format: ONNX Runtime writes MatMulNBits for --operators qdq there; give one of the two options"
             )
 
+    @property
+    def has_level_4(self) -> bool:
+        """Whether the card says what accuracy level 4 costs: on floats, and in f16, MatMulNBits has no such level."""
+        return self.dtype is None and self.io_dtype == "f32"
+
     def _check_floats(self) -> None:
         """UserError for what floats instead of integers do not have: scales, and MatMulNBits."""
         others = {"--scale-dtype f16": self.scale_dtype == "f16", "--accuracy-level 4": self.accuracy_level == 4}

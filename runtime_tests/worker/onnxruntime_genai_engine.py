@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtime_tests.worker.cached_steps import cached_parts
+from runtime_tests.worker.onnxruntime_engine import exported_folder, model_file
 from signround_edge.errors import UserError, first_line
 from signround_edge.evaluation.metrics import FloatArray, TokenArray
 
@@ -26,9 +27,11 @@ class GenaiEngine:
     def __init__(self, artifact: Path) -> None:
         import onnxruntime_genai as genai
 
-        folder = artifact.parent if artifact.is_file() else artifact
+        folder = exported_folder(model_file(artifact))
         if not (folder / _CONFIG).is_file():
-            raise UserError(f"{folder} has no {_CONFIG}: its graph has no KV cache and runs in plain ONNX Runtime only")
+            raise UserError(
+                f"{artifact} has no {_CONFIG}: its graph has no KV cache and runs in plain ONNX Runtime only"
+            )
         self._genai: Any = genai
         self._artifact = artifact
         try:

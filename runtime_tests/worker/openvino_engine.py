@@ -40,7 +40,7 @@ class OpenVinoEngine:
         self._artifact = artifact
         model = model_file(artifact)
         self._decoder = decoder_config(exported_folder(model))
-        self._compiled = _compile(str(model), f"OpenVINO refuses {model}")
+        self._compiled = compile_in_floats(str(model), f"OpenVINO refuses {model}")
         self._inputs = {i.get_any_name(): i for i in self._compiled.inputs}
         self._logits = next((o for o in self._compiled.outputs if "logits" in o.get_names()), None)
         if "input_ids" not in self._inputs or self._logits is None:
@@ -65,15 +65,12 @@ class OpenVinoEngine:
         return result
 
     def _feed(self, name: str, tokens: TokenArray) -> NDArray[Any]:
-        source = self._inputs[name]
-        found = source.get_element_type().get_type_name()
-        shape = [d.get_length() if d.is_static else str(d) for d in source.get_partial_shape()]
-        return feed_of(self._artifact, name, f"tensor({_TYPES.get(found, found)})", shape, tokens, self._decoder)
+        return feed_of(self._artifact, name, *input_form(self._inputs[name]), tokens, self._decoder)
 
 
 def run_node_model(node: NodeModel) -> FloatArray:
     """f32 [rows, cols] of one quantized node's weights through OpenVINO: its reading of the operator, its kernels."""
-    compiled = _compile(node.model, f"OpenVINO refuses {node.op}")
+    compiled = compile_in_floats(node.model, f"OpenVINO refuses {node.op}")
     if node.op != "MatMulNBits":
         rows: FloatArray = compiled([np.arange(node.rows, dtype=np.int64)])[0]
         return rows.reshape(node.rows, node.cols)
@@ -84,7 +81,15 @@ def run_node_model(node: NodeModel) -> FloatArray:
     return weights
 
 
-def _compile(model: str | bytes, refusal: str) -> Any:
+def input_form(source: Any) -> tuple[str, list[Any]]:
+    """Type and shape of a compiled model's input as ONNX Runtime says them ("tensor(float)"), open sizes as text."""
+    found = source.get_element_type().get_type_name()
+    shape = [d.get_length() if d.is_static else str(d) for d in source.get_partial_shape()]
+    return f"tensor({_TYPES.get(found, found)})", shape
+
+
+def compile_in_floats(model: str | bytes, refusal: str) -> Any:
+    """A compiled model that computes in f32 on one thread; UserError, beginning with `refusal`, where it cannot be."""
     import openvino
 
     core = openvino.Core()

@@ -5,9 +5,6 @@ What tuning reads wrong would otherwise be read wrong here too, and be proved ri
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from signround_edge.model.matching import match_names
 from signround_edge.model.missing import missing_tensors
 from signround_edge.model.source import SourceModel
 from signround_edge.model.stored_quantized import dequantizing_settings
+from signround_edge.model.transformers_quiet import transformers_quiet
 from signround_edge.run_directory import RunDirectory
 
 
@@ -46,7 +44,7 @@ def load_source_model(
     if offload is not None:
         options |= {"device_map": "auto", "max_memory": {"cpu": memory}, "offload_folder": offload}
     try:
-        with _quiet():
+        with transformers_quiet():
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             auto_class = whole_model_class(config)
             model, info = auto_class.from_pretrained(
@@ -94,20 +92,3 @@ def _refuse_missing(path: Path, names: set[str]) -> None:
             f"{path}: no data for tensor {min(names)} ({len(names)} in all); weights and config are not of the same "
             "model"
         )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Within, transformers shows no progress bar and no report of what it loads: both are looked at here."""
-    from transformers.utils import logging as their_logging
-
-    shown = their_logging.is_progress_bar_enabled()
-    level = their_logging.get_verbosity()
-    their_logging.disable_progress_bar()
-    their_logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        their_logging.set_verbosity(level)
-        if shown:
-            their_logging.enable_progress_bar()

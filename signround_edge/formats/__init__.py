@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from difflib import get_close_matches
 
 from signround_edge.errors import UserError
 from signround_edge.formats.ggml_codebook import CodebookFp16, SuperCodebook
@@ -47,14 +48,16 @@ _BY_LOWER_CASE = {name.lower(): name for name in GRIDS} | ALIASES
 
 
 def get_grid(name: str) -> Grid:
-    """The grid of that name ("Q4_0", "w4g128-asym", in any case); UserError lists the known ones.
+    """The grid of that name ("Q4_0", "w4g128-asym", in any case); UserError names those that are spelt most like it.
 
     Besides those, w<bits>g<N>[-asym] with any N: one scale a row of N values is what per-channel schemes ask for.
     """
     name = name if name in GRIDS else _BY_LOWER_CASE.get(name.lower(), name)
     grid = GRIDS.get(name) or _of_any_block_size(name)
     if grid is None:
-        raise UserError(f"unknown block format {name!r}; known are {', '.join([*GRIDS, *ALIASES])}")
+        known = {one.lower(): one for one in (*GRIDS, *ALIASES)}
+        near = ", ".join(known[one] for one in get_close_matches(name.lower(), known, 3, cutoff=0))
+        raise UserError(f"unknown block format {name!r}; near it are {near}, and docs/formats.md lists all")
     return grid
 
 

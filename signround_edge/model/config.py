@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from signround_edge.errors import UserError
+from signround_edge.model.transformers_quiet import transformers_quiet
 
 CONFIG_FILE = "config.json"
 
@@ -93,7 +94,8 @@ def _known_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        known: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with transformers_quiet():
+            known: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         text = known.get_text_config()
     except Exception:  # said by whoever builds the model; an artifact's folder needs none
         return config

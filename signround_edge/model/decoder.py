@@ -19,6 +19,7 @@ from signround_edge.model.config import read_config, refuse_own_code
 from signround_edge.model.experts import ExpertPart, Experts, replace_experts
 from signround_edge.model.language_model import decoder_of, reads_more_than_text, text_config, whole_model_class
 from signround_edge.model.linear_layers import matrices_of
+from signround_edge.model.transformers_quiet import transformers_quiet
 
 
 @dataclass(frozen=True)
@@ -167,14 +168,14 @@ def whole_model(config_dir: Path) -> Any:
     from transformers import AutoConfig
 
     read_config(config_dir)  # what is no JSON is said so
-    with _said(config_dir):
+    with _said(config_dir), transformers_quiet():
         config = AutoConfig.from_pretrained(config_dir, local_files_only=True, trust_remote_code=False)
         config.quantization_config = None  # dequantized as it is loaded
     return _built(config_dir, whole_model_class(config), config)
 
 
 def _built(config_dir: Path, auto_class: Any, config: Any) -> Any:
-    with _said(config_dir), _parameters_on_meta():
+    with _said(config_dir), transformers_quiet(), _parameters_on_meta():
         model: Any = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.tie_weights()
     return model.eval()

@@ -18,6 +18,9 @@ _WHERE_ALL_ARE = "docs/formats.md lists all, such as gguf:q4_k_m and onnx:w4g128
 # ONNX embeddings and heads: 8 bits, nearly lossless, and on small models a third of the file when left in floats.
 ONNX_OUTPUT = "Q8_0"
 
+# What llama-quantize takes for a type, and no grid is.
+_FLOATS = ("f16", "bf16", "f32", "fp16", "fp32", "float16", "float32", "bfloat16")
+
 # What llama-quantize understands by the short names.
 PRESET_ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
@@ -223,6 +226,12 @@ def _parse_override(text: str, targets: tuple[str, ...]) -> TensorType:
 
 def _grid_for(name: str, given: str, targets: tuple[str, ...]) -> Grid:
     """A type by name; UserError, starting with what was given, where one of the targets has no such type."""
+    if name.lower() in _FLOATS:
+        eight = "Q8_0" if "gguf" in targets else "w8g32"
+        raise UserError(
+            f"{given}: {name} holds floats, and a type here is one of integers; take {eight} (8 bits, nearly "
+            "lossless), or write all matrices as floats with `export --dtype f16`"
+        )
     try:
         grid = get_grid(name)
     except UserError as error:

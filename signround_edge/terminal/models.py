@@ -8,13 +8,18 @@ from rich.text import Text
 from signround_edge.outlook import Outlook
 from signround_edge.tested_models import TestedModels
 
+# What only docs/models.md and --json have room for.
+_FIGURES = ("ONNX route", "KL, texts", "KL, steps", "tokens/CPU s")
+
 
 def render_tested(found: TestedModels) -> Table:
     """A line for each model, a column for each stage; reasons are in docs/models.md."""
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     table = Table(title=f"small random models, taken the whole way with {versions}")
     table.caption = "what `models FOLDER` says holds for your checkpoint; the reason of each no: docs/models.md, --json"
-    stages = list(dict.fromkeys(stage for stages in found.models.values() for stage in stages))
+    stages = [
+        stage for stage in dict.fromkeys(s for stages in found.models.values() for s in stages) if stage not in _FIGURES
+    ]
     for column in ("model", *stages):
         table.add_column(column)
     for name, results in found.models.items():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Lfm2MoeConfig, PretrainedConfig, Qwen3_5TextConfig
 
 from examples.chat.serve import JINJA, TOKENIZERS, Server, Site
 from exporters.gguf import GgufExporter
@@ -29,7 +29,7 @@ from runtime_tests.worker.onnxruntime_engine import OnnxEngine
 from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 from tests.examples.phone import HEIGHT, WIDTH, Phone, phone
-from tests.support import make_run
+from tests.support import make_run, save_random_model
 
 ROOT = Path(__file__).parent.parent.parent
 SERVE = ROOT / "examples" / "chat" / "serve.py"
@@ -41,6 +41,27 @@ TEMPLATE = (
     "{% else %}We answer:{{ message.content }} {% endif %}"
     "{% endfor %}{% if add_generation_prompt %}We answer:{% endif %}"
 )
+SMALL = {
+    "vocab_size": 3072,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+CONVOLUTIONS = Lfm2MoeConfig(
+    **SMALL, layer_types=["conv", "full_attention"], conv_L_cache=3, num_experts=4, num_dense_layers=1,
+    num_experts_per_tok=2, moe_intermediate_size=64,
+)  # fmt: skip
+LINEAR_ATTENTION = Qwen3_5TextConfig(
+    **SMALL, head_dim=32, layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4,
+    linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+)  # fmt: skip
 READY = "!document.getElementById('text').disabled || !document.getElementById('error').hidden"
 ANSWERED = "!document.body.classList.contains('answering')"
 Logits = Callable[[np.ndarray], np.ndarray]
@@ -172,6 +193,22 @@ def test_the_page_answers_as_onnxruntime_does(onnx_folder: Path, browser: Phone)
         elsewhere = [url for url in browser.requests() if not url.removeprefix("blob:").startswith(f"{address}/")]
         assert browser.requests()
         assert not elsewhere
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("config", [CONVOLUTIONS, LINEAR_ATTENTION], ids=["lfm2_moe", "qwen3_5"])
+def test_states_of_hybrids_are_fed_too(
+    config: PretrainedConfig, tiny_llama: Path, browser: Phone, tmp_path: Path
+) -> None:
+    model = save_random_model(config, tmp_path / "model", tokenizer_from=tiny_llama)
+    folder = export_onnx(make_run(model, tmp_path / "run", "onnx:w4g32"), tmp_path / "model-onnx")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = greedy(OnnxEngine(folder).logits, tokenizer.encode(PROMPT), 8, lead=1e-3)
+    assert len(expected) >= 4
+    with served(folder) as address:
+        browser.open(f"{address}/?tokens={len(expected)}")
+        for _ in range(2):  # the second time states begin at zero again
+            assert ask(browser, PROMPT) == tokenizer.decode(expected)
 
 
 @pytest.mark.full

@@ -19,7 +19,8 @@ NOT_MEASURED = "nobody asked for it"
 _GENAI = """\
 import onnxruntime_genai as og
 
-model = og.Model(".")
+folder = "."  # where this card lies
+model = og.Model(folder)
 tokenizer, params = og.Tokenizer(model), og.GeneratorParams(model){special_tokens}
 params.set_search_options(max_length=64)
 generator = og.Generator(model, params)
@@ -38,24 +39,30 @@ import numpy as np
 import onnxruntime
 import transformers
 
+folder = "."  # where this card lies
 # No key-value cache: give the whole text for each new token.
 {session}
-tokenizer = transformers.AutoTokenizer.from_pretrained(".")
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 ids = np.array([tokenizer.encode("Once")])
 for _ in range(20):
     (logits,) = session.run(["logits"], {feeds})
     ids = np.append(ids, logits[:, -1:].argmax(-1), axis=1)
 print(tokenizer.decode(ids[0]))
 """
-_SESSION = 'session = onnxruntime.InferenceSession("model.onnx")'
+_SESSION = 'session = onnxruntime.InferenceSession(f"{folder}/model.onnx")'
 _FUSING_SESSION = f"""\
 options = onnxruntime.SessionOptions()
 options.add_session_config_entry("{FUSED_LEVEL}", "0")
-session = onnxruntime.InferenceSession("model.onnx", options)"""
+session = onnxruntime.InferenceSession(f"{{folder}}/model.onnx", options)"""
 _FUSED = (
     "The graph has DequantizeLinear in front of MatMul. ONNX Runtime makes MatMulNBits of both when it loads it, at "
     f"the level of the session option `{FUSED_LEVEL}`. Its own default is 4; genai_config.json, where there is one, "
     "sets this folder's level."
+)
+_HERE = "It runs in this folder; elsewhere, set `folder` to its path.\n\n"
+_HALF = (
+    "The graph computes in f16: activations, keys and values, logits. That is for GPUs; it has no accuracy level of "
+    "int8 activations. `signround-edge verify` says how far its logits are from those in f32."
 )
 _FEEDS = {
     "input_ids": "ids",
@@ -70,19 +77,35 @@ def render_card(folder: Path, sidecar: Sidecar, cost: LevelCost | str) -> str:
     Args:
         folder: where all other files of the export are.
         sidecar: what `signround_edge.json` says.
-        cost: what level 4 costs, or why that was not measured; the card of a graph of floats does not speak of it.
+        cost: what level 4 costs, or why that was not measured; the card of a graph of floats, or one that computes in
+            f16, does not speak of it.
     """
-    facts = sidecar.provenance
-    sections = [f"# {facts['scheme']} by signround-edge {facts['version']}", _provenance(facts), _contents(folder)]
-    if sidecar.dtype is None:
+    graph = open_artifact(folder).graph
+    sections = [_title(sidecar), _provenance(sidecar), _contents(folder)]
+    if sidecar.io_dtype == "f16":
+        sections.append(f"## Arithmetic\n\n{_HALF}")
+    elif sidecar.dtype is None:
         sections.append(_accuracy(sidecar, cost))
-    sections.append(f"## Running it\n\n{_how_to_run(folder, sidecar.operators == 'qdq')}")
+    inputs = [str(value.name) for value in graph.inputs]
+    sections.append(f"## Running it\n\n{_how_to_run(folder, inputs, sidecar.operators == 'qdq')}")
     return "\n\n".join(sections) + "\n"
 
 
-def _provenance(facts: dict[str, str]) -> str:
+def _title(sidecar: Sidecar) -> str:
+    scheme, tool = sidecar.provenance["scheme"], f"signround-edge {sidecar.provenance['version']}"
+    if sidecar.dtype is not None:
+        return f"# {sidecar.dtype} floats with the values of {scheme}, by {tool}"
+    return f"# {scheme}{', computing in f16,' if sidecar.io_dtype == 'f16' else ''} by {tool}"
+
+
+def _provenance(sidecar: Sidecar) -> str:
+    facts = sidecar.provenance
+    what = "Integers and scales are those"
+    if sidecar.dtype is not None:
+        rounded = ", rounded to f16" if sidecar.dtype == "f16" else ""
+        what = f"Its floats are integers times scales{rounded}, for comparisons: no byte is saved. They are those"
     return (
-        f"Graph: {facts['graph_builder']}. Integers and scales are those of the run whose manifest has the sha256 "
+        f"Graph: {facts['graph_builder']}. {what} of the run whose manifest has the sha256 "
         f"`{facts['manifest_sha256']}`; `signround-edge verify RUN FOLDER --text FILE` checks that. "
         f"{facts['source_check'].capitalize()}."
     )
@@ -117,16 +140,15 @@ def _accuracy(sidecar: Sidecar, cost: LevelCost | str) -> str:
     return "\n".join(lines)
 
 
-def _how_to_run(folder: Path, fuses: bool) -> str:
+def _how_to_run(folder: Path, inputs: list[str], fuses: bool) -> str:
     """A program that runs in the folder as it stands; a template's inputs may leave none to give."""
-    inputs = [str(value.name) for value in open_artifact(folder).graph.inputs]
     if set(inputs) <= set(_FEEDS):
         feeds = ", ".join(f'"{name}": {_FEEDS[name]}' for name in inputs)
         session = _FUSING_SESSION if fuses else _SESSION
-        return f"```python\n{_PLAIN.format(feeds=f'{{{feeds}}}', session=session)}```"
+        return f"{_HERE}```python\n{_PLAIN.format(feeds=f'{{{feeds}}}', session=session)}```"
     if (folder / GENAI_CONFIG).is_file():
         code = _GENAI.format(special_tokens=_SPECIAL_TOKENS if adds_special_tokens(folder) else "")
-        return f"```python\n{code}```"
+        return f"{_HERE}```python\n{code}```"
     return f"Its inputs are those of the template: {', '.join(inputs)}."
 
 

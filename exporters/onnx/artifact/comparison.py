@@ -54,11 +54,12 @@ class Divergence:
         return float(np.maximum(self.texts, self.steps))
 
 
-def divergence(run: RunDirectory, model: Path, steps: int = _STEPS) -> Divergence:
+def divergence(run: RunDirectory, model: Path, steps: int = _STEPS, seed: int = 0) -> Divergence:
     """Compare the graph `model`, which has a cache, with transformers' model of a run.
 
     Args:
         steps: how many single tokens follow the texts.
+        seed: of the texts.
     Raises:
         Exception: whatever ONNX Runtime raises on a graph that it cannot run.
     """
@@ -67,7 +68,7 @@ def divergence(run: RunDirectory, model: Path, steps: int = _STEPS) -> Divergenc
     windows = [w for w in (getattr(config, "sliding_window", None),) if w and w <= _LONGEST_WINDOW]
     length = max([_LENGTH, *(w + 8 for w in windows)])
     vocabulary = int(config.vocab_size)
-    tokens = np.random.default_rng(0).integers(0, vocabulary, (_TEXTS, length + steps)).astype(np.int64)
+    tokens = np.random.default_rng(seed).integers(0, vocabulary, (_TEXTS, length + steps)).astype(np.int64)
     with torch.no_grad():
         expected = reference(input_ids=torch.from_numpy(tokens), use_cache=False).logits.float()
     del reference

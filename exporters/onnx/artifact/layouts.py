@@ -18,7 +18,8 @@ from exporters.onnx.options import GENAI
 
 MODEL_FOLDER = "onnx"  # of transformers.js
 
-# Bits of most weights → transformers.js's name, which only chooses the file; a graph computes with what it holds.
+# Bits of most weights of decoder blocks → transformers.js's name, which only chooses the file; a graph computes with
+# what it holds.
 _NAMES = {2: "q2", 4: "q4", 8: "q8"}
 _SUFFIXES = {"q2": "_q2", "q4": "_q4", "q8": "_quantized", "fp32": "", "q2f16": "_q2f16", "q4f16": "_q4f16"}
 _SUFFIXES |= {"fp16": "_fp16"}  # it has no name for 8 bits in f16
@@ -61,9 +62,21 @@ def folder_of(model: Path) -> Path:
 
 
 def _dtype(graph: ir.Graph) -> str:
+    """By the decoder blocks: a head of 8 bits holds most weights of a small model."""
     weights: Counter[int] = Counter()
+    head = _head(graph)
     for node in graph:
-        if node.op_type == "MatMulNBits":
+        if node.op_type == "MatMulNBits" and node is not head:
             bits = node.attributes["bits"].as_int()
             weights[bits] += node.attributes["N"].as_int() * node.attributes["K"].as_int()
     return _NAMES[weights.most_common(1)[0][0]] if weights else "fp32"
+
+
+def _head(graph: ir.Graph) -> ir.Node | None:
+    """The product nearest before the logits; None where floats are multiplied there."""
+    before = [value.producer() for value in graph.outputs if value.name == "logits"]
+    for node in before:  # grows
+        if node is not None and node.op_type in ("MatMulNBits", "MatMul", "Gemm"):
+            return node if node.op_type == "MatMulNBits" else None
+        before += [value.producer() for value in node.inputs if value is not None] if node is not None else []
+    return None

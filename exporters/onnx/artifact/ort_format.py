@@ -2,14 +2,16 @@
 
 Source of the format: onnxruntime/core/flatbuffers/schema/ort.fbs, whose Python classes the package onnxruntime brings.
 The file is what ONNX Runtime itself saves after its basic optimizations, which fold constants (scales in f16 become
-f32) and change no node of ours. Codes that embedding and head share are in it twice: a tensor has one shape there.
+f32) and change no node of ours. Nothing is folded where that would replace a parameter of the model by what a traced
+graph computes of it (the filter of a convolution in another shape). Codes that embedding and head share are in it
+twice: a tensor has one shape there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +28,45 @@ _MOST_BYTES = 2_000_000_000  # FlatBuffers count in signed 32 bits
 _INT = 2  # AttributeType.INT
 
 
-def write_ort_format(model: Path) -> None:
+def write_ort_format(model: Path, floats: Collection[str] = ()) -> None:
     """Write `model.ort` and the list of operators and types that it needs beside model.onnx.
 
     The list is what `build.py --include_ops_by_config` of ONNX Runtime reads.
 
+    Args:
+        model: model.onnx.
+        floats: initializers that hold parameters as floats, which the file keeps by name.
     Raises:
-        UserError: the model is too large for the format.
+        UserError: the model is too large for the format, or ONNX Runtime replaces one of `floats`.
     """
     size = sum(file.stat().st_size for file in model.parent.glob("model.onnx*"))
     if size > _MOST_BYTES:
         raise UserError(
             f"--ort-format: the model has {size:,} bytes, and an .ort file holds less than 2 GB; export without it"
         )
-    _convert(model, model.with_name(ORT_FILE))
+    out = model.with_name(ORT_FILE)
+    for without in ([], ["ConstantFolding"]):
+        _convert(model, out, without)
+        kept = read_ort_format(out).graph.initializers
+        replaced = next((name for name in floats if name not in kept), None)
+        if replaced is None:
+            break
+    else:
+        raise UserError(
+            f"--ort-format: ONNX Runtime puts something else in the place of tensor {replaced}, so that the file could "
+            "not be compared with the run; export without it"
+        )
     operators = model.with_name(OPERATORS_FILE)
     with _contained():
         from onnxruntime.tools.ort_format_model import create_config_from_models
 
-        create_config_from_models([model.with_name(ORT_FILE)], operators, True)
+        create_config_from_models([out], operators, True)
     lines = operators.read_text(encoding="utf-8").splitlines(keepends=True)
     operators.write_text("".join(f"# - {ORT_FILE}\n" if line.startswith("# - ") else line for line in lines))
 
 
-def _convert(model: Path, out: Path) -> None:
+def _convert(model: Path, out: Path, without: list[str]) -> None:
+    """Let ONNX Runtime write it, without some of its optimizers."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -57,7 +74,9 @@ def _convert(model: Path, out: Path) -> None:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.add_session_config_entry("session.save_model_format", "ORT")
     options.log_severity_level = 4
-    onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(
+        str(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=without or None
+    )
 
 
 def read_ort_format(file: Path) -> ir.Model:

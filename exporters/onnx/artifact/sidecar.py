@@ -29,6 +29,7 @@ class Sidecar:
         kv_cache: the graph has a key-value cache; without one it wants all tokens again for each new one.
         scale_dtype: "f32" or "f16", how the scales of packed integers are stored.
         operators: which hold packed integers, "matmulnbits" or "qdq" (see `OnnxOptions`).
+        io_dtype: what the graph was asked to compute in, "f32" or "f16" (see `OnnxOptions`).
         level_4_cost: what accuracy level 4 costs on this model (`LevelCost`), where that was measured.
     """
 
@@ -42,6 +43,7 @@ class Sidecar:
     scale_dtype: str = "f32"
     level_4_cost: dict[str, Any] | None = None
     operators: str = "matmulnbits"
+    io_dtype: str = "f32"
 
     def to_bytes(self) -> bytes:
         """The file."""
@@ -53,6 +55,7 @@ class Sidecar:
             "kv_cache": self.kv_cache,
             "scale_dtype": self.scale_dtype,
             "operators": self.operators,
+            "io_dtype": self.io_dtype,
             "level_4_cost": self.level_4_cost,
             "files": self.files,
             "zero_biases": self.zero_biases,
@@ -82,6 +85,7 @@ class Sidecar:
                 data.get("scale_dtype", "f32"),
                 data.get("level_4_cost"),
                 data.get("operators", "matmulnbits"),
+                data.get("io_dtype", "f32"),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is not readable ({type(error).__name__}); export the run again") from error

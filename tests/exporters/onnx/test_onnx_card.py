@@ -146,7 +146,22 @@ def test_a_missing_card_text_is_refused_before_the_export(llama_run: RunDirector
 
 def test_a_graph_of_floats_has_no_level(llama_run: RunDirectory, tmp_path: Path) -> None:
     out = export(llama_run, tmp_path / "out", dtype="f32")
-    assert "Accuracy level" not in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "Accuracy level" not in card
+    assert card.startswith("# f32 floats with the values of gguf:q4_0,onnx:w4g32, by signround-edge")
+
+
+def test_a_graph_in_f16_says_so_and_has_no_level(make_random_run: MakeRun, tmp_path: Path) -> None:
+    run = make_random_run(LlamaConfig(**{**BASE, "num_hidden_layers": 1}), "onnx:w4g32")
+    command = ["export", str(run.path), "--format", "onnx", "--io-dtype", "f16"]
+    refused = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "no"), "--card-text", str(DOCS)])
+    assert "--io-dtype f16 has none; leave it out" in refused.stderr
+    assert CliRunner().invoke(main, [*command, "-o", str(tmp_path / "out")]).exit_code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("# onnx:w4g32, computing in f16,")
+    assert "The graph computes in f16" in card
+    assert "level 4" not in card
+    assert changed_files(tmp_path / "out") == []
 
 
 # The programs. Each ends with the tokens of prompt and answer in a variable; the lines below print them.
@@ -227,7 +242,8 @@ def built(
 
 
 def test_the_cards_program_continues_the_very_tokens_of_transformers(built: Exported) -> None:
-    tokens = tokens_of(program_of(built.folder / "README.md") + GENAI_TOKENS, built.folder)
+    program = program_of(built.folder / "README.md").replace('folder = "."', f"folder = {str(built.folder)!r}")
+    tokens = tokens_of(program + GENAI_TOKENS, built.folder.parent)
     prompt = load_tokenizer(built.run.config_dir)("Once")["input_ids"]
     assert tokens[: len(prompt)] == prompt
     assert len(tokens) > len(prompt)

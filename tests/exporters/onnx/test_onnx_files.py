@@ -164,6 +164,17 @@ def test_reading_the_format_leaves_no_trace(with_ort: Exported) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_writing_the_format_says_nothing_by_itself(llama_export: Exported, tmp_path: Path) -> None:
+    for name in ("model.onnx", "model.onnx.data"):
+        shutil.copy(llama_export.folder / name, tmp_path)
+    code = (
+        "from pathlib import Path; from exporters.onnx.artifact.ort_format import write_ort_format; "
+        f"write_ort_format(Path({str(tmp_path / 'model.onnx')!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_plain_onnx_runtime_loads_the_file(with_ort: Exported) -> None:
     session = onnxruntime.InferenceSession(str(with_ort.folder / "model.ort"), providers=["CPUExecutionProvider"])
     assert session.get_outputs()[0].name == "logits"

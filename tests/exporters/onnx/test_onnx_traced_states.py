@@ -10,6 +10,8 @@ import transformers
 
 from exporters.onnx.artifact.reader import open_artifact
 from exporters.onnx.routes.traced_cache import WithStates, check_states, find_states
+from runtime_tests.verify import verify
+from signround_edge.demo import evaluation_text_path
 from signround_edge.errors import UserError
 from tests.exporters.onnx.conftest import Exported, export
 from tests.exporters.onnx.test_onnx_export import assert_weights_equal, expected_tokens, generated, mean_kl
@@ -57,7 +59,7 @@ def named(
     request: pytest.FixtureRequest, make_random_run: MakeRun, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Exported]:
     run = make_random_run(FAMILIES[request.param], "onnx:w4g32")
-    return request.param, Exported(run, export(run, tmp_path_factory.mktemp("traced") / "out"))
+    return request.param, Exported(run, export(run, tmp_path_factory.mktemp("traced") / "out", ort_format=True))
 
 
 def test_a_text_gives_the_same_logits_as_in_torch_whole_and_in_parts(named: tuple[str, Exported]) -> None:
@@ -88,6 +90,15 @@ def test_every_weight_is_the_runs_also_filters_of_convolutions_and_experts(named
         if traced.run.is_quantized(name):
             path = f"/{name.removesuffix('.weight').replace('.', '/')}/"
             assert any(node.startswith(path) for node in stored), name
+
+
+def test_the_ort_file_holds_every_weight_too_and_keeps_states(named: tuple[str, Exported]) -> None:
+    """ONNX Runtime folds the filters of convolutions into another shape unless it is told not to."""
+    _, traced = named
+    file = traced.folder / "model.ort"
+    assert_weights_equal(traced.run, file)
+    report = verify(traced.run, [file], evaluation_text_path(), n_ctx=64, max_windows=1, log=str)
+    assert [(r.status, r.gate, r.reason) for r in report.runtimes] == [("pass", "exact", None)]
 
 
 def test_a_model_that_forgets_its_states_is_refused_with_the_way_out() -> None:

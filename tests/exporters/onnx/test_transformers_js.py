@@ -240,4 +240,14 @@ def test_evaluate_takes_the_folder(run: RunDirectory, folder: Path, evaluation_t
 
 
 def test_verify_takes_the_inner_folder_too(run: RunDirectory, folder: Path, evaluation_text: Path) -> None:
-    assert verify(run, [folder / "onnx"], evaluation_text, n_ctx=64, max_windows=1).passed
+    report = verify(run, [folder / "onnx"], evaluation_text, devices=["cpu-x86", "cpu-genai"], n_ctx=64, max_windows=1)
+    assert [r.name for r in report.runtimes if r.status == "pass"] == ["onnxruntime", "onnxruntime-genai"]
+
+
+def test_the_name_is_that_of_the_decoder_blocks_where_the_head_holds_most_weights() -> None:
+    inner, logits = (ir.Value(name=name) for name in ("inner", "logits"))
+    sizes = {"bits": 4, "N": 64, "K": 64}, {"bits": 8, "N": 3000, "K": 64}
+    block = ir.node("MatMulNBits", [ir.Value(name="x")], sizes[0], domain="com.microsoft", outputs=[inner])
+    head = ir.node("MatMulNBits", [inner], sizes[1], domain="com.microsoft", num_outputs=1)
+    capped = ir.node("Tanh", [head.outputs[0]], outputs=[logits])
+    assert layout_of(LAYOUT, ir.Graph([], [logits], nodes=[block, head, capped])).dtype == "q4"

@@ -108,7 +108,7 @@ def _model(operands: Operands, part: str, bits: int, block_size: int, shape: tup
         "fc2": operands if part == "fc2" else _identity(hidden, inner, bits, block_size),
     }
     inputs = ["tokens", "router"] + [""] * 11
-    constants = {"ones": np.ones((cols, 1), np.float32), "widen": np.eye(cols, hidden, dtype=np.float32)}
+    constants: Operands = {"ones": np.ones((cols, 1), np.float32), "widen": np.eye(cols, hidden, dtype=np.float32)}
     constants["kept"] = np.arange(rows, dtype=np.int64)
     for name, places in _INPUTS.items():
         for role, place in zip(("weight", "scales", "zero_points"), places, strict=True):

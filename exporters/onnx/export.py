@@ -116,21 +116,32 @@ def _write_graph(
         graph = from_template(weights, options.template, companions, options)
         return _write(graph, weights, partial, companions, options)
     options.log(f"onnx: {reason}; tracing it with torch.onnx.export")
-    if options.dtype is None and options.operators == "matmulnbits":
-        try:
-            return _trace(weights, partial, companions, options, nodes_of_experts=True)
-        except CannotBuild as error:
-            options.log(f"onnx: experts as QMoE are not kept ({error}); tracing it without")
-        _clear(partial)
-    return _trace(weights, partial, companions, options, nodes_of_experts=False)
+    no_qmoe = _why_no_qmoe(options)
+    try:
+        return _trace(weights, partial, companions, options, no_qmoe)
+    except CannotBuild as error:
+        options.log(f"onnx: experts as QMoE are not kept ({error}); tracing it without")
+    _clear(partial)
+    return _trace(weights, partial, companions, options, "QMoE did not compute what they compute")
+
+
+def _why_no_qmoe(options: OnnxOptions) -> str:
+    """Why experts are no QMoE in such an export; empty where they may be."""
+    if options.dtype is not None:
+        return f"--dtype {options.dtype} writes floats"
+    if options.operators == "qdq":
+        return "--operators qdq writes the standard operators"
+    if options.layout == TRANSFORMERS_JS:  # ONNX Runtime Web 1.31; WebAssembly's QMoE is that of CPUs
+        return "QMoE on WebGPU has no zero points"
+    return ""
 
 
 def _trace(
-    weights: RunWeights, partial: Path, companions: Path, options: OnnxOptions, nodes_of_experts: bool
+    weights: RunWeights, partial: Path, companions: Path, options: OnnxOptions, no_qmoe: str
 ) -> tuple[FinishedGraph, Layout]:
     """Trace and write; CannotBuild where the graph has experts as nodes and does not compute what transformers does."""
     companions.mkdir()
-    graph = trace(weights, companions, options, nodes_of_experts)
+    graph = trace(weights, companions, options, no_qmoe)
     written, layout = _write(graph, weights, partial, companions, options)
     if any(node.op_type == QMOE for node in written.model.graph):
         _compare(weights.run, partial / layout.model, options)

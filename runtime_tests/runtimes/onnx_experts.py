@@ -43,7 +43,7 @@ def dequantize_experts(
         except Exception as error:  # onnxruntime's error classes share no base but Exception
             raise UserError(
                 f"{artifact.path}: the runtime refuses the weights of node {node.name} ({first_line(error)}); "
-                "export the run again"
+                "export it with --layout transformers.js, whose graph has no QMoE"
             ) from error
         yield f"{node.name}/{part}/{expert}", weights
 

@@ -62,26 +62,26 @@ class TakenApart:
         for reason, experts in self.dense.items():
             lines.append(
                 f"onnx: the graph computes all {experts} experts of a layer for each token, also those that are not "
-                f"chosen: its arithmetic is that of a dense model of all its parameters{reason and f' ({reason})'}"
+                f"chosen: its arithmetic is that of a dense model of all its parameters ({reason})"
             )
         return lines
 
 
-def take_experts_apart(model: nn.Module, weights: RunWeights, as_nodes: bool) -> TakenApart:
+def take_experts_apart(model: nn.Module, weights: RunWeights, no_qmoe: str) -> TakenApart:
     """Put experts that a trace can hold, with the run's weights, in place of transformers' own.
 
     Args:
         model: edited in place.
         weights: the run.
-        as_nodes: leave those that can be a node as experts that are computed where they were chosen, in whose place
-            `mixtures_as_nodes` then puts the nodes.
+        no_qmoe: why none becomes a node. Where it is empty, those that can are left as experts that are computed where
+            they were chosen, in whose place `mixtures_as_nodes` then puts the nodes.
     """
     for name in replace_experts(model):
         set_tensor(model, name, weights.run.dequantized(name))
     taken = TakenApart()
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts):
-            found = mixture_of(name, module, weights) if as_nodes else ""
+            found = no_qmoe or mixture_of(name, module, weights)
             if isinstance(found, Mixture):
                 taken.mixtures.append(found)
                 continue

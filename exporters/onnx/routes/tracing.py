@@ -56,21 +56,21 @@ class _LogitsOnly(nn.Module):
         return logits
 
 
-def trace(weights: RunWeights, companions: Path, options: OnnxOptions, nodes_of_experts: bool) -> FinishedGraph:
+def trace(weights: RunWeights, companions: Path, options: OnnxOptions, no_qmoe: str) -> FinishedGraph:
     """Run directory → torch model → torch.onnx.export → our integers in the place of its floats.
 
     Args:
         weights: the run.
         companions: where the run's config and tokenizer files go.
         options: of the export.
-        nodes_of_experts: make a QMoE of each layer of experts that it computes exactly.
+        no_qmoe: why no layer of experts is to become a QMoE; empty: those do that it computes exactly.
     Raises:
         UserError: torch cannot trace this architecture, or a quantized matrix has no quantized form in the graph.
         CheckFailed: the graph lacks a parameter of the run.
     """
     if options.no_cache:
         options.log("onnx: the graph has no KV cache: it runs in plain ONNX Runtime, not in onnxruntime-genai")
-    traced = trace_graph(weights, not options.no_cache, options.log, nodes_of_experts)
+    traced = trace_graph(weights, not options.no_cache, options.log, no_qmoe)
     model = traced.model
     options.log("onnx: matching the graph's weights with the run directory")
     experts = set_expert_weights(model.graph, traced.mixtures, weights)
@@ -98,7 +98,7 @@ class Traced:
     mixtures: list[Mixture]
 
 
-def trace_graph(weights: RunWeights, with_cache: bool, log: Callable[[str], None], nodes_of_experts: bool) -> Traced:
+def trace_graph(weights: RunWeights, with_cache: bool, log: Callable[[str], None], no_qmoe: str) -> Traced:
     """Trace transformers' model of a run.
 
     Args:
@@ -106,13 +106,13 @@ def trace_graph(weights: RunWeights, with_cache: bool, log: Callable[[str], None
         with_cache: with the states of `traced_cache` as inputs and outputs; attention_mask is then int64
             [batch, past + tokens], else [batch, tokens].
         log: takes lines.
-        nodes_of_experts: see `trace`.
+        no_qmoe: see `trace`.
     Raises:
         UserError: torch cannot trace this architecture, or its states have no names.
     """
     model: Any = load_run_model(weights.run)
     model.set_attn_implementation("eager")
-    experts = take_experts_apart(model, weights, nodes_of_experts)
+    experts = take_experts_apart(model, weights, no_qmoe)
     for line in experts.lines():
         log(line)
     parameters = {f"model.{name}" for name, _ in model.named_parameters()}

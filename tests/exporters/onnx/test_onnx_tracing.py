@@ -189,7 +189,7 @@ def opt_run(make_random_run: MakeRun) -> RunDirectory:
 @pytest.fixture(scope="module")
 def opt_graph(opt_run: RunDirectory) -> bytes:
     """The traced graph of OPT, as ONNX bytes: what tests give the exporter instead of tracing again."""
-    traced = tracing.trace_graph(RunWeights(opt_run), False, print, nodes_of_experts=False)
+    traced = tracing.trace_graph(RunWeights(opt_run), False, print, no_qmoe="not asked for")
     return ir.to_proto(traced.model).SerializeToString()
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporters.onnx.bindings import Binding, bits_attribute, quantized_initializers
+from exporters.onnx.bindings import QUANTIZED_INPUTS, Binding, bits_attribute, quantized_initializers
 from exporters.onnx.passes.graph_edit import cast_to_float, set_initializer
 from exporters.onnx.routes.traced_mixtures import EXPERTS_OF, OPERATOR, Mixture
 from exporters.onnx.run_weights import RunWeights
 
-# Positions of the operator's inputs; between them are those of a third matrix, which it has no kernel for on CPUs.
-_WEIGHTS = {"fc1": (2, 3, 11), "fc2": (5, 6, 12)}
+# Positions of the operator's other inputs (those of the codes: `QUANTIZED_INPUTS`). Between them are those of a third
+# matrix, which it has no kernel for on CPUs.
 _BIASES = {"fc1": 4, "fc2": 7}
 _ROUTER_WEIGHTS = 14
 
@@ -41,10 +41,9 @@ def set_expert_weights(graph: ir.Graph, mixtures: list[Mixture], weights: RunWei
         hidden, chosen, router_weights = old.inputs
         inputs: list[ir.Value | None] = [hidden, chosen, *[None] * (_ROUTER_WEIGHTS - 2), router_weights]
         layout = weights.layout(mixture.parameters("fc1", 0))
-        for part, positions in _WEIGHTS.items():
-            operands = _operands(graph, f"{base}.{part}", mixture, part, weights)
-            for position, value in zip(positions, operands, strict=True):
-                inputs[position] = value
+        for part in _BIASES:
+            for role, value in _operands(graph, f"{base}.{part}", mixture, part, weights).items():
+                inputs[QUANTIZED_INPUTS[f"{OPERATOR}/{part}"][role]] = value
             if mixture.biased:
                 inputs[_BIASES[part]] = _bias(graph, f"{base}.{part}.bias", mixture, part, weights)
         attributes = {name: a.value for name, a in old.attributes.items() if name != EXPERTS_OF}
@@ -57,9 +56,7 @@ def set_expert_weights(graph: ir.Graph, mixtures: list[Mixture], weights: RunWei
     return bindings
 
 
-def _operands(
-    graph: ir.Graph, base: str, mixture: Mixture, part: str, weights: RunWeights
-) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _operands(graph: ir.Graph, base: str, mixture: Mixture, part: str, weights: RunWeights) -> dict[str, ir.Value]:
     """Codes, scales (behind a Cast where they are stored in f16) and zero points of one matrix of all experts."""
     parameters, alternate = mixture.all_parameters(part), _alternate(part)
     layout = weights.layout(parameters)
@@ -84,7 +81,8 @@ def _operands(
         set_initializer(graph, f"{base}.{role}", dtype, size, partial(read, role, size))
         for role, (dtype, size) in forms.items()
     )
-    return codes, cast_to_float(graph, scales) if layout.scale_dtype == "float16" else scales, zeros
+    read_as = cast_to_float(graph, scales) if layout.scale_dtype == "float16" else scales
+    return {"weight": codes, "scales": read_as, "zero_points": zeros}
 
 
 def _bias(graph: ir.Graph, name: str, mixture: Mixture, part: str, weights: RunWeights) -> ir.Value:

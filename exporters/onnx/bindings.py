@@ -16,7 +16,12 @@ QUANTIZED_INPUTS = {
     "MatMulNBits": {"weight": 1, "scales": 2, "zero_points": 3},
     "GatherBlockQuantized": {"weight": 0, "scales": 2, "zero_points": 3},
     "DequantizeLinear": {"weight": 0, "scales": 1, "zero_points": 2},
+    # Its matrices are stacked by expert: FC1 is gate and up, whose rows alternate, FC2 is down.
+    "QMoE/fc1": {"weight": 2, "scales": 3, "zero_points": 11},
+    "QMoE/fc2": {"weight": 5, "scales": 6, "zero_points": 12},
 }
+# Matrices of one node, where it has several.
+_PARTS = {"QMoE": ("fc1", "fc2")}
 # What messages call them.
 OPERAND_WORDS = {"weight": "codes", "scales": "scales", "zero_points": "zero points"}
 
@@ -39,6 +44,9 @@ class Binding:
         duplicates: parameters with the values of the only one in `parameters`, which the graph keeps once.
         rows: which of the stacked rows, and in which order; () for all as they are.
         function: what is stored of each value, a key of `functions.FUNCTIONS`.
+        part: which matrix of the node, where it has several: "fc1" or "fc2" of QMoE.
+        expert: which of those that the initializers stack along their first axis; None where they hold one matrix.
+        alternate: so many parameters in a row give their rows by turns (2: gate, up, gate, up); 1: one after the other.
     """
 
     node: str
@@ -49,11 +57,16 @@ class Binding:
     duplicates: tuple[str, ...] = ()
     rows: Rows = ()
     function: str = ""
+    part: str = ""
+    expert: int | None = None
+    alternate: int = 1
 
     @property
     def name(self) -> str:
         """The stored tensor's name: the node of a quantized one, the initializer of a float one."""
-        return self.node if self.quantized else self.initializers["weight"]
+        if not self.quantized:
+            return self.initializers["weight"]
+        return self.node if self.expert is None else f"{self.node}/{self.part}/{self.expert}"
 
     @property
     def title(self) -> str:
@@ -63,7 +76,7 @@ class Binding:
     @property
     def quantized(self) -> bool:
         """Whether the weight is stored as codes and scales."""
-        return self.op in QUANTIZED_INPUTS
+        return _key(self.op, self.part) in QUANTIZED_INPUTS
 
     def to_json(self) -> dict[str, Any]:
         """The entry of `signround_edge.json`."""
@@ -77,6 +90,9 @@ class Binding:
             **({"duplicates": list(self.duplicates)} if self.duplicates else {}),
             **({"rows": [list(part) for part in self.rows]} if self.rows else {}),
             **({"function": self.function} if self.function else {}),
+            **({"part": self.part} if self.part else {}),
+            **({"expert": self.expert} if self.expert is not None else {}),
+            **({"alternate": self.alternate} if self.alternate != 1 else {}),
         }
 
     @classmethod
@@ -91,15 +107,28 @@ class Binding:
             tuple(data.get("duplicates", ())),
             tuple((int(start), int(stop)) for start, stop in data.get("rows", ())),
             str(data.get("function", "")),
+            str(data.get("part", "")),
+            data.get("expert"),
+            int(data.get("alternate", 1)),
         )
 
 
-def quantized_initializers(node: ir.Node) -> dict[str, str]:
+def matrix_parts(node: ir.Node) -> tuple[str, ...]:
+    """What `Binding.part` may be for this node; nothing for one that holds no codes."""
+    return tuple(part for part in _PARTS.get(node.op_type, ("",)) if _key(node.op_type, part) in QUANTIZED_INPUTS)
+
+
+def bits_attribute(op: str) -> str:
+    """The attribute that says how many bits a code has."""
+    return "expert_weight_bits" if op in _PARTS else "bits"
+
+
+def quantized_initializers(node: ir.Node, part: str = "") -> dict[str, str]:
     """ "weight", "scales", "zero_points" → initializer name, for those that the node has; also behind a Cast."""
     found: dict[str, str] = {}
-    for role, position in QUANTIZED_INPUTS[node.op_type].items():
+    for role, position in QUANTIZED_INPUTS[_key(node.op_type, part)].items():
         value = node.inputs[position] if position < len(node.inputs) else None
-        if (cast := scales_cast(node)) is not None and role == "scales":
+        if (cast := scales_cast(node, part)) is not None and role == "scales":
             value = cast.inputs[0]
         if value is not None and value.name and value.is_initializer():
             found[role] = value.name
@@ -112,10 +141,14 @@ def holds_columns_first(node: ir.Node) -> bool:
     return (1 if axis is None else axis.as_int()) == (0 if "block_size" in node.attributes else 1)
 
 
-def scales_cast(node: ir.Node) -> ir.Node | None:
+def scales_cast(node: ir.Node, part: str = "") -> ir.Node | None:
     """The Cast to f32 through which a quantized node reads f16 scales; None where it reads them as they are."""
-    position = QUANTIZED_INPUTS[node.op_type]["scales"]
+    position = QUANTIZED_INPUTS[_key(node.op_type, part)]["scales"]
     value = node.inputs[position] if position < len(node.inputs) else None
     producer = None if value is None else value.producer()
     is_cast = producer is not None and producer.op_type == "Cast" and producer.attributes["to"].as_int() == _FLOAT
     return producer if is_cast else None
+
+
+def _key(op: str, part: str) -> str:
+    return f"{op}/{part}" if part else op

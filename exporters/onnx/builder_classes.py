@@ -169,7 +169,8 @@ def architecture_of(config: Config) -> str:
 def builder_class(config: Config, parameters: Sequence[str]) -> BuilderClass | None:
     """The row of this config.json's architecture; None where the builder does not know it.
 
-    None also for mixtures of experts: the run's integers would have to become those of the builder's operator QMoE.
+    None also for mixtures of experts: traced, they have a QMoE for any router (`routes.traced_mixtures`), and the
+    builder's QMoE knows but its own classes' ones.
     """
     if any(".experts." in name for name in parameters):
         return None

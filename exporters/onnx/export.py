@@ -41,6 +41,7 @@ from exporters.onnx.routes.built import build
 from exporters.onnx.routes.chat_templates import lay_out_chat_templates
 from exporters.onnx.routes.graph import FinishedGraph
 from exporters.onnx.routes.template import from_template
+from exporters.onnx.routes.traced_mixtures import OPERATOR as QMOE
 from exporters.onnx.routes.tracing import trace
 from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import UserError, first_line
@@ -105,21 +106,53 @@ def _write_graph(
             reason = f"onnxruntime-genai's model builder does not make the graph of this model ({error})"
         finally:
             shutil.rmtree(partial / "scratch", ignore_errors=True)
-        for path in partial.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _clear(partial)
     elif options.no_cache:
         reason = "--no-cache wants a graph that keeps nothing"
     else:
         reason = "onnxruntime-genai's model builder does not know this architecture"
     if options.io_dtype == "f16":
         raise UserError(f"--io-dtype f16: {reason}, and a traced graph computes positions in f32; leave it out")
-    companions.mkdir()
     if options.template is not None:
+        companions.mkdir()
         graph = from_template(weights, options.template, companions, options)
-    else:
-        options.log(f"onnx: {reason}; tracing it with torch.onnx.export")
-        graph = trace(weights, companions, options)
-    return _write(graph, weights, partial, companions, options)
+        return _write(graph, weights, partial, companions, options)
+    options.log(f"onnx: {reason}; tracing it with torch.onnx.export")
+    no_qmoe = _why_no_qmoe(options)
+    try:
+        return _trace(weights, partial, companions, options, no_qmoe)
+    except CannotBuild as error:
+        options.log(f"onnx: experts as QMoE are not kept ({error}); tracing it without")
+    _clear(partial)
+    return _trace(weights, partial, companions, options, "QMoE did not compute what they compute")
+
+
+def _why_no_qmoe(options: OnnxOptions) -> str:
+    """Why experts are no QMoE in such an export; empty where they may be."""
+    if options.dtype is not None:
+        return f"--dtype {options.dtype} writes floats"
+    if options.operators == "qdq":
+        return "--operators qdq writes the standard operators"
+    if options.layout == TRANSFORMERS_JS:  # ONNX Runtime Web 1.31; WebAssembly's QMoE is that of CPUs
+        return "QMoE on WebGPU has no zero points"
+    return ""
+
+
+def _trace(
+    weights: RunWeights, partial: Path, companions: Path, options: OnnxOptions, no_qmoe: str
+) -> tuple[FinishedGraph, Layout]:
+    """Trace and write; CannotBuild where the graph has experts as nodes and does not compute what transformers does."""
+    companions.mkdir()
+    graph = trace(weights, companions, options, no_qmoe)
+    written, layout = _write(graph, weights, partial, companions, options)
+    if any(node.op_type == QMOE for node in written.model.graph):
+        _compare(weights.run, partial / layout.model, options)
+    return written, layout
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _write(
@@ -148,7 +181,7 @@ def _write(
 
 
 def _compare(run: RunDirectory, model: Path, options: OnnxOptions) -> None:
-    """Raises CannotBuild unless the builder's graph computes what transformers computes."""
+    """Raises CannotBuild unless the graph computes what transformers computes."""
     size = sum(file.stat().st_size for file in model.parent.glob(f"{model.name}*"))
     if size > MOST_BYTES:
         options.log(
@@ -157,7 +190,7 @@ def _compare(run: RunDirectory, model: Path, options: OnnxOptions) -> None:
         )
         return
     try:
-        found = divergence(run, model)
+        found = divergence(run, model, steps=0) if options.no_cache else divergence(run, model)
     except Exception as error:  # onnxruntime's error classes share no base but Exception
         raise CannotBuild(f"ONNX Runtime cannot run it: {first_line(error)[:300]}") from error
     if options.io_dtype == "f16":

@@ -160,6 +160,24 @@ def take_rows(operands: Operands, rows: Sequence[tuple[int, int]]) -> Operands:
     )
 
 
+def rows_by_turns(stacked: NDArray[Any], parts: int, alternate: int) -> NDArray[Any]:
+    """Rows of stacked arrays of one shape: `alternate` in a row give theirs by turns, a, b, a, b."""
+    if alternate == 1:
+        return stacked
+    turns = stacked.reshape(parts // alternate, alternate, -1, *stacked.shape[1:]).swapaxes(1, 2)
+    return np.ascontiguousarray(turns).reshape(stacked.shape)
+
+
+def alternate_rows(operands: Operands, parts: int, alternate: int) -> Operands:
+    """The same of the rows of operands."""
+    return replace(
+        operands,
+        weight=rows_by_turns(operands.weight, parts, alternate),
+        scales=rows_by_turns(operands.scales, parts, alternate),
+        zero_points=rows_by_turns(operands.zero_points, parts, alternate),
+    )
+
+
 def layout_of(grid: Grid, rows: int, cols: int, half_scales: bool = False) -> OperandLayout | None:
     """The layout of what `pack_operands` makes of a matrix [rows, cols] on that grid."""
     container = matmul_nbits_container(grid)

@@ -15,8 +15,10 @@ from exporters.onnx.functions import FUNCTIONS
 from exporters.onnx.packing import (
     OperandLayout,
     Operands,
+    alternate_rows,
     layout_of,
     pack_operands,
+    rows_by_turns,
     stack_layouts,
     stack_rows,
     take_rows,
@@ -43,7 +45,7 @@ class RunWeights:
         self.run = run
         self.half_scales = half_scales
         self._names = set(run.names())
-        self._last: tuple[tuple[str, ...], Operands] | None = None
+        self._last: tuple[tuple[tuple[str, ...], int], Operands] | None = None
 
     def owner(self, parameter: str) -> str:
         """The parameter that holds the data: itself, or the one that it is tied to."""
@@ -63,13 +65,18 @@ class RunWeights:
         whole = stack_layouts([self._layout(p) for p in parameters])
         return replace(whole, rows=sum(stop - start for start, stop in rows)) if rows else whole
 
-    def operands(self, parameters: tuple[str, ...], rows: Rows = ()) -> Operands:
-        """Packed operands of quantized parameters, stacked in order; of those only some rows."""
+    def operands(self, parameters: tuple[str, ...], rows: Rows = (), alternate: int = 1) -> Operands:
+        """Packed operands of quantized parameters, stacked in order; of those only some rows.
+
+        Args:
+            alternate: see `Binding`.
+        """
         owners = tuple(self.owner(p) for p in parameters)
-        if self._last is None or self._last[0] != owners:
+        if self._last is None or self._last[0] != (owners, alternate):
             self._last = None  # not in memory while the next one is made
             packed = [self._pack(p) for p in owners]
-            self._last = (owners, packed[0] if len(packed) == 1 else stack_rows(packed))
+            stacked = packed[0] if len(packed) == 1 else stack_rows(packed)
+            self._last = ((owners, alternate), alternate_rows(stacked, len(owners), alternate))
         return take_rows(self._last[1], rows) if rows else self._last[1]
 
     def rows(self, binding: Binding) -> FloatArray:
@@ -93,7 +100,7 @@ class RunWeights:
         if binding.rows:
             stacked = torch.cat([stacked[start:stop] for start, stop in binding.rows])
         stacked = FUNCTIONS[binding.function](stacked)
-        weights: FloatArray = stacked.numpy()
+        weights: FloatArray = rows_by_turns(stacked.numpy(), len(names), binding.alternate)
         return weights
 
     def stored_floats(self, binding: Binding, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:

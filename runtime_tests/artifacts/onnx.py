@@ -35,7 +35,7 @@ def expect_onnx(run: RunDirectory, artifact: Path, _folder: Path) -> Expectation
     if changed:
         problem = f"{artifact}: changed after export: {', '.join(changed[:_NAMED])}; export the run again"
     opened = open_artifact(artifact)
-    nodes = [node for node in opened.quantized_nodes() if node.op_type == "MatMulNBits"]
+    nodes = [node for node in opened.quantized_nodes() if node.op_type in ("MatMulNBits", "QMoE")]
     sidecar = read_sidecar(artifact)
     levels = {node.attributes["accuracy_level"].as_int() for node in nodes if "accuracy_level" in node.attributes}
     if sidecar.operators == "qdq":  # the level of what ONNX Runtime fuses, a session's option

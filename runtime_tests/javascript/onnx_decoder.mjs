@@ -11,6 +11,7 @@ const PROVIDERS = { 'onnxruntime-web': () => 'wasm', 'onnxruntime-webgpu': webgp
 const FUSED_LEVEL = 'qdq_matmulnbits_accuracy_level';
 const NAMED = ['input_ids', 'attention_mask', 'position_ids'];
 const IDENTITY_ROWS = 512;
+const MULTIPLIERS = ['MatMulNBits', 'QMoE']; // they are given the identity
 
 export class OnnxDecoder {
   /**
@@ -128,7 +129,7 @@ export async function dequantizeNode(ort, model, { runtime, node_op, rows, cols,
   try {
     ({ session, placements } = await createSession(ort, model, runtime, { intraOpNumThreads: 1 }));
     if (placements?.CPUExecutionProvider) throw new Error(`${node_op} with these bits and blocks does not run on WebGPU`);
-    if (node_op !== 'MatMulNBits') {
+    if (!MULTIPLIERS.includes(node_op)) {
       const ids = BigInt64Array.from({ length: rows }, (_, i) => BigInt(i));
       const { Y } = await session.run({ X: new ort.Tensor('int64', ids, [rows]) });
       return Y.data.slice();

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from exporters.onnx.artifact.reader import Artifact, has_sidecar, open_artifact, stored_floats
 from exporters.onnx.bindings import holds_columns_first, quantized_initializers
+from runtime_tests.runtimes.onnx_experts import dequantize_experts
 from runtime_tests.transports.interface import WorkerFailure
 from runtime_tests.worker.onnx_dequantize import NodeModel, run_node_model
 from signround_edge.errors import UserError, first_line
@@ -32,8 +33,8 @@ def dequantize_through_runtime(
 ) -> Iterator[tuple[str, FloatArray]]:
     """Every stored weight of an artifact, one at a time: (name, f32 weights).
 
-    Quantized ones are named by their node and are [N, K]; the float ones that hold a parameter follow as they are
-    stored (names and order as in `exporters.onnx.artifact.reader.iter_expected`).
+    Quantized ones are named by their node (and matrix and expert of a QMoE) and are [N, K]; the float ones that hold a
+    parameter follow as they are stored (names and order as in `exporters.onnx.artifact.reader.iter_expected`).
 
     Args:
         artifact: the folder or the .onnx file.
@@ -42,8 +43,11 @@ def dequantize_through_runtime(
         UserError: the file is broken, or the runtime refuses a node.
     """
     opened = open_artifact(artifact)
-    for node in opened.quantized_nodes():
-        yield node.name or "", dequantize_node(opened, node, dequantizer)
+    for node, part in opened.quantized_parts():
+        if part:
+            yield from dequantize_experts(opened, node, part, dequantizer)
+        else:
+            yield node.name or "", dequantize_node(opened, node, dequantizer)
     if has_sidecar(opened.path):
         yield from stored_floats(opened)
 

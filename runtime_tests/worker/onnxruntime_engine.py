@@ -21,6 +21,7 @@ from signround_edge.evaluation.metrics import FloatArray, TokenArray
 _MODEL, _GENAI_CONFIG = "model.onnx", "genai_config.json"
 _TRANSFORMERS_JS = "onnx"  # the folder of the model in its layout
 _SKIP_NORMALIZATIONS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
+_ROUNDS_INPUTS = 4  # the accuracy level with activations in int8
 _SUM_OUTPUT = 3  # input + skip: the residual stream
 _OUTPUTS_AT_ONCE = 200  # bounds memory; each group is a run of the whole graph
 
@@ -202,14 +203,19 @@ def _inference_session(model: Path, edited: bytes | None = None, fused: int = 0)
 
 
 def _set_accuracy_level(graph: Any, level: int) -> None:
-    """Another accuracy_level on every MatMulNBits."""
+    """Another accuracy_level on every MatMulNBits and QMoE.
+
+    QMoE has the attribute for 4 only: ONNX Runtime before 1.31 does not know it there.
+    """
     import onnx
 
     for node in graph.node:
-        if node.op_type == "MatMulNBits":
+        if node.op_type in ("MatMulNBits", "QMoE"):
             kept = [a for a in node.attribute if a.name != "accuracy_level"]
             del node.attribute[:]
-            node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", level)])
+            node.attribute.extend(kept)
+            if node.op_type == "MatMulNBits" or level == _ROUNDS_INPUTS:
+                node.attribute.append(onnx.helper.make_attribute("accuracy_level", level))
 
 
 def _give_out_everything(graph: Any) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime_tests.worker.onnx_dequantize import IDENTITY_ROWS, NodeModel
+from runtime_tests.worker.onnx_dequantize import IDENTITY_ROWS, MULTIPLIERS, NodeModel
 from runtime_tests.worker.onnx_feeds import feed_of
 from runtime_tests.worker.onnxruntime_engine import decoder_config, exported_folder, model_file
 from signround_edge.errors import UserError, first_line
@@ -71,7 +71,7 @@ class OpenVinoEngine:
 def run_node_model(node: NodeModel) -> FloatArray:
     """f32 [rows, cols] of one quantized node's weights through OpenVINO: its reading of the operator, its kernels."""
     compiled = compile_in_floats(node.model, f"OpenVINO refuses {node.op}")
-    if node.op != "MatMulNBits":
+    if node.op not in MULTIPLIERS:
         rows: FloatArray = compiled([np.arange(node.rows, dtype=np.int64)])[0]
         return rows.reshape(node.rows, node.cols)
     weights = np.empty((node.rows, node.cols), dtype=np.float32)

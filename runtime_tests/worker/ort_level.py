@@ -20,7 +20,7 @@ _OFFSET_OF_I = 12
 
 
 def with_accuracy_level(file: Path, level: int) -> bytes:
-    """An .ort file's bytes with another accuracy_level on every MatMulNBits: one integer in place, for each node.
+    """An .ort file's bytes with another accuracy_level on every MatMulNBits and QMoE: one integer in place for each.
 
     Raises:
         UserError: it is no .ort file, or its nodes hold no level that could be changed. Other exceptions where it is
@@ -31,7 +31,7 @@ def with_accuracy_level(file: Path, level: int) -> bytes:
         raise UserError(f"{file} is no .ort file of ONNX Runtime; export the run again")
     graph = _session_class().GetRootAsInferenceSession(np.frombuffer(data, dtype=np.uint8), 0).Model().Graph()
     for node in (graph.Nodes(i) for i in range(graph.NodesLength())):
-        if node.OpType() != b"MatMulNBits":
+        if node.OpType() not in (b"MatMulNBits", b"QMoE"):
             continue
         for attribute in (node.Attributes(i) for i in range(node.AttributesLength())):
             if attribute.Name() == b"accuracy_level" and attribute.I() != level:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporters.onnx.bindings import OPERAND_WORDS, Binding, holds_columns_first
+from exporters.onnx.bindings import OPERAND_WORDS, Binding, bits_attribute, holds_columns_first
 from exporters.onnx.qdq import OPERATOR, qdq_layout, qdq_operands
 from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import CheckFailed
@@ -89,11 +89,11 @@ def _held_in_parts(bindings: list[Binding], weights: RunWeights) -> set[str]:
 
 def check_quantized(graph: ir.Graph, node: ir.Node, binding: Binding, weights: RunWeights) -> None:
     """Check attributes, integers, zero points and scales of one quantized node; flat operands are accepted."""
-    expected = weights.operands(binding.parameters, binding.rows)
-    attributes = {name: node.attributes[name].as_int() for name in ("bits", "block_size")}
-    if attributes != {"bits": expected.bits, "block_size": expected.block_size}:
+    expected = weights.operands(binding.parameters, binding.rows, binding.alternate)
+    bits, block_size = (node.attributes[name].as_int() for name in (bits_attribute(node.op_type), "block_size"))
+    if (bits, block_size) != (expected.bits, expected.block_size):
         raise CheckFailed(
-            f"tensor {binding.title} has {attributes['bits']} bits in blocks of {attributes['block_size']} in node "
+            f"tensor {binding.title} has {bits} bits in blocks of {block_size} in node "
             f"{node.name}, but {expected.bits} in blocks of {expected.block_size} in the run directory"
         )
     operands: dict[str, NDArray[Any]] = {
@@ -105,7 +105,9 @@ def check_quantized(graph: ir.Graph, node: ir.Node, binding: Binding, weights: R
         what = OPERAND_WORDS[role]
         if role not in binding.initializers:
             raise CheckFailed(f"tensor {binding.title} has no {what} in node {node.name}")
-        _compare(binding, what, _array(graph, binding.initializers[role]).reshape(-1), array.reshape(-1))
+        stored = _array(graph, binding.initializers[role])
+        stored = stored if binding.expert is None else stored[binding.expert]
+        _compare(binding, what, stored.reshape(-1), array.reshape(-1))
 
 
 def _array(graph: ir.Graph, initializer: str) -> NDArray[Any]:

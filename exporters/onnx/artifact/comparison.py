@@ -55,10 +55,10 @@ class Divergence:
 
 
 def divergence(run: RunDirectory, model: Path, steps: int = _STEPS, seed: int = 0) -> Divergence:
-    """Compare the graph `model`, which has a cache, with transformers' model of a run.
+    """Compare the graph `model` with transformers' model of a run.
 
     Args:
-        steps: how many single tokens follow the texts.
+        steps: how many single tokens follow the texts; 0 for a graph without a cache.
         seed: of the texts.
     Raises:
         Exception: whatever ONNX Runtime raises on a graph that it cannot run.
@@ -75,6 +75,8 @@ def divergence(run: RunDirectory, model: Path, steps: int = _STEPS, seed: int = 
     with _at_level_1(model) as comparable:
         found = CachedGraph(comparable)
     texts = _kl(expected[:, :length], found.append(tokens[:, :length]))
+    if not steps:
+        return Divergence(texts, texts)
     stepwise = [found.append(tokens[:, i : i + 1]) for i in range(length, length + steps)]
     return Divergence(texts, _kl(expected[:, length:], np.concatenate(stepwise, axis=1)))
 

@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 from exporters.onnx.artifact.layouts import find_model, folder_of
 from exporters.onnx.artifact.ort_format import read_ort_format
 from exporters.onnx.artifact.sidecar import SIDECAR, Sidecar, hash_files
-from exporters.onnx.bindings import QUANTIZED_INPUTS, Binding, holds_columns_first, quantized_initializers
+from exporters.onnx.bindings import (
+    Binding,
+    bits_attribute,
+    holds_columns_first,
+    matrix_parts,
+    quantized_initializers,
+)
 from signround_edge.errors import UserError, first_line
 
 if TYPE_CHECKING:  # they load torch, which a runtime's worker process can do without
@@ -47,33 +53,44 @@ class Artifact:
     graph: ir.Graph
 
     def quantized_nodes(self) -> list[ir.Node]:
-        """MatMulNBits, GatherBlockQuantized and DequantizeLinear nodes whose codes are stored here, in graph order.
+        """MatMulNBits, GatherBlockQuantized, QMoE and DequantizeLinear nodes whose codes are stored here, in order.
 
         DequantizeLinear counts in front of matrices; in other people's graphs it stands in many places.
         """
-        nodes = [n for n in self.graph if n.op_type in QUANTIZED_INPUTS and "weight" in quantized_initializers(n)]
-        return [n for n in nodes if n.op_type != "DequantizeLinear" or self._dequantizes_a_matrix(n)]
+        return list(dict.fromkeys(node for node, _ in self.quantized_parts()))
+
+    def quantized_parts(self) -> list[tuple[ir.Node, str]]:
+        """The same nodes, each as often as it has matrices, with the part that `Binding` names."""
+        parts = [(n, p) for n in self.graph for p in matrix_parts(n) if "weight" in quantized_initializers(n, p)]
+        return [(n, p) for n, p in parts if n.op_type != "DequantizeLinear" or self._dequantizes_a_matrix(n)]
 
     def _dequantizes_a_matrix(self, node: ir.Node) -> bool:
         stored = self.graph.initializers[quantized_initializers(node)["weight"]].const_value
         return len(stored.shape) == 2 and stored.dtype.bitwidth <= 8
 
-    def form(self, node: ir.Node) -> tuple[int, int, tuple[int, int]]:
-        """(bits, block size, [N, K]) of a quantized node; UserError when its attributes are no positive integers."""
-        stored = self.graph.initializers[quantized_initializers(node)["weight"]].const_value
+    def form(self, node: ir.Node, part: str = "") -> tuple[int, int, tuple[int, ...]]:
+        """(bits, block size, [N, K], or [experts, N, K]) of a quantized node's matrix.
+
+        UserError when its attributes are no positive integers.
+        """
+        stored = self.graph.initializers[quantized_initializers(node, part)["weight"]].const_value
         shape = tuple(stored.shape.numpy())
         if node.op_type != "DequantizeLinear":
-            bits, block_size = (self.attribute(node, a) for a in ("bits", "block_size"))
-            return bits, block_size, (shape[0], int(np.prod(shape)) * 8 // bits // max(shape[0], 1))
+            bits = self.attribute(node, bits_attribute(node.op_type))
+            leading = shape[:2] if part else shape[:1]
+            cols = int(np.prod(shape)) * 8 // bits // max(int(np.prod(leading)), 1)
+            if part and "block_size" not in node.attributes:  # one scale a row
+                return bits, cols, (*leading, cols)
+            return bits, self.attribute(node, "block_size"), (*leading, cols)
         rows_first = shape if not holds_columns_first(node) else shape[::-1]
         blocks = "block_size" in node.attributes
         return stored.dtype.bitwidth, self.attribute(node, "block_size") if blocks else rows_first[1], rows_first
 
     def attribute(self, node: ir.Node, name: str) -> int:
-        """The node's "bits", "block_size" or "K"; UserError when it is no positive integer."""
+        """The node's bits, "block_size" or "K"; UserError when it is no positive integer."""
         attribute = node.attributes.get(name)
         if attribute is None:  # the operators' own defaults (ONNX Runtime, docs/ContribOperators.md)
-            return {"bits": 4, "block_size": 128}[name]
+            return {"bits": 4, "expert_weight_bits": 4, "block_size": 128}[name]
         value = attribute.value if attribute.type == ir.AttributeType.INT else None
         if not isinstance(value, int) or value <= 0:
             raise UserError(f"{self.path}: node {node.name} has {name} {value}; export the run again")
@@ -129,7 +146,8 @@ def read_tensors(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:
     """(name, type, shape, bytes) of every stored tensor, for `inspect`.
 
     A quantized matrix is one tensor, named by its node, of type "MatMulNBits-<bits>x<block size>" and shape [N, K];
-    its bytes are codes, scales and zero points. Others carry their initializer's name, a type such as "F32" and the
+    its bytes are codes, scales and zero points. Those of a mixture of experts are of type "QMoE-…", [experts, N, K].
+    Others carry their initializer's name, a type such as "F32" and the
     shape of the Hugging Face parameter where `signround_edge.json` says that they are stored transposed. Bytes that two
     tensors share (a tied embedding and head) are counted at the first of them, so that the sum is true.
     """
@@ -138,12 +156,13 @@ def read_tensors(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:
     counted: set[Any] = set()
     rows: list[tuple[str, str, tuple[int, ...], int]] = []
     inside: set[str] = set()
-    for node in artifact.quantized_nodes():
-        operands = quantized_initializers(node)
+    for node, part in artifact.quantized_parts():
+        operands = quantized_initializers(node, part)
         inside.update(operands.values())
-        bits, block_size, shape = artifact.form(node)
+        bits, block_size, shape = artifact.form(node, part)
         size = sum(_bytes_once(initializers[name], counted) for name in operands.values())
-        rows.append((node.name or "", f"{node.op_type}-{bits}x{block_size}", shape, size))
+        title = f"{node.name}/{part}" if part else str(node.name or "")
+        rows.append((title, f"{node.op_type}-{bits}x{block_size}", shape, size))
     transposed: set[str] = set()
     if has_sidecar(artifact.path):
         transposed = {b.name for b in read_sidecar(path).bindings if b.transposed}

@@ -49,7 +49,9 @@ class _Found:
     error: float
 
 
-def match_weights(graph: ir.Graph, weights: RunWeights, limit: float) -> Matches:
+def match_weights(
+    graph: ir.Graph, weights: RunWeights, limit: float, elsewhere: frozenset[str] = frozenset()
+) -> Matches:
     """Find the run's parameters among the f32 and f16 tensors that the graph stores.
 
     Also found: matrices stacked in rows (a packed QKV projection), and parameters of equal values that the graph keeps
@@ -59,8 +61,10 @@ def match_weights(graph: ir.Graph, weights: RunWeights, limit: float) -> Matches
         graph: the float graph.
         weights: the run's parameters.
         limit: the largest relative error of a match; 0 asks for equality.
+        elsewhere: parameters that are not among those tensors.
     """
-    samples = {name: sample(weights.run.dequantized(name).numpy()) for name in weights.run.names()}
+    names = [name for name in weights.run.names() if name not in elsewhere]
+    samples = {name: sample(weights.run.dequantized(name).numpy()) for name in names}
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for name in samples:
         by_shape.setdefault(tuple(weights.run.entry(name).shape), []).append(name)

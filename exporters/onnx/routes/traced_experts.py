@@ -1,19 +1,22 @@
-"""Mixtures of experts in a traced graph: every expert computes for every token, and what was not chosen counts zero.
+"""Mixtures of experts in a traced graph: one node a layer where there is one that computes what the experts compute.
 
-Which rows an expert multiplies depends on data, and no trace holds that. With each expert as three matrices of its own
-(`signround_edge.model.experts`) they become MatMulNBits like all others, at the price of computing them all.
+Else every expert computes for every token, and what was not chosen counts zero: which rows an expert multiplies depends
+on data, and no trace holds that. With each expert as three matrices of its own (`signround_edge.model.experts`) they
+become MatMulNBits like all others, at the price of computing them all.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from exporters.onnx.routes.traced_mixtures import Mixture, mixture_of
+from exporters.onnx.run_weights import RunWeights
 from signround_edge.model.decoder import set_tensor
 from signround_edge.model.experts import Experts, ExpertsOfAllTokens, replace_experts
-from signround_edge.run_directory import RunDirectory
 
 
 class _EveryExpert(Experts):
@@ -38,19 +41,52 @@ class _EveryExpertOfAllTokens(ExpertsOfAllTokens):
         return torch.cat([expert(inputs[number], inputs) for number, expert in enumerate(self)])
 
 
-def take_experts_apart(model: nn.Module, run: RunDirectory) -> int:
+@dataclass
+class TakenApart:
+    """What became of a model's experts.
+
+    Attributes:
+        mixtures: layers that become nodes (`traced_mixtures`).
+        dense: of the other ones, why → how many experts a layer has at most.
+    """
+
+    mixtures: list[Mixture] = field(default_factory=list)
+    dense: dict[str, int] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """For the log."""
+        lines = []
+        if self.mixtures:
+            count = len(self.mixtures)
+            lines.append(f"onnx: {count} layers of experts are a QMoE each, which computes the chosen ones only")
+        for reason, experts in self.dense.items():
+            lines.append(
+                f"onnx: the graph computes all {experts} experts of a layer for each token, also those that are not "
+                f"chosen: its arithmetic is that of a dense model of all its parameters ({reason})"
+            )
+        return lines
+
+
+def take_experts_apart(model: nn.Module, weights: RunWeights, no_qmoe: str) -> TakenApart:
     """Put experts that a trace can hold, with the run's weights, in place of transformers' own.
 
-    Returns:
-        How many experts a layer has at most; 0 where the model is no mixture.
+    Args:
+        model: edited in place.
+        weights: the run.
+        no_qmoe: why none becomes a node. Where it is empty, those that can are left as experts that are computed where
+            they were chosen, in whose place `mixtures_as_nodes` then puts the nodes.
     """
     for name in replace_experts(model):
-        set_tensor(model, name, run.dequantized(name))
-    most = 0
+        set_tensor(model, name, weights.run.dequantized(name))
+    taken = TakenApart()
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts):
+            found = no_qmoe or mixture_of(name, module, weights)
+            if isinstance(found, Mixture):
+                taken.mixtures.append(found)
+                continue
             owner, _, leaf = name.rpartition(".")
             kind: Any = _EveryExpertOfAllTokens if isinstance(module, ExpertsOfAllTokens) else _EveryExpert
             setattr(model.get_submodule(owner), leaf, kind(list(module)))
-            most = max(most, len(module))
-    return most
+            taken.dense[found] = max(taken.dense.get(found, 0), len(module))
+    return taken

@@ -25,13 +25,14 @@ from exporters.onnx.routes.genai_config import write_genai_config
 from exporters.onnx.routes.graph import FinishedGraph, copy_config_files, replace_weights
 from exporters.onnx.routes.matching import match_weights
 from exporters.onnx.routes.traced_cache import State, WithStates, check_states, find_states, states_of
+from exporters.onnx.routes.traced_expert_weights import set_expert_weights
 from exporters.onnx.routes.traced_experts import take_experts_apart
 from exporters.onnx.routes.traced_functions import functions_with_onnx_forms
+from exporters.onnx.routes.traced_mixtures import Mixture, mixtures_as_nodes
 from exporters.onnx.routes.traced_recurrence import recurrences_as_nodes
 from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import UserError
 from signround_edge.evaluation.torch_models import load_run_model
-from signround_edge.run_directory import RunDirectory
 
 OPSET = 20
 # Shape arithmetic is folded; parameters, even small ones, keep their values (Gemma's 1 + norm weight would vanish).
@@ -55,57 +56,74 @@ class _LogitsOnly(nn.Module):
         return logits
 
 
-def trace(weights: RunWeights, companions: Path, options: OnnxOptions) -> FinishedGraph:
+def trace(weights: RunWeights, companions: Path, options: OnnxOptions, no_qmoe: str) -> FinishedGraph:
     """Run directory → torch model → torch.onnx.export → our integers in the place of its floats.
 
     Args:
         weights: the run.
         companions: where the run's config and tokenizer files go.
         options: of the export.
+        no_qmoe: why no layer of experts is to become a QMoE; empty: those do that it computes exactly.
     Raises:
         UserError: torch cannot trace this architecture, or a quantized matrix has no quantized form in the graph.
         CheckFailed: the graph lacks a parameter of the run.
     """
     if options.no_cache:
         options.log("onnx: the graph has no KV cache: it runs in plain ONNX Runtime, not in onnxruntime-genai")
-    model = trace_graph(weights.run, not options.no_cache, options.log)
+    traced = trace_graph(weights, not options.no_cache, options.log, no_qmoe)
+    model = traced.model
     options.log("onnx: matching the graph's weights with the run directory")
-    matched = match_weights(model.graph, weights, limit=0.0).bindings
-    check_complete(matched, weights)
+    experts = set_expert_weights(model.graph, traced.mixtures, weights)
+    in_nodes = frozenset(name for binding in experts for name in binding.parameters)
+    matched = match_weights(model.graph, weights, limit=0.0, elsewhere=in_nodes).bindings
+    check_complete(matched + experts, weights)
     copy_config_files(weights.run, companions)
     if not options.no_cache:
         logits = next(value for value in model.graph.outputs if value.name == "logits")
         write_genai_config(companions, states_of(model.graph), int(logits.shape[-1]))
-    bindings = replace_weights(model, matched, weights, options)
+    bindings = replace_weights(model, matched, weights, options) + experts
     return FinishedGraph(model, bindings, f"torch.onnx.export (torch {torch.__version__})", not options.no_cache)
 
 
-def trace_graph(run: RunDirectory, with_cache: bool, log: Callable[[str], None]) -> ir.Model:
-    """The f32 graph (opset 20), int64 [batch, tokens] → logits [batch, tokens, vocab].
+@dataclass(frozen=True)
+class Traced:
+    """A traced graph.
+
+    Attributes:
+        model: the f32 graph (opset 20), int64 [batch, tokens] → logits [batch, tokens, vocab].
+        mixtures: layers of experts that are one node each in it, without weights.
+    """
+
+    model: ir.Model
+    mixtures: list[Mixture]
+
+
+def trace_graph(weights: RunWeights, with_cache: bool, log: Callable[[str], None], no_qmoe: str) -> Traced:
+    """Trace transformers' model of a run.
 
     Args:
-        run: whose dequantized weights it holds.
+        weights: the run, whose dequantized weights the graph holds.
         with_cache: with the states of `traced_cache` as inputs and outputs; attention_mask is then int64
             [batch, past + tokens], else [batch, tokens].
         log: takes lines.
+        no_qmoe: see `trace`.
     Raises:
         UserError: torch cannot trace this architecture, or its states have no names.
     """
-    model: Any = load_run_model(run)
+    model: Any = load_run_model(weights.run)
     model.set_attn_implementation("eager")
-    experts = take_experts_apart(model, run)
-    if experts:
-        log(
-            f"onnx: the graph computes all {experts} experts of a layer for each token, also those that are not "
-            "chosen: its arithmetic is that of a dense model of all its parameters"
-        )
+    experts = take_experts_apart(model, weights, no_qmoe)
+    for line in experts.lines():
+        log(line)
     parameters = {f"model.{name}" for name, _ in model.named_parameters()}
-    if not with_cache:
-        return _export(model, parameters, _LogitsOnly(model).eval(), _without_states())
-    states = find_states(model)
-    module = WithStates(model, states).eval()
-    check_states(module)
-    return _export(model, parameters, module, _with_states(states))
+    module: nn.Module = _LogitsOnly(model).eval()
+    signature = _without_states()
+    if with_cache:
+        states = find_states(model)
+        module, signature = WithStates(model, states).eval(), _with_states(states)
+        check_states(module)
+    with mixtures_as_nodes(model, experts.mixtures):
+        return Traced(_export(model, parameters, module, signature), experts.mixtures)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from exporters.onnx.artifact.reader import changed_files, open_artifact, read_sidecar, read_tensors
 from exporters.onnx.routes import tracing
+from exporters.onnx.run_weights import RunWeights
 from signround_edge.errors import CheckFailed, UserError
 from signround_edge.inspection import inspect
 from signround_edge.run_directory import RunDirectory
@@ -27,7 +28,6 @@ from tests.exporters.onnx.test_onnx_export import assert_weights_equal, expected
 from tests.support import dequantized_model, make_run
 
 MakeRun = Callable[[PretrainedConfig, str], RunDirectory]
-Log = Callable[[str], None]
 
 COMMON = {"vocab_size": 600, "initializer_range": 0.15, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GPT2 = {**COMMON, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
@@ -189,7 +189,8 @@ def opt_run(make_random_run: MakeRun) -> RunDirectory:
 @pytest.fixture(scope="module")
 def opt_graph(opt_run: RunDirectory) -> bytes:
     """The traced graph of OPT, as ONNX bytes: what tests give the exporter instead of tracing again."""
-    return ir.to_proto(tracing.trace_graph(opt_run, False, print)).SerializeToString()
+    traced = tracing.trace_graph(RunWeights(opt_run), False, print, no_qmoe="not asked for")
+    return ir.to_proto(traced.model).SerializeToString()
 
 
 def graph_from(content: bytes) -> ir.Model:
@@ -208,7 +209,7 @@ def test_float_controls_agree_with_torch(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tracing, "trace_graph", lambda run, with_cache, log: graph_from(opt_graph))
+    monkeypatch.setattr(tracing, "trace_graph", lambda *_: tracing.Traced(graph_from(opt_graph), []))
     out = export(opt_run, tmp_path / "out", dtype=dtype, no_cache=True)
     assert not open_artifact(out).quantized_nodes()
     assert_weights_equal(opt_run, out)
@@ -220,13 +221,13 @@ def test_float_controls_agree_with_torch(
 def test_a_graph_without_one_of_the_weights_is_caught_and_the_tensor_named(
     opt_run: RunDirectory, opt_graph: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def trace_wrongly(run: RunDirectory, with_cache: bool, log: Log) -> ir.Model:
+    def trace_wrongly(*_: object) -> tracing.Traced:
         model = graph_from(opt_graph)
         value = model.graph.initializers["model.model.decoder.layers.1.fc2.weight"]
         array = value.const_value.numpy().copy()
         array[3, 5] += 1e-3
         value.const_value = ir.Tensor(array, name=value.name)
-        return model
+        return tracing.Traced(model, [])
 
     monkeypatch.setattr(tracing, "trace_graph", trace_wrongly)
     with pytest.raises(CheckFailed, match=r"model\.decoder\.layers\.1\.fc2\.weight"):
@@ -237,12 +238,12 @@ def test_a_graph_without_one_of_the_weights_is_caught_and_the_tensor_named(
 def test_a_matrix_that_another_operator_reads_is_one_sentence(
     opt_run: RunDirectory, opt_graph: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def trace_oddly(run: RunDirectory, with_cache: bool, log: Log) -> ir.Model:
+    def trace_oddly(*_: object) -> tracing.Traced:
         model = graph_from(opt_graph)
         value = model.graph.initializers["model.model.decoder.layers.0.fc1.weight"]
         node = ir.node("ReduceSum", [value], name="odd")
         model.graph.append(node)
-        return model
+        return tracing.Traced(model, [])
 
     monkeypatch.setattr(tracing, "trace_graph", trace_oddly)
     with pytest.raises(UserError, match=r"layers\.0\.fc1\.weight is read by node odd \(ReduceSum\)"):
@@ -263,7 +264,7 @@ def test_what_torch_cannot_trace_is_one_sentence(
 def test_without_a_cache_the_graph_takes_whole_texts(
     opt_run: RunDirectory, opt_graph: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracing, "trace_graph", lambda run, with_cache, log: graph_from(opt_graph))
+    monkeypatch.setattr(tracing, "trace_graph", lambda *_: tracing.Traced(graph_from(opt_graph), []))
     out = export(opt_run, tmp_path / "out", no_cache=True)
     assert read_sidecar(out).kv_cache is False
     assert not (out / "genai_config.json").exists()

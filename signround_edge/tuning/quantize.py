@@ -34,6 +34,7 @@ from signround_edge.tuning.calibration.importance import Importance, ImportanceS
 from signround_edge.tuning.calibration.input_moments import SecondMoments
 from signround_edge.tuning.calibration.shell import Shell
 from signround_edge.tuning.calibration.text import calibration_tokens, tokens_hash
+from signround_edge.tuning.cpu.allocator import return_large_tensors
 from signround_edge.tuning.cpu.attention import use_blocked_attention
 from signround_edge.tuning.cpu.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.job import Job
@@ -74,6 +75,7 @@ def quantize(
     Raises:
         UserError: bad input, or another process writes `out`, in one sentence; whatever is complete in `out` stays.
     """
+    return_large_tensors()
     torch_device = _device(device)
     weights = ModelWeights.open(model)
     decoder = weights.decoder

@@ -76,10 +76,7 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
     if settings.steps:
         steps.watch(tuned, dtype)
     for step in range(settings.steps if tuned else 0):
-        index = next(batches)
-        with autocast:
-            output = unit.forward(index).float()
-        steps.take(step, output, loss_gradient(unit, output.detach(), index))
+        steps.take(step, unit, next(batches), autocast)
         if step + 1 in check_at:
             candidate = quantized(states)
             found = held_out_loss(unit, settings, autocast)
@@ -124,10 +121,12 @@ class _Steps:
             if not weight.is_cuda:
                 weight.register_post_accumulate_grad_hook(functools.partial(self._update, m))
 
-    def take(self, step: int, output: Tensor, gradient: Tensor) -> None:
-        """One step of all matrices, from the gradient of the loss with respect to the unit's output."""
+    def take(self, step: int, unit: Unit, index: Tensor, autocast: torch.autocast) -> None:
+        """One step of all matrices on samples [n]. No output outlives it, which would hold the weights that made it."""
         self.step, self.done = step, set()
-        output.backward(gradient)
+        with autocast:
+            output = unit.forward(index).float()
+        output.backward(loss_gradient(unit, output.detach(), index))
         for matrix in self.matrices:
             weight = self.weights[matrix.name]
             if weight.grad is not None:

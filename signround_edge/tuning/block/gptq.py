@@ -22,7 +22,7 @@ from signround_edge.formats.grid import Fields, safe_reciprocal
 # Added to the diagonal of H, as shares of its mean, the safer first: little of it makes the most of many tokens and
 # fits the chance of few. See docs/LOG.md.
 DAMPING = (0.3, 0.03)
-_COLUMNS_AT_ONCE = 64  # errors reach the columns behind such a group in one product
+_COLUMNS_AT_ONCE = 16  # within such a group errors go from column to column
 
 
 def compensated(weight: Tensor, hessian: Tensor, grid: Grid, fields: Fields, damping: float) -> Tensor:
@@ -44,17 +44,24 @@ def compensated(weight: Tensor, hessian: Tensor, grid: Grid, fields: Fields, dam
     scale = grid.affine_view(fields)[0].T.contiguous()
     minimum = grid.from_levels(torch.zeros_like(grid.blocked(weight)[..., :1]), fields)[..., 0].T.contiguous()
     inverse = safe_reciprocal(scale)
-    work = weight.T[order]
+    work, errors = weight.T[order], weight.T[order]
     blocks = (order // grid.block_size).tolist()
-    for start in range(0, len(work), _COLUMNS_AT_ONCE):
-        end = min(start + _COLUMNS_AT_ONCE, len(work))
-        errors = weight.T[order[start:end]]
+
+    def round_columns(start: int, end: int) -> None:
+        """Halves of the columns one after another; the errors of the first reach the second in one product."""
+        if end - start > _COLUMNS_AT_ONCE:
+            middle = (start + end) // 2
+            round_columns(start, middle)
+            work[middle:end].addmm_(factor[start:middle, middle:end].T, errors[start:middle])
+            round_columns(middle, end)
+            return
         for j in range(start, end):
-            block, error = blocks[j], errors[j - start]
+            block = blocks[j]
             levels = grid.nearest_levels((work[j] - minimum[block]).mul_(inverse[block]))
-            error.sub_(levels.mul_(scale[block])).sub_(minimum[block])
-            work[j + 1 : end].addr_(factor[j, j + 1 : end], error)
-        work[end:].addmm_(factor[start:end, end:].T, errors)
+            errors[j].sub_(levels.mul_(scale[block])).sub_(minimum[block])
+            work[j + 1 : end].addr_(factor[j, j + 1 : end], errors[j])
+
+    round_columns(0, len(work))
     return torch.empty_like(work).index_copy_(0, order, work).T.contiguous()
 
 

@@ -13,6 +13,8 @@ unrounded, so that V can go on from there: its code is round(w'/s + z) with V = 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,22 +49,37 @@ def compensated(weight: Tensor, hessian: Tensor, grid: Grid, fields: Fields, dam
     work, errors = weight.T[order], weight.T[order]
     blocks = (order // grid.block_size).tolist()
 
-    def round_columns(start: int, end: int) -> None:
-        """Halves of the columns one after another; the errors of the first reach the second in one product."""
-        if end - start > _COLUMNS_AT_ONCE:
-            middle = (start + end) // 2
-            round_columns(start, middle)
-            work[middle:end].addmm_(factor[start:middle, middle:end].T, errors[start:middle])
-            round_columns(middle, end)
-            return
-        for j in range(start, end):
-            block = blocks[j]
-            levels = grid.nearest_levels((work[j] - minimum[block]).mul_(inverse[block]))
-            errors[j].sub_(levels.mul_(scale[block])).sub_(minimum[block])
-            work[j + 1 : end].addr_(factor[j, j + 1 : end], errors[j])
+    def keep_error(j: int) -> None:
+        levels = grid.nearest_levels((work[j] - minimum[blocks[j]]).mul_(inverse[blocks[j]]))
+        errors[j].sub_(levels.mul_(scale[blocks[j]])).sub_(minimum[blocks[j]])
 
-    round_columns(0, len(work))
+    _spread_errors(work, errors, factor, keep_error)
     return torch.empty_like(work).index_copy_(0, order, work).T.contiguous()
+
+
+def _spread_errors(
+    work: Tensor, errors: Tensor, factor: Tensor, keep_error: Callable[[int], None], first: int = 0
+) -> None:
+    """Round columns one after another; of halves of them, the errors of the first reach the second in one product.
+
+    Args:
+        work: what the columns become, f32 [n, R].
+        errors: of all columns, f32 [K, R].
+        factor: f32 [K, K].
+        keep_error: puts the error of a column into `errors` when its turn has come.
+        first: number of the first of these columns among all.
+    """
+    end = first + len(work)
+    if len(work) <= _COLUMNS_AT_ONCE:
+        for j in range(first, end):
+            keep_error(j)
+            work[j + 1 - first :].addr_(factor[j, j + 1 : end], errors[j])
+        return
+    middle = first + len(work) // 2
+    before, behind = work[: middle - first], work[middle - first :]
+    _spread_errors(before, errors, factor, keep_error, first)
+    behind.addmm_(factor[first:middle, middle:end].T, errors[first:middle])
+    _spread_errors(behind, errors, factor, keep_error, middle)
 
 
 def unit_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor | None:

@@ -44,7 +44,7 @@ class TuningSettings:
         optimizer: "signsgd" or "adam".
         held_out: share of the samples kept for choosing the best step, never trained on.
         checks: how often per block the held-out loss is measured, evenly over the second half of the steps.
-        compute_dtype: dtype of matrix products while tuning: "auto", "float32" or "bfloat16". Weights and V stay f32.
+        compute_dtype: dtype of matrix products while tuning: "auto", "float32" or "bfloat16".
             "auto" is bfloat16 for codes of up to 5 bits where the hardware multiplies it natively.
         whole_model_steps: gradient steps of the whole-model stage after the blocks; 0 leaves it out.
         whole_model_batch_size: samples a step there.

@@ -62,11 +62,12 @@ class _GptqTarget:
     hessian: Tensor
     damping: float
 
-    def state(self, settings: TuningSettings, damping: float) -> RoundingState:
-        """What is tuned, at GPTQ's codes."""
+    def state(self, settings: TuningSettings, damping: float, computed: bool) -> RoundingState:
+        """What is tuned, at GPTQ's codes; where those are not `computed`, at others, in memory of their own."""
         damping, grid = max(damping, self.damping), self.matrix.grid
         weight = self.matrix.exact if self.corrected is None else self.corrected
-        weight = compensated(weight, self.hessian, grid, grid.store(self.scales), damping)
+        fields = grid.store(self.scales)
+        weight = compensated(weight, self.hessian, grid, fields, damping) if computed else weight.clone()
         return RoundingState.start(grid, weight, self.scales, settings.positions)
 
 
@@ -75,9 +76,10 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
 
     GPTQ is tried with each damping, the safest first; the unit's modules hold the exact weights before. Matrices that
     lie on the grid already keep their codes, and those of experts that are seldom used the nearest ones. All is done
-    matrix by matrix, so that nothing of the size of the block exists but what is compared: codes and positions.
+    matrix by matrix, so that nothing of the size of the block exists but what is compared: codes and positions. Of
+    several ranks each searches the scales and finds GPTQ's codes of its share of the matrices.
     """
-    scales = {m.name: initial_scales(m.grid, m.exact, m.importance, settings.scale_init) for m in unit.matrices}
+    scales = _initial_scales(unit, settings.scale_init)
 
     def state(m: Matrix) -> RoundingState:
         return RoundingState.start(m.grid, m.exact, scales[m.name], settings.positions)
@@ -88,17 +90,22 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
     unit.release()
     nearest, settled = dict[str, QuantizedTensor](), set[str]()
     candidates: list[dict[str, RoundingState]] = [{} for _ in DAMPING]
-    for m in unit.matrices:  # a hessian goes with the last matrix that it is of
+    for number, m in enumerate(unit.matrices):  # a hessian goes with the last matrix that it is of
         nearest[m.name], target = state(m).quantized(), targets.pop(m.name, None)
         if m.seldom or lies_on_grid(m.exact, nearest[m.name]):
             settled.add(m.name)
         elif target is not None:
             for candidate, damping in zip(candidates, DAMPING, strict=True):
-                candidate[m.name] = target.state(settings, damping)
+                candidate[m.name] = target.state(settings, damping, unit.ranks.owns(number))
+    for number, m in enumerate(unit.matrices):
+        for candidate in candidates:
+            if m.name in candidate:
+                unit.ranks.take(number, candidate[m.name].positioned)
     dtype = compute_dtype(settings, (m.grid for m in unit.matrices), unit.matrices[0].weight.device)
     unit.install(nearest, dtype)
     rounded = held_out_loss(unit, settings, autocast)
     found, tensors, best = dict[str, RoundingState](), nearest, rounded
+    samples = unit.ranks.total(len(unit.train))
     for candidate in filter(None, candidates):
         codes = nearest | quantized(candidate)
         unit.install(codes, dtype)
@@ -106,7 +113,7 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
         if loss < best * (1 - _RISK if found else 1):
             left = (loss - inherited) / (rounded - inherited) if inherited < loss else 1.0
             for tried in candidate.values():
-                tried.travel = travel_from_gptq(settings, _codes(tried.grid), left, len(unit.train))
+                tried.travel = travel_from_gptq(settings, _codes(tried.grid), left, samples)
             found, tensors, best = candidate, codes, loss
     candidates.clear()
     unit.install(tensors, dtype)
@@ -137,6 +144,22 @@ def _gptq_targets(
         damping = DAMPING[0] if m.underdetermined else 0.0
         targets[m.name] = _GptqTarget(m, corrected, scales, found.hessians.pop(m.name), damping)
     return targets, found.loss
+
+
+def _initial_scales(unit: Unit, method: str) -> dict[str, BlockScales]:
+    """`initial_scales` of all matrices, by name."""
+    own = {
+        m.name: initial_scales(m.grid, m.exact, m.importance, method)
+        for number, m in enumerate(unit.matrices)
+        if unit.ranks.owns(number)
+    }
+    if unit.ranks.alone:
+        return own
+    found = {}
+    for number, m in enumerate(unit.matrices):
+        mine = vars(own[m.name]) if m.name in own else None
+        found[m.name] = BlockScales(**unit.ranks.of_owner(number, mine, m.weight.device))  # type: ignore[arg-type]
+    return found
 
 
 def initial_scales(grid: Grid, weight: Tensor, importance: Tensor, method: str) -> BlockScales:

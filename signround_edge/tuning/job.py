@@ -135,4 +135,4 @@ class Job:
         return (self._among_own(batch[self.ranks.rank :: self.ranks.world]) for batch in batches)
 
     def _among_own(self, samples: Tensor) -> Tensor:
-        return torch.searchsorted(self.shards[self.ranks.rank], samples)
+        return torch.searchsorted(self.shards[self.ranks.rank], samples.contiguous())

@@ -13,7 +13,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from torch import Tensor
 
 from signround_edge.errors import LostProcess, ToldElsewhere, UserError
 from signround_edge.tuning.launch import Place
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 # The first rank works alone for minutes at most (comparing a large model with transformers', writing a block).
 _TIMEOUT = datetime.timedelta(hours=1)
@@ -44,7 +47,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local: int = 0
-    store: dist.Store | None = None
+    store: Store | None = None
 
     @property
     def alone(self) -> bool:
@@ -173,11 +176,15 @@ def joined() -> Iterator[Ranks]:
     if place.world == 1:
         yield ALONE
         return
+    # Not above: some builds of torch have none of this.
+    from torch.distributed import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available() and place.local < torch.cuda.device_count():
         torch.cuda.set_device(place.local)
     try:
-        store, rank, world = next(iter(dist.rendezvous("env://", timeout=_TIMEOUT)))
+        store, rank, world = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise UserError(
@@ -185,7 +192,7 @@ def joined() -> Iterator[Ranks]:
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}; start them with torchrun, and see that "
             "machines reach each other there"
         ) from error
-    own = dist.PrefixStore("signround-edge", store)
+    own = PrefixStore("signround-edge", store)
     try:
         yield Ranks(rank, world, place.local, own)
     except Exception as error:
@@ -196,7 +203,7 @@ def joined() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def _is_first_to_say(store: dist.Store) -> bool:
+def _is_first_to_say(store: Store) -> bool:
     try:
         return bool(store.add("failed", 1) == 1)
     except RuntimeError:  # the store is gone with the process that kept it

@@ -39,6 +39,12 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 
 # Products in f32 and no GPTQ, which makes of a difference in the last digits another code, and of that one many.
 EXACT = TuningSettings(steps=4, samples=16, seqlen=16, batch_size=6, start="nearest", compute_dtype="float32", lr=0.05)
+# What takes seconds to import, once for all processes.
+PRELOADED = [
+    "signround_edge.tuning.quantize",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mixtral",
+]
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def one_of(what: Any, task: Task, rank: int, world: int, port: int, results: Any
 def together(world: int, task: Task, what: Any = tune, dead: int = 0) -> list[tuple[int, Any, str, list[str]]]:
     """What the ranks of a run that is shared by `world` processes came to, in their order, but for `dead` ones."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["signround_edge.tuning.quantize"])
+    context.set_forkserver_preload(PRELOADED)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

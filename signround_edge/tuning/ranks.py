@@ -23,7 +23,7 @@ from signround_edge.errors import LostProcess, ToldElsewhere, UserError
 from signround_edge.tuning.launch import Place
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 # The first rank works alone for minutes at most (comparing a large model with transformers', writing a block).
 _TIMEOUT = datetime.timedelta(hours=1)
@@ -177,7 +177,7 @@ def joined() -> Iterator[Ranks]:
         yield ALONE
         return
     # Not above: some builds of torch have none of this.
-    from torch.distributed import PrefixStore
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

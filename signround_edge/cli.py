@@ -161,7 +161,7 @@ def quantize(
     """Tune MODEL (a folder or a Hugging Face name) on the grids of a scheme."""
     from signround_edge import api
     from signround_edge.terminal.progress import terminal_progress
-    from signround_edge.tuning.launch import Place, check_gpus, run_processes
+    from signround_edge.tuning.launch import EXIT_LOST, Place, check_gpus, run_processes
     from signround_edge.tuning.settings import settings_from
 
     chosen, place = settings_from(recipe, settings), Place.of_environment()
@@ -185,7 +185,7 @@ def quantize(
         sys.exit(EXIT_INTERRUPTED)
     except LostProcess:
         if shared:
-            sys.exit(EXIT_BAD_INPUT)
+            sys.exit(EXIT_LOST)
         raise
     if place.rank == 0:
         _say(f"wrote {out}")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from signround_edge.errors import ToldElsewhere, UserError
+
+# Of a process that `run_processes` has started: it lost another one, and has said nothing.
+EXIT_LOST = 3
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ def run_processes(count: int, arguments: Sequence[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # torchrun's own account of a failure is long, and says nothing that ours does not.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     config = LaunchConfig(
         min_nodes=1,
@@ -84,12 +88,17 @@ def run_processes(count: int, arguments: Sequence[str]) -> None:
     try:
         elastic_launch(config, sys.executable)("-m", "signround_edge", *arguments)
     except ChildFailedError as error:
-        for rank, failure in sorted(error.failures.items()):
-            if failure.exitcode < 0:
-                raise UserError(
-                    f"process {rank} of {count} was ended by signal {-failure.exitcode}; every finished block is kept: "
-                    "run the same command with --resume to continue, with as many processes as you like"
-                ) from error
-        raise ToldElsewhere("a process has failed, and says why") from error
+        codes = {failure.exitcode: rank for rank, failure in sorted(error.failures.items(), reverse=True)}
+        if any(code > 0 and code != EXIT_LOST for code in codes):
+            raise ToldElsewhere("a process has failed, and says why") from error
+        # torchrun ends the others by SIGTERM.
+        killed = sorted((code for code in codes if code < 0), key=lambda code: code == -signal.SIGTERM)
+        what = (
+            f"process {codes[killed[0]]} of {count} was ended by signal {-killed[0]}" if killed else "a process ended"
+        )
+        raise UserError(
+            f"{what}; every finished block is kept: run the same command with --resume to continue, with as many "
+            "processes as you like"
+        ) from error
     except SignalException as error:
         raise KeyboardInterrupt from error

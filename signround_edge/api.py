@@ -6,9 +6,10 @@ Every function raises `UserError` for bad usage or input, with one sentence that
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from signround_edge.evaluation.metrics import Scores
     from signround_edge.inspection import Inspection
     from signround_edge.run_directory import RunDirectory
+    from signround_edge.tuning.ranks import Ranks
     from signround_edge.tuning.settings import TuningSettings
 
 StrPath = str | os.PathLike[str]
@@ -64,6 +66,8 @@ def quantize(
         resume: continue `out` after its last complete block.
         source_check: whether the blocks are first compared with transformers' own model: "full" (all of it in memory),
             "blocks" (its weights read from disk), "auto" (either, by the memory that is free) or "off".
+
+    Where torchrun has started several processes, all of them call this with the same arguments and share the samples.
     """
     from exporters.gguf.imatrix.importance import importance_files
     from signround_edge.model.source import resolve_model
@@ -71,26 +75,58 @@ def quantize(
     from signround_edge.tuning.quantize import quantize as tune
     from signround_edge.tuning.settings import TuningSettings
 
-    shown, target = _progress(progress), path_of("-o (out)", out)
-    of_kind("--scheme", scheme, str, "a text such as gguf:q4_k_m")
-    chosen = TuningSettings() if settings is None else settings
-    of_kind("settings", chosen, TuningSettings, 'TuningSettings, such as RECIPES["fast"]')
-    parsed = parse_scheme(scheme).with_overrides(several("--tensor-type", tensor_type))
-    parsed = parsed.with_outside_types(token_embedding_type, output_tensor_type)
-    text = None if calibration is None else _text("--calibration", calibration)
-    given, saved = _path("--imatrix", imatrix), _path("--save-imatrix", save_imatrix)
-    folder = resolve_model(_text("model", model))
-    inputs = {"the model": folder, "--calibration": _path("--calibration", text), "--imatrix": given}
-    check_output("-o", target, inputs)
-    if saved is not None:
-        check_output("--save-imatrix", saved, {**inputs, "-o": target})
-    if text is None:
-        from signround_edge.demo import calibration_text_path
+    with _ranks() as ranks:
+        target = path_of("-o (out)", out)
+        shown = _progress(progress) if ranks is None or ranks.first else SILENT
+        of_kind("--scheme", scheme, str, "a text such as gguf:q4_k_m")
+        chosen = TuningSettings() if settings is None else settings
+        of_kind("settings", chosen, TuningSettings, 'TuningSettings, such as RECIPES["fast"]')
+        parsed = parse_scheme(scheme).with_overrides(several("--tensor-type", tensor_type))
+        parsed = parsed.with_outside_types(token_embedding_type, output_tensor_type)
+        text = None if calibration is None else _text("--calibration", calibration)
+        given, saved = _path("--imatrix", imatrix), _path("--save-imatrix", save_imatrix)
+        folder = resolve_model(_text("model", model))
+        inputs = {"the model": folder, "--calibration": _path("--calibration", text), "--imatrix": given}
+        check_output("-o", target, inputs)
+        if saved is not None:
+            check_output("--save-imatrix", saved, {**inputs, "-o": target})
+        if text is None:
+            from signround_edge.demo import calibration_text_path
 
-        text = str(calibration_text_path())
-        shown.line("note: calibrating on the shipped speeches; text like your application's (--calibration) is better")
-    source, sink = importance_files(given, saved, folder, text)
-    return tune(folder, parsed, target, text, chosen, device, resume, float_fallback, shown, source, sink, source_check)
+            text = str(calibration_text_path())
+            shown.line(
+                "note: calibrating on the shipped speeches; text like your application's (--calibration) is better"
+            )
+        source, sink = importance_files(given, saved, folder, text)
+        return tune(
+            folder,
+            parsed,
+            target,
+            text,
+            chosen,
+            device,
+            resume,
+            float_fallback,
+            shown,
+            source,
+            sink,
+            source_check,
+            ranks,
+        )
+
+
+@contextlib.contextmanager
+def _ranks() -> Iterator[Ranks | None]:
+    """The processes that torchrun has started, this one among them; None where it has started none."""
+    from signround_edge.tuning.launch import Place
+
+    if Place.of_environment().world == 1:
+        yield None
+        return
+    from signround_edge.tuning.ranks import joined
+
+    with joined() as ranks:
+        yield ranks
 
 
 @dataclass(frozen=True)

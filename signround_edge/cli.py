@@ -17,7 +17,7 @@ from exporters.interface import DTYPES
 from exporters.onnx.options import ACCURACY_LEVELS, IO_DTYPES, LAYOUTS, OPERATORS, SCALE_DTYPES
 from signround_edge import __version__
 from signround_edge.arguments import path_of
-from signround_edge.errors import CheckFailed, UserError
+from signround_edge.errors import CheckFailed, LostProcess, ToldElsewhere, UserError
 from signround_edge.tuning.settings import DEVICES, RECIPES, SOURCE_CHECKS, choices
 
 EXIT_CHECK_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -29,6 +29,8 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except ToldElsewhere:
+            ctx.exit(EXIT_BAD_INPUT)
         except (UserError, CheckFailed, OSError) as error:
             if ctx.params.get("debug"):
                 raise
@@ -137,6 +139,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     "less.",
 )
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
+@click.option("--gpus", type=int, help="Processes that share the samples, a GPU each (with --device cpu: without).")
 @click.option("--seed", type=int, help="Seed of the sample order.")
 @click.option("--imatrix", type=_PATH, help="llama.cpp's imatrix file: E[x²] for scales.")
 @click.option("--save-imatrix", type=_PATH, help="Write E[x²] for llama-quantize here.")
@@ -152,17 +155,24 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 def quantize(
     model: str, scheme: str, tensor_type: tuple[str, ...], token_embedding_type: str | None,
     output_tensor_type: str | None, out: Path, calibration: str | None, recipe: str, device: str,
-    imatrix: Path | None, save_imatrix: Path | None, resume: bool, source_check: str, float_fallback: bool,
-    **settings: Any,
+    gpus: int | None, imatrix: Path | None, save_imatrix: Path | None, resume: bool, source_check: str,
+    float_fallback: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Tune MODEL (a folder or a Hugging Face name) on the grids of a scheme."""
     from signround_edge import api
     from signround_edge.terminal.progress import terminal_progress
+    from signround_edge.tuning.launch import EXIT_LOST, Place, check_gpus, run_processes
     from signround_edge.tuning.settings import settings_from
 
-    chosen = settings_from(recipe, settings)
+    chosen, place = settings_from(recipe, settings), Place.of_environment()
+    shared = gpus is not None and place.world > 1  # one of the processes of `--gpus`, whose parent says what becomes
     try:
-        with terminal_progress("tuning") as progress:
+        if gpus is not None and not shared:
+            check_gpus(gpus, device)
+            if gpus > 1:
+                run_processes(gpus, sys.argv[1:])
+                return
+        with terminal_progress("tuning") if place.rank == 0 else contextlib.nullcontext() as progress:
             api.quantize(
                 model, scheme, out, calibration=calibration, settings=chosen, tensor_type=tensor_type,
                 token_embedding_type=token_embedding_type, output_tensor_type=output_tensor_type, imatrix=imatrix,
@@ -170,9 +180,15 @@ def quantize(
                 source_check=source_check, progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt:
-        _say(f"interrupted; {out} keeps every finished block: run the same command with --resume to continue")
+        if place.rank == 0 and not shared:
+            _say(f"interrupted; {out} keeps every finished block: run the same command with --resume to continue")
         sys.exit(EXIT_INTERRUPTED)
-    _say(f"wrote {out}")
+    except LostProcess:
+        if shared:
+            sys.exit(EXIT_LOST)
+        raise
+    if place.rank == 0:
+        _say(f"wrote {out}")
 
 
 @main.command()

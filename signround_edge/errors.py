@@ -5,6 +5,14 @@ class UserError(Exception):
     """Bad usage or bad input (exit code 2): one sentence that names the file or flag and the way out."""
 
 
+class LostProcess(UserError):
+    """Another of the processes that tune a run together has ended."""
+
+
+class ToldElsewhere(UserError):
+    """Another of the processes that work together has failed before this one, and says why."""
+
+
 class CheckFailed(Exception):
     """A check that ran and failed (exit code 1): one sentence that says what is wrong."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.plan import Plan
 from signround_edge.tuning.calibration.activations import equal_weights, relative_weights
 from signround_edge.tuning.calibration.importance import Importance
+from signround_edge.tuning.ranks import ALONE, Ranks
 from signround_edge.tuning.settings import TuningSettings
 
 CPU = torch.device("cpu")
@@ -32,6 +34,7 @@ class Job:
         device: where blocks are tuned.
         run: the run directory that is written.
         importance: E[x²] given from elsewhere, and who else wants it.
+        ranks: the processes that tune together, each of which holds the activations of its own samples.
     """
 
     weights: ModelWeights
@@ -42,6 +45,7 @@ class Job:
     run: RunDirectory
     progress: Progress
     importance: Importance
+    ranks: Ranks = ALONE
 
     @property
     def decoder(self) -> Decoder:
@@ -71,13 +75,64 @@ class Job:
         return torch.nonzero(~held_out).flatten(), torch.nonzero(held_out).flatten()
 
     def batches(self, index: int, train: Tensor, batch_size: int | None = None) -> Iterator[Tensor]:
-        """Endless shuffled batches of `train`.
+        """Endless shuffled batches of `train`, the same for any number of ranks.
 
-        Each block `index` seeds its own order, so that resuming needs no generator state.
+        The sample at position p belongs to class p mod the batch's size, and each batch takes one of each class, so
+        that all ranks have as many samples of a batch. Each block `index` seeds its own order, so that resuming needs
+        no generator state.
         """
         generator = torch.Generator().manual_seed(self.settings.seed * 100_003 + index)
         size = min(batch_size or self.settings.batch_size, len(train))
+        classes = [train[number::size] for number in range(size)]
         while True:
-            order = train[torch.randperm(len(train), generator=generator)]
-            for start in range(0, len(order) - size + 1, size):
-                yield order[start : start + size]
+            shuffled = [members[torch.randperm(len(members), generator=generator)] for members in classes]
+            for step in range(len(train) // size):
+                yield torch.stack([members[step] for members in shuffled])
+
+    @property
+    def batch_samples(self) -> int:
+        """Samples a step, over all ranks."""
+        return min(self.settings.batch_size, len(self.split()[0]))
+
+    @functools.cached_property
+    def shards(self) -> list[Tensor]:
+        """Of each rank, the indices of its own samples, ascending: those of some classes (`batches`), and its share of
+        what is held out."""
+        train, held_out = self.split()
+        if self.ranks.alone:
+            return [torch.arange(len(self.tokens))]
+        return [
+            torch.cat([self._of_rank(train, self.batch_samples, rank), self._of_rank(held_out, len(held_out), rank)])
+            .sort()
+            .values
+            for rank in range(self.ranks.world)
+        ]
+
+    def _of_rank(self, samples: Tensor, period: int, rank: int) -> Tensor:
+        return samples[torch.arange(len(samples)) % period % self.ranks.world == rank]
+
+    @functools.cached_property
+    def own_tokens(self) -> Tensor:
+        """This rank's samples, int64 [own samples, seqlen]."""
+        return self.tokens if self.ranks.alone else self.tokens[self.shards[self.ranks.rank]]
+
+    def own_split(self) -> tuple[Tensor, Tensor]:
+        """`split` among `own_tokens`."""
+        train, held_out = self.split()
+        if self.ranks.alone:
+            return train, held_out
+        rank = self.ranks.rank
+        return (
+            self._among_own(self._of_rank(train, self.batch_samples, rank)),
+            self._among_own(self._of_rank(held_out, len(held_out), rank)),
+        )
+
+    def own_batches(self, index: int) -> Iterator[Tensor]:
+        """What of each batch this rank has, as indices of `own_tokens`."""
+        batches = self.batches(index, self.split()[0])
+        if self.ranks.alone:
+            return batches
+        return (self._among_own(batch[self.ranks.rank :: self.ranks.world]) for batch in batches)
+
+    def _among_own(self, samples: Tensor) -> Tensor:
+        return torch.searchsorted(self.shards[self.ranks.rank], samples.contiguous())

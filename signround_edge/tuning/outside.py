@@ -39,8 +39,8 @@ def open_shell(weights: ModelWeights, tokens: Tensor) -> Shell:
 
 
 def embed(job: Job, shell: Shell) -> Stream:
-    """What enters block 0 for all samples, by the embedding that is loaded."""
-    return Stream(torch.cat([shell.embed(part) for part in job.tokens.split(job.settings.batch_size)]))
+    """What enters block 0 for all own samples, by the embedding that is loaded."""
+    return Stream(torch.cat([shell.embed(part) for part in job.own_tokens.split(job.settings.batch_size)]))
 
 
 def quantize_lookups(job: Job, shell: Shell) -> dict[str, QuantizedTensor]:
@@ -80,7 +80,7 @@ def write_outside(
 
     Args:
         lookups: as `quantize_lookups` gave them.
-        quantized: what leaves the quantized model's last block, f32 [samples, seqlen, hidden].
+        quantized: what leaves the quantized model's last block, f32 [own samples, seqlen, hidden].
     """
     name, head = job.plan.head, job.decoder.head
     tensors: dict[str, Tensor | QuantizedTensor] = {**job.floats(OUTSIDE), **lookups}
@@ -88,12 +88,13 @@ def write_outside(
     untied = {} if name == job.plan.embedding else {name: head}
     moments = SecondMoments(equal_weights)
     if job.importance.to_collect(untied, to_quantize):
-        for start in range(0, len(job.tokens), job.settings.batch_size):
+        for start in range(0, len(job.own_tokens), job.settings.batch_size):
             part = slice(start, start + job.settings.batch_size)
-            inputs = shell.head_input(job.tokens[part], quantized[part])
+            inputs = shell.head_input(job.own_tokens[part], quantized[part])
             moments.add(name, inputs, equal_weights(inputs))
+    moments.sum_over(job.ranks, CPU)
     importance = job.importance.settle(moments.result(), CPU)
-    if job.run.is_complete(OUTSIDE):
+    if job.run.is_complete(OUTSIDE) or not job.ranks.first:
         return
     if to_quantize:
         job.weights.load(head, name.removesuffix("weight"), CPU)

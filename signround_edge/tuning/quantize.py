@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from signround_edge.errors import UserError
+from signround_edge.formats import QuantizedTensor
 from signround_edge.manifest import Manifest
 from signround_edge.model.config import longest_window
 from signround_edge.model.decoder import Decoder, unload_parameters
@@ -22,6 +23,7 @@ from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.plan import Plan, listing, make_plan, part_of_block
 from signround_edge.schemes.scheme import Scheme
 from signround_edge.transforms.block_transform import BlockTransform
+from signround_edge.tuning.agreement import check_ranks, check_same, written_by_first
 from signround_edge.tuning.block.channel_scaling import choose_channel_scales
 from signround_edge.tuning.block.compute import compute_context
 from signround_edge.tuning.block.loss import held_out_loss
@@ -40,6 +42,7 @@ from signround_edge.tuning.cpu.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.job import Job
 from signround_edge.tuning.lock import locked
 from signround_edge.tuning.outside import embed, open_shell, quantize_lookups, write_outside
+from signround_edge.tuning.ranks import ALONE, Ranks
 from signround_edge.tuning.resume import create, to_continue, versions
 from signround_edge.tuning.settings import DEVICES, TuningSettings
 from signround_edge.tuning.source_check import check_source
@@ -60,6 +63,7 @@ def quantize(
     imatrix: ImportanceSource | None = None,
     save_imatrix: ImportanceSink | None = None,
     source_check: str = "auto",
+    ranks: Ranks | None = None,
 ) -> RunDirectory:
     """Tune `model` on the grids of `scheme` and write the run directory `out`.
 
@@ -72,11 +76,15 @@ def quantize(
         imatrix: where the E[x²] of the scale search comes from instead of the calibration pass.
         save_imatrix: takes the calibration's own E[x²] of every matrix at the end, also of a run complete already.
         source_check: how the blocks are compared with transformers' model first; one of `SOURCE_CHECKS`.
+        ranks: the processes that do this together, each with the same arguments; the first one writes, the others
+            read what it has written. None: this one alone.
     Raises:
         UserError: bad input, or another process writes `out`, in one sentence; whatever is complete in `out` stays.
     """
     return_large_tensors()
-    torch_device = _device(device)
+    ranks = ranks or ALONE
+    torch_device = _device(device, ranks)
+    progress = progress if ranks.first else SILENT
     weights = ModelWeights.open(model)
     decoder = weights.decoder
     use_blocked_attention(decoder.model, torch_device)
@@ -105,6 +113,13 @@ def quantize(
     given = {} if imatrix is None else given_importance(imatrix, plan, settings.scale_init, progress)
     if save_imatrix is not None:
         save_imatrix.check(_matrix_names(decoder, plan))
+    check_ranks(ranks, tokens, settings, scheme, progress)
+    importance = Importance(given, save_imatrix)
+    job = functools.partial(Job, weights, plan, tokens, settings, torch_device)
+    if not ranks.first:
+        _execute(job(written_by_first(out, ranks), progress, importance, ranks))
+        ranks.finish()
+        return RunDirectory.open(out)
     manifest = Manifest(
         scheme=scheme.text,
         targets=list(scheme.targets),
@@ -132,19 +147,27 @@ def quantize(
             manifest.source_check = check_source(weights, tokens, torch_device, source_check).to_json()
             progress.line(manifest.source_line)
             run = create(out, manifest, weights)
-        importance = Importance(given, save_imatrix)
-        _execute(Job(weights, plan, tokens, settings, torch_device, run, progress, importance))
+        ranks.of_first(run.manifest.to_json())
+        _execute(job(run, progress, importance, ranks))
+    ranks.finish()
     return RunDirectory.open(out)
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, ranks: Ranks) -> torch.device:
     if name not in DEVICES:
         raise UserError(f"--device {name} is unknown; known are {', '.join(DEVICES)}")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device; use --device cpu, or install torch with CUDA")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name == "cpu" or ranks.alone:
+        return torch.device(name)
+    if ranks.local >= torch.cuda.device_count():
+        raise UserError(
+            f"process {ranks.local} of this machine has no GPU of its own (torch finds {torch.cuda.device_count()}); "
+            f"start {torch.cuda.device_count()} processes here"
+        )
+    return torch.device(name, ranks.local)
 
 
 def _matrix_names(decoder: Decoder, plan: Plan) -> list[str]:
@@ -172,11 +195,22 @@ def _execute(job: Job) -> None:
         job.progress.parts(index + 1, len(parts))
     write_outside(job, shell, lookups, quantized.hidden, transforming)
     job.progress.parts(len(parts), len(parts))
-    if run.manifest.state != "complete":
-        revise_whole_model(job, shell, exact.hidden)
+    if job.settings.whole_model_steps and run.manifest.whole_model is None:
+        _whole_model(job, shell, exact.hidden)
+    if not job.ranks.first:
+        return
     say_what_is_stored(job)
     if job.importance.sink is not None:
         job.progress.line(f"wrote {job.importance.save(*job.tokens.shape)}")
+
+
+def _whole_model(job: Job, shell: Shell, exact: Tensor) -> None:
+    """The whole-model stage, by the first rank alone; `exact` is what leaves its own samples' exact last block."""
+    if not job.ranks.alone:
+        job.progress.line("whole model: by the first process alone; the others wait")
+    hidden = job.ranks.on_first(exact, job.shards)
+    if hidden is not None:
+        revise_whole_model(replace(job, ranks=ALONE), shell, hidden)
 
 
 def _block(
@@ -190,6 +224,7 @@ def _block(
     chosen = {name: module for name, module in every.items() if job.run.is_quantized(name)}
     with shell.exact(), moments.watching(block, job.importance.to_collect(every, chosen)):
         target = run_all(job, shell, index, exact, moments, in_place=True)
+    moments.sum_over(job.ranks, job.device)
     matrices = block_matrices(job, index, job.importance.settle(moments.result(), job.device), moments)
     transform, found = BlockTransform(), None
     if transforming is not None:
@@ -204,20 +239,35 @@ def _block(
         _say_seldom(job, index, matrices)
         tuned = _tune(job, shell, index, matrices, quantized, target.hidden)
         tensors = {name: tensor for unit in tuned.values() for name, tensor in unit.tensors.items()}
-        floats = {**job.floats(part), **{prefix + name: vector for name, vector in transform.vectors.items()}}
-        job.run.write_part(
-            part,
-            {**floats, **tensors},
-            report={name: asdict(unit.report) for name, unit in tuned.items()},
-            scales={prefix + name: scales for name, scales in transform.scales.items()},
-            transforms=found,
-            statistics={name: s.tensors() for unit in tuned.values() for name, s in unit.statistics.items()},
-        )
-        for name, unit in tuned.items():
-            job.progress.line(f"{index + 1}/{len(job.decoder.blocks)} {name}: {unit.report}")
+        check_same(job, index, tensors)
+        if job.ranks.first:
+            _write_block(job, index, tensors, tuned, transform, found)
     following = run_all(job, shell, index, quantized, in_place=True)
     unload_parameters(block)
     return target, following
+
+
+def _write_block(
+    job: Job,
+    index: int,
+    tensors: dict[str, QuantizedTensor],
+    tuned: dict[str, TunedUnit],
+    transform: BlockTransform,
+    found: dict[str, Any] | None,
+) -> None:
+    """Write a block's part; `found` is what transforms report of it."""
+    part, prefix = part_of_block(index), job.decoder.block_prefix(index)
+    floats = {**job.floats(part), **{prefix + name: vector for name, vector in transform.vectors.items()}}
+    job.run.write_part(
+        part,
+        {**floats, **tensors},
+        report={name: asdict(unit.report) for name, unit in tuned.items()},
+        scales={prefix + name: scales for name, scales in transform.scales.items()},
+        transforms=found,
+        statistics={name: s.tensors() for unit in tuned.values() for name, s in unit.statistics.items()},
+    )
+    for name, unit in tuned.items():
+        job.progress.line(f"{index + 1}/{len(job.decoder.blocks)} {name}: {unit.report}")
 
 
 def _say_seldom(job: Job, index: int, matrices: list[Matrix]) -> None:
@@ -262,4 +312,4 @@ def _tune(
 
 
 def _tune_one(job: Job, index: int, unit: Unit) -> TunedUnit:
-    return tune_unit(unit, job.settings, job.batches(index, unit.train), job.device)
+    return tune_unit(unit, job.settings, job.own_batches(index), job.device)

@@ -88,14 +88,14 @@ def _in_order_of_calls(unit: Unit, autocast: torch.autocast) -> list[Matrix]:
     finally:
         for hook in hooks:
             hook.remove()
-    order = list(called)
-    return sorted(unit.matrices, key=lambda m: order.index(m.name) if m.name in called else len(order))
+    order = unit.ranks.of_first(list(called))  # experts come in another order to other samples
+    return sorted(unit.matrices, key=lambda m: order.index(m.name) if m.name in order else len(order))
 
 
 def _sums(
     unit: Unit, matrices: list[Matrix], batch_size: int, autocast: torch.autocast
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Over the training samples: Σ ω·x·xᵀ of the inputs of matrices, and Σ ω·e·xᵀ f32 [out, in] of the last of them."""
+    """Over all training samples: Σ ω·x·xᵀ of the inputs of matrices, and Σ ω·e·xᵀ f32 [out, in] of the last of them."""
     last = matrices[-1]
     hessians, errors = Hessians(unit.token_weights), torch.zeros_like(last.weight, dtype=torch.float32)
     with hessians.watching(unit.module, {m.name: m.module for m in matrices}):
@@ -108,7 +108,8 @@ def _sums(
                 inputs = hessians.waiting(last.name).flatten(0, -2).float()
                 errors.addmm_((target - output).mul_(weights).flatten(0, -2).T, inputs)
             hessians.settle(weights)
-    return hessians.result(), errors
+    hessians.sum_over(unit.ranks, last.weight.device)
+    return hessians.result(), unit.ranks.sum(errors)
 
 
 def _ridge(hessian: Tensor, errors: Tensor) -> Tensor | None:

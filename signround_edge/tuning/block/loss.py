@@ -9,10 +9,15 @@ from signround_edge.tuning.block.unit import Unit
 from signround_edge.tuning.settings import TuningSettings
 
 
-def loss_gradient(unit: Unit, output: Tensor, index: Tensor) -> Tensor:
-    """∂L/∂output of the mean of `weighted_loss`, in the memory of nothing else: 2/N·weight·(output − target)."""
+def loss_gradient(unit: Unit, output: Tensor, index: Tensor, samples: int | None = None) -> Tensor:
+    """∂L/∂output of the mean of `weighted_loss`, in the memory of nothing else: 2/N·weight·(output − target).
+
+    Args:
+        samples: how many the mean is over, where other ranks have some of them.
+    """
     target = unit.target(index)
-    weights = unit.token_weights(target).mul_(2 / target.numel())
+    count = target.numel() if samples is None else samples * target[0].numel()
+    weights = unit.token_weights(target).mul_(2 / count)
     return (output - target).mul_(weights)
 
 
@@ -23,16 +28,20 @@ def weighted_loss(unit: Unit, output: Tensor, index: Tensor) -> Tensor:
 
 
 def held_out_loss(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -> float:
-    """Loss over the held-out samples, computed as in the training steps but summed in f64.
+    """Loss over the held-out samples of all ranks, computed as in the training steps but summed in f64.
 
     It is summed where it is computed, so that a GPU is waited for once.
     """
     total, count = torch.zeros((), dtype=torch.float64), 0
     with torch.no_grad():
-        for index in unit.held_out.split(settings.batch_size):
+        for index in unit.held_out.split(settings.batch_size) if len(unit.held_out) else ():
             with autocast:
                 output = unit.forward(index)
             loss = weighted_loss(unit, output.float(), index)
             total = total.to(loss.device) + loss.sum(dtype=torch.float64)
             count += loss.numel()
+    if not unit.ranks.alone:
+        device = unit.matrices[0].weight.device  # that of no loss, where this rank holds out no sample
+        total = unit.ranks.sum(total.to(device))
+        count = unit.ranks.total(count)
     return float(total) / count

@@ -119,6 +119,13 @@ class RoundingState:
         )
 
     @property
+    def positioned(self) -> Tensor:
+        """What says where weights lie among the codes: positions, or the weights where those follow the scales."""
+        found = self.weights if self.positions is None else self.positions
+        assert found is not None
+        return found
+
+    @property
     def shift(self) -> Tensor:
         """V itself, f32 [R, B, S]."""
         return self.v.float().mul_(_V_UNIT)

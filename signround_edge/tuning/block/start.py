@@ -69,11 +69,12 @@ class _GptqTarget:
     hessian: Tensor
     damping: float
 
-    def state(self, settings: TuningSettings, damping: float) -> RoundingState:
-        """What is tuned, at GPTQ's codes."""
+    def state(self, settings: TuningSettings, damping: float, computed: bool) -> RoundingState:
+        """What is tuned, at GPTQ's codes; where those are not `computed`, at others, in memory of their own."""
         damping, grid = max(damping, self.damping), self.matrix.grid
         weight = self.matrix.exact if self.corrected is None else self.corrected
-        weight = compensated(weight, self.hessian, grid, grid.store(self.scales), damping)
+        fields = grid.store(self.scales)
+        weight = compensated(weight, self.hessian, grid, fields, damping) if computed else weight.clone()
         return RoundingState.start(grid, weight, self.scales, settings.positions)
 
 
@@ -82,13 +83,11 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
 
     GPTQ is tried with each damping, the safest first; the unit's modules hold the exact weights before. Matrices that
     lie on the grid already keep their codes, and those of experts that are seldom used the nearest ones. All is done
-    matrix by matrix, so that nothing of the size of the block exists but what is compared: codes and positions.
+    matrix by matrix, so that nothing of the size of the block exists but what is compared: codes and positions. Of
+    several ranks each searches the scales and finds GPTQ's codes of its share of the matrices.
     """
     grids, names = (m.grid for m in unit.matrices), [m.name for m in unit.matrices]
-    searched = _of_every_matrix(
-        lambda m: initial_scales(m.grid, m.exact, m.importance, settings.scale_init), unit.matrices
-    )
-    scales = dict(zip(names, searched, strict=True))
+    scales = _initial_scales(unit, settings.scale_init)
 
     def state(m: Matrix) -> RoundingState:
         return RoundingState.start(m.grid, m.exact, scales[m.name], settings.positions)
@@ -98,20 +97,28 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
         targets, inherited = _gptq_targets(unit, scales, settings, autocast)  # needs the exact weights in the modules
     unit.release()
 
-    def first(m: Matrix) -> tuple[QuantizedTensor, bool, list[RoundingState]]:
+    def first(numbered: tuple[int, Matrix]) -> tuple[QuantizedTensor, bool, list[RoundingState]]:
         """Its nearest codes, whether they stay, and what GPTQ makes of it, whose hessian goes with its last matrix."""
+        number, m = numbered
         codes, target = state(m).quantized(), targets.pop(m.name, None)
-        stays = m.seldom or lies_on_grid(m.exact, codes)
-        return codes, stays, [] if stays or target is None else [target.state(settings, d) for d in DAMPING]
+        if m.seldom or lies_on_grid(m.exact, codes):
+            return codes, True, []
+        owned = unit.ranks.owns(number)
+        return codes, False, [] if target is None else [target.state(settings, d, owned) for d in DAMPING]
 
     every = dict(zip(names, _of_every_matrix(first, unit.matrices), strict=True))
     nearest, settled = {name: codes for name, (codes, _, _) in every.items()}, {n for n in names if every[n][1]}
     candidates = [{name: made[i] for name, (_, _, made) in every.items() if made} for i in range(len(DAMPING))]
     every.clear()
+    for number, name in enumerate(names):
+        for candidate in candidates:
+            if name in candidate:
+                unit.ranks.take(number, candidate[name].positioned)
     dtype = compute_dtype(settings, grids, unit.matrices[0].weight.device)
     unit.install(nearest, dtype)
     rounded = held_out_loss(unit, settings, autocast)
     found, tensors, best = dict[str, RoundingState](), nearest, rounded
+    samples = unit.ranks.total(len(unit.train))
     for candidate in filter(None, candidates):
         codes = nearest | quantized(candidate)
         unit.install(codes, dtype)
@@ -119,7 +126,7 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
         if loss < best * (1 - _RISK if found else 1):
             left = (loss - inherited) / (rounded - inherited) if inherited < loss else 1.0
             for tried in candidate.values():
-                tried.travel = travel_from_gptq(settings, _codes(tried.grid), left, len(unit.train))
+                tried.travel = travel_from_gptq(settings, _codes(tried.grid), left, samples)
             found, tensors, best = candidate, codes, loss
     candidates.clear()
     unit.install(tensors, dtype)
@@ -127,12 +134,12 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
     return Start(nearest, rounded, states, tensors, best, frozenset(settled))
 
 
-def _of_every_matrix(work: Callable[[Matrix], Found], matrices: list[Matrix]) -> list[Found]:
-    """What `work` makes of each matrix: beside one another where they are many and small, as experts are."""
-    largest = max(m.weight.numel() for m in matrices)
+def _of_every_matrix(work: Callable[[tuple[int, Matrix]], Found], matrices: list[Matrix]) -> list[Found]:
+    """What `work` makes of each matrix and its number: beside one another where they are many and small, as experts."""
+    numbered, largest = list(enumerate(matrices)), max(m.weight.numel() for m in matrices)
     if len(matrices) < 2 * torch.get_num_threads() or largest > _SMALL:
-        return [work(m) for m in matrices]
-    return over_chunks(work, matrices, matrices[0].weight.is_cuda)
+        return [work(pair) for pair in numbered]
+    return over_chunks(work, numbered, matrices[0].weight.is_cuda)
 
 
 def _codes(grid: Grid) -> int:
@@ -158,6 +165,24 @@ def _gptq_targets(
         damping = DAMPING[0] if m.underdetermined else 0.0
         targets[m.name] = _GptqTarget(m, corrected, scales, found.hessians.pop(m.name), damping)
     return targets, found.loss
+
+
+def _initial_scales(unit: Unit, method: str) -> dict[str, BlockScales]:
+    """`initial_scales` of all matrices, by name."""
+
+    def search(numbered: tuple[int, Matrix]) -> BlockScales | None:
+        number, m = numbered
+        return initial_scales(m.grid, m.exact, m.importance, method) if unit.ranks.owns(number) else None
+
+    searched = zip(unit.matrices, _of_every_matrix(search, unit.matrices), strict=True)
+    own = {m.name: scales for m, scales in searched if scales is not None}
+    if unit.ranks.alone:
+        return own
+    found = {}
+    for number, m in enumerate(unit.matrices):
+        mine = vars(own[m.name]) if m.name in own else None
+        found[m.name] = BlockScales(**unit.ranks.of_owner(number, mine, m.weight.device))  # type: ignore[arg-type]
+    return found
 
 
 def initial_scales(grid: Grid, weight: Tensor, importance: Tensor, method: str) -> BlockScales:

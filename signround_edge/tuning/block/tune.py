@@ -18,6 +18,7 @@ from signround_edge.tuning.block.sign_step import RoundingState, fused_step
 from signround_edge.tuning.block.start import find_start, quantized
 from signround_edge.tuning.block.statistics import RoundingStatistics, rounding_statistics, v_histogram
 from signround_edge.tuning.block.unit import Matrix, Unit
+from signround_edge.tuning.ranks import ALONE, Ranks
 from signround_edge.tuning.schedule import check_steps
 from signround_edge.tuning.settings import TuningSettings
 
@@ -63,7 +64,7 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
     """Tune V, α, β of all matrices of a unit; on return the modules hold the kept dequantized weights.
 
     Args:
-        batches: endless iterator of sample indices to train on.
+        batches: endless iterator of sample indices to train on; of several ranks each gets its own share of a batch.
     """
     autocast = compute_context(settings, (m.grid for m in unit.matrices), device)
     start = find_start(unit, settings, autocast)
@@ -72,7 +73,8 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
     check_at = check_steps(settings.steps, settings.checks)
     dtype = compute_dtype(settings, (m.grid for m in unit.matrices), device)
     tuned = [m for m in unit.matrices if m.name not in start.settled]
-    steps = _Steps(states, settings)
+    in_all = None if unit.ranks.alone else min(settings.batch_size, unit.ranks.total(len(unit.train)))
+    steps = _Steps(states, settings, unit.ranks, in_all)
     if settings.steps:
         steps.watch(tuned, dtype)
     for step in range(settings.steps if tuned else 0):
@@ -99,11 +101,14 @@ class _Steps:
     """The steps of a unit's matrices, each taken as soon as its gradient is there.
 
     On a CPU that is within the backward pass, so that no more than one gradient exists at a time; on a GPU it is after
-    it, as compiled kernels are not to be made in the threads of that pass.
+    it, as compiled kernels are not to be made in the threads of that pass. So it is with several ranks, which add up
+    the gradients of one matrix after another.
     """
 
     states: dict[str, RoundingState]
     settings: TuningSettings
+    ranks: Ranks = ALONE
+    samples: int | None = None  # of a step on all ranks, where those are several
     step: int = 0
     done: set[str] = field(default_factory=set)
     weights: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -118,7 +123,7 @@ class _Steps:
         for m in matrices:
             weight = set_weight(m.module, weight_of(m.module).to(dtype, copy=True), True)
             self.weights[m.name] = weight
-            if not weight.is_cuda:
+            if not weight.is_cuda and self.ranks.alone:
                 weight.register_post_accumulate_grad_hook(functools.partial(self._update, m))
 
     def take(self, step: int, unit: Unit, index: Tensor, autocast: torch.autocast) -> None:
@@ -126,13 +131,26 @@ class _Steps:
         self.step, self.done = step, set()
         with autocast:
             output = unit.forward(index).float()
-        output.backward(loss_gradient(unit, output.detach(), index))
+        output.backward(loss_gradient(unit, output.detach(), index, self.samples))
+        if not self.ranks.alone:
+            self._add_up()
         for matrix in self.matrices:
             weight = self.weights[matrix.name]
             if weight.grad is not None:
                 self._update(matrix, weight)
             elif matrix.name not in self.done:  # an expert that no token of these samples was routed to
                 assert split_expert(matrix.name)[1] is not None, matrix.name
+
+    def _add_up(self) -> None:
+        """Give every rank the gradients of all: the signs are those of the sums."""
+        reached = torch.ones(len(self.matrices), dtype=torch.int32)
+        if any(split_expert(m.name)[1] is not None for m in self.matrices):
+            reached = self.ranks.sum(torch.tensor([self.weights[m.name].grad is not None for m in self.matrices]).int())
+        for matrix, ranks in zip(self.matrices, reached.tolist(), strict=True):
+            weight = self.weights[matrix.name]
+            if ranks:
+                gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad.contiguous()
+                weight.grad = self.ranks.sum(gradient)
 
     def _update(self, matrix: Matrix, weight: Tensor) -> None:
         """From a weight's gradient to the next weight, and no gradient."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from signround_edge.formats import Grid, QuantizedTensor
 from signround_edge.model.decoder import set_out_in, set_weight, weight_of
+from signround_edge.tuning.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Unit:
         forward: sample indices [n] → the unit's output f32 [n, seqlen, features] for the quantized model's inputs.
         target: sample indices [n] → the full-precision output, same shape.
         token_weights: full-precision output → weights of the tokens' squared errors [n, seqlen, 1].
-        train, held_out: sample indices.
+        train, held_out: sample indices; of several ranks each has its own samples.
         module: what `forward` runs: the block, or the matrix's own module.
+        ranks: the processes among which the samples are spread.
     """
 
     matrices: list[Matrix]
@@ -66,6 +68,7 @@ class Unit:
     train: Tensor
     held_out: Tensor
     module: nn.Module
+    ranks: Ranks = ALONE
 
     def install(self, tensors: dict[str, QuantizedTensor], dtype: torch.dtype = torch.float32) -> None:
         """Put the dequantized weights into the modules.

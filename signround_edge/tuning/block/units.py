@@ -68,11 +68,11 @@ def block_unit(job: Job, shell: Shell, index: int, matrices: list[Matrix], input
     block = job.decoder.blocks[index]
 
     def forward(samples: Tensor) -> Tensor:
-        call = shell.block_call(index, job.tokens[samples], job.device)
+        call = shell.block_call(index, job.own_tokens[samples], job.device)
         return call.run(block, *inputs.at(samples, job.device))
 
     targets = (lambda samples: target[samples].to(job.device), job.token_weights)
-    return Unit(matrices, forward, *targets, *job.split(), block)
+    return Unit(matrices, forward, *targets, *job.own_split(), block, job.ranks)
 
 
 def layer_unit(job: Job, shell: Shell, index: int, matrix: Matrix, inputs: Stream) -> Unit:
@@ -89,16 +89,17 @@ def layer_unit(job: Job, shell: Shell, index: int, matrix: Matrix, inputs: Strea
         lambda samples: matrix.module(layer_inputs[samples].to(job.device)),
         lambda samples: targets[samples].to(job.device),
         job.token_weights,
-        *job.split(),
+        *job.own_split(),
         matrix.module,
+        job.ranks,
     )
 
 
 def run_all(
     job: Job, shell: Shell, index: int, stream: Stream, moments: InputMoments | None = None, in_place: bool = False
 ) -> Stream:
-    """`stream`, all samples of it, through block `index`, products in the dtype of its tuning; see `run_block`."""
+    """`stream`, all own samples of it, through block `index`, products in the dtype of its tuning; see `run_block`."""
     grids = [job.grid(name) for name in job.decoder.matrices(index) if job.run.is_quantized(name)]
     autocast = compute_context(job.settings, grids, job.device)
     size = job.settings.batch_size
-    return run_block(job.decoder, shell, index, job.tokens, stream, size, job.device, autocast, moments, in_place)
+    return run_block(job.decoder, shell, index, job.own_tokens, stream, size, job.device, autocast, moments, in_place)

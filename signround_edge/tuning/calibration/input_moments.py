@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from signround_edge.model.experts import Expert, stacks
+from signround_edge.tuning.ranks import Ranks
 
 # An expert's E[x²] starts as that of all experts of its layer, which counts like this many tokens: some experts see few
 # tokens of a calibration text, or none.
@@ -91,6 +92,16 @@ class SecondMoments(InputMoments):
         self._totals[name] = self._totals.get(name, torch.zeros(())) + weights.sum().cpu()
         self._tokens[name] = self._tokens.get(name, 0) + len(inputs)
 
+    def sum_over(self, ranks: Ranks, device: torch.device) -> None:
+        """Add what the other ranks' samples give; `device` is the one where the inputs are."""
+        if ranks.alone:
+            return
+        cpu = torch.device("cpu")
+        counts = ranks.sum_by_name({name: torch.tensor(count) for name, count in self._tokens.items()}, cpu)
+        self._sums = ranks.sum_by_name(self._sums, device)
+        self._totals = ranks.sum_by_name(self._totals, cpu)
+        self._tokens = {name: int(count) for name, count in counts.items()}
+
     def result(self) -> dict[str, Tensor]:
         """Name → E[x²] f32 [in features]."""
         found = {name: total / self._totals[name].to(total.device) for name, total in self._sums.items()}
@@ -142,6 +153,14 @@ class Hessians(InputMoments):
         for start in range(0, rows.shape[1], _COLUMNS_AT_ONCE):  # on and below the diagonal only
             columns = slice(start, start + _COLUMNS_AT_ONCE)
             self._sums[name][start:, columns].addmm_(rows[:, start:].T, rows[:, columns])
+
+    def sum_over(self, ranks: Ranks, device: torch.device) -> None:
+        """Add what the other ranks' samples give; `device` is the one where the inputs are."""
+        if ranks.alone:
+            return
+        for owners in ranks.gathered(self._owners):
+            self._owners |= owners
+        self._sums = ranks.sum_by_name(self._sums, device)
 
     def result(self) -> dict[str, Tensor]:
         """Name → hessian f32 [in features, in features] of the matrices that had any input."""

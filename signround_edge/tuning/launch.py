@@ -13,6 +13,10 @@ from signround_edge.errors import ToldElsewhere, UserError
 
 # Of a process that `run_processes` has started: it lost another one, and has said nothing.
 EXIT_LOST = 3
+# The way out where a process is gone.
+BLOCKS_ARE_KEPT = (
+    "every finished block is kept: run the same command with --resume to continue, with as many processes as you like"
+)
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,6 @@ def run_processes(count: int, arguments: Sequence[str]) -> None:
         what = (
             f"process {codes[killed[0]]} of {count} was ended by signal {-killed[0]}" if killed else "a process ended"
         )
-        raise UserError(
-            f"{what}; every finished block is kept: run the same command with --resume to continue, with as many "
-            "processes as you like"
-        ) from error
+        raise UserError(f"{what}; {BLOCKS_ARE_KEPT}") from error
     except SignalException as error:
         raise KeyboardInterrupt from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,17 +21,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from signround_edge.errors import LostProcess, ToldElsewhere, UserError
-from signround_edge.tuning.launch import Place
+from signround_edge.tuning.launch import BLOCKS_ARE_KEPT, Place
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 # The first rank works alone for minutes at most (comparing a large model with transformers', writing a block).
 _TIMEOUT = datetime.timedelta(hours=1)
-_LOST = (
-    "a process of this run has ended or cannot be reached; every finished block is kept: run the same command with "
-    "--resume to continue, with as many processes as you like"
-)
 
 
 @dataclass(frozen=True)
@@ -196,7 +193,10 @@ def joined() -> Iterator[Ranks]:
     try:
         yield Ranks(rank, world, place.local, own)
     except Exception as error:
-        if not _is_first_to_say(own):
+        is_first = _is_first_to_say(own)
+        if rank == 0:
+            _let_others_ask(own, world)
+        if not is_first:
             raise ToldElsewhere("another process of this run has failed, and says why") from error
         raise
     # Not after a failure: it may wait for processes that are gone.
@@ -210,9 +210,18 @@ def _is_first_to_say(store: Store) -> bool:
         return True
 
 
+def _let_others_ask(store: Store, world: int) -> None:
+    """Keep the store for those that fail at the same time: it may be this process that has it, and goes with it."""
+    with contextlib.suppress(RuntimeError):
+        for _ in range(20):
+            if store.add("failed", 0) >= world:
+                return
+            time.sleep(0.1)
+
+
 @contextlib.contextmanager
 def _in_touch() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostProcess(_LOST) from error
+        raise LostProcess(f"a process of this run has ended or cannot be reached; {BLOCKS_ARE_KEPT}") from error

@@ -14,15 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporters.onnx.artifact.reader import Artifact
-from exporters.onnx.bindings import quantized_initializers
+from exporters.onnx.bindings import QUANTIZED_INPUTS, quantized_initializers
 from exporters.onnx.packing import pack_bits, unpack_bits
-from runtime_tests.transports.interface import WorkerFailure
+from runtime_tests.runtimes.onnx_refusal import refusal_said
 from runtime_tests.worker.onnx_dequantize import NodeModel
-from signround_edge.errors import UserError, first_line
 from signround_edge.evaluation.metrics import FloatArray
 
 Operands = dict[str, NDArray[Any]]
-_INPUTS = {"fc1": (2, 3, 11), "fc2": (5, 6, 12)}
 
 
 def dequantize_experts(
@@ -35,16 +33,9 @@ def dequantize_experts(
         operands = {role: array[expert] for role, array in stored.items()}
         operands["scales"] = operands["scales"].astype(np.float32)  # as the graph does before it computes
         weights = np.empty((rows, cols), dtype=np.float32)
-        try:
+        with refusal_said(artifact.path, node, "export it with --layout transformers.js, whose graph has no QMoE"):
             for place, model in _models(operands, part, bits, block_size, (rows, cols)):
                 weights[place] = dequantizer(model)
-        except WorkerFailure:
-            raise
-        except Exception as error:  # onnxruntime's error classes share no base but Exception
-            raise UserError(
-                f"{artifact.path}: the runtime refuses the weights of node {node.name} ({first_line(error)}); "
-                "export it with --layout transformers.js, whose graph has no QMoE"
-            ) from error
         yield f"{node.name}/{part}/{expert}", weights
 
 
@@ -110,11 +101,11 @@ def _model(operands: Operands, part: str, bits: int, block_size: int, shape: tup
     inputs = ["tokens", "router"] + [""] * 11
     constants: Operands = {"ones": np.ones((cols, 1), np.float32), "widen": np.eye(cols, hidden, dtype=np.float32)}
     constants["kept"] = np.arange(rows, dtype=np.int64)
-    for name, places in _INPUTS.items():
-        for role, place in zip(("weight", "scales", "zero_points"), places, strict=True):
-            if role in both[name]:
-                inputs[place] = f"{name}_{role}"
-                constants[inputs[place]] = np.ascontiguousarray(both[name][role])[None]
+    for name, matrix in both.items():
+        for role, array in matrix.items():
+            place = QUANTIZED_INPUTS[f"QMoE/{name}"][role]
+            inputs[place] = f"{name}_{role}"
+            constants[inputs[place]] = np.ascontiguousarray(array)[None]
     nodes = [
         helper.make_node("MatMul", ["X", "ones"], ["router"]),  # of one expert any score gives the weight 1
         helper.make_node("MatMul", ["X", "widen"], ["tokens"]),

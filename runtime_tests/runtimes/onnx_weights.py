@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from exporters.onnx.artifact.reader import Artifact, has_sidecar, open_artifact, stored_floats
 from exporters.onnx.bindings import holds_columns_first, quantized_initializers
 from runtime_tests.runtimes.onnx_experts import dequantize_experts
-from runtime_tests.transports.interface import WorkerFailure
+from runtime_tests.runtimes.onnx_refusal import refusal_said
 from runtime_tests.worker.onnx_dequantize import NodeModel, run_node_model
-from signround_edge.errors import UserError, first_line
 from signround_edge.evaluation.metrics import FloatArray
 
 _WEIGHTS_PER_MODEL = 1 << 23  # bounds memory to some 100 MB
@@ -60,17 +59,10 @@ def dequantize_node(artifact: Artifact, node: Any, dequantizer: Dequantizer = ru
         operands["scales"] = operands["scales"].astype(np.float32)
     if node.op_type != "DequantizeLinear":
         attributes = {name: artifact.attribute(node, name) for name in ("bits", "block_size")}
-    try:
+    with refusal_said(artifact.path, node, "export the run again"):
         if node.op_type == "DequantizeLinear":
             return dequantize_standard(node, operands, dequantizer)
         return dequantize_operands(node.op_type, operands, attributes, dequantizer)
-    except WorkerFailure:
-        raise
-    except Exception as error:  # onnxruntime's error classes share no base but Exception
-        raise UserError(
-            f"{artifact.path}: the runtime refuses the weights of node {node.name} ({first_line(error)}); "
-            "export the run again"
-        ) from error
 
 
 def dequantize_operands(

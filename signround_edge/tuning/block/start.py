@@ -86,7 +86,7 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
     matrix by matrix, so that nothing of the size of the block exists but what is compared: codes and positions. Of
     several ranks each searches the scales and finds GPTQ's codes of its share of the matrices.
     """
-    grids, names = (m.grid for m in unit.matrices), [m.name for m in unit.matrices]
+    names = [m.name for m in unit.matrices]
     scales = _initial_scales(unit, settings.scale_init)
 
     def state(m: Matrix) -> RoundingState:
@@ -114,7 +114,7 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
         for candidate in candidates:
             if name in candidate:
                 unit.ranks.take(number, candidate[name].positioned)
-    dtype = compute_dtype(settings, grids, unit.matrices[0].weight.device)
+    dtype = compute_dtype(settings, (m.grid for m in unit.matrices), unit.matrices[0].weight.device)
     unit.install(nearest, dtype)
     rounded = held_out_loss(unit, settings, autocast)
     found, tensors, best = dict[str, RoundingState](), nearest, rounded
@@ -174,14 +174,13 @@ def _initial_scales(unit: Unit, method: str) -> dict[str, BlockScales]:
         number, m = numbered
         return initial_scales(m.grid, m.exact, m.importance, method) if unit.ranks.owns(number) else None
 
-    searched = zip(unit.matrices, _of_every_matrix(search, unit.matrices), strict=True)
-    own = {m.name: scales for m, scales in searched if scales is not None}
-    if unit.ranks.alone:
-        return own
-    found = {}
-    for number, m in enumerate(unit.matrices):
-        mine = vars(own[m.name]) if m.name in own else None
-        found[m.name] = BlockScales(**unit.ranks.of_owner(number, mine, m.weight.device))  # type: ignore[arg-type]
+    found: dict[str, BlockScales] = {}
+    for number, own in enumerate(_of_every_matrix(search, unit.matrices)):
+        matrix = unit.matrices[number]
+        tensors = unit.ranks.of_owner(number, None if own is None else dict(vars(own)), matrix.weight.device)
+        scale = tensors.pop("scale")
+        assert scale is not None, matrix.name
+        found[matrix.name] = BlockScales(scale, **tensors)
     return found
 
 

@@ -89,6 +89,20 @@ def test_forward_weight_is_the_dequantized_codes_bit_for_bit(name: str, position
         assert torch.equal(out, state.quantized().dequantize())
 
 
+@pytest.mark.parametrize("name", [*GRIDS, "IQ4_NL", "w8g32-asym"])
+def test_fixed_positions_round_as_the_weights_do_also_next_to_ties(name: str) -> None:
+    grid = get_grid(name)
+    weight = torch.randn(64, 2 * grid.row_multiple, generator=torch.Generator().manual_seed(5))
+    scales = grid.search(grid.blocked(weight), torch.ones(1))
+    fields = grid.store(scales)
+    codes = grid.round_offsets(grid.blocked(weight), fields)
+    up = torch.where(codes < grid.offset_range[1], 0.5, -0.5)
+    between = (grid.from_offsets(codes, fields) + grid.from_offsets(codes + 2 * up, fields)) / 2
+    for nearly in (1, 1 + 1e-6, 1 - 1e-6, 1 + 1e-5, 1 - 1e-5):
+        near = (between * nearly).reshape(weight.shape)
+        assert torch.equal(RoundingState.start(grid, near, scales).quantized().codes, grid.quantize(near, scales).codes)
+
+
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K", "w4g128-asym", "w8g32-asym"])
 def test_fixed_positions_keep_the_codes_and_the_zero_point_while_scales_move(name: str) -> None:
     state, _ = make_state(name)

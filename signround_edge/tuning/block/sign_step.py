@@ -165,10 +165,14 @@ def position_unit(grid: Grid) -> float:
 
 
 def _fixed_positions(grid: Grid, blocks: Tensor, fields: Fields) -> Tensor:
-    found = torch.empty(blocks.shape, dtype=torch.int16, device=blocks.device)
+    """`RoundingState.positions`; without V they round to the codes that the weights themselves round to."""
+    found, unit = torch.empty(blocks.shape, dtype=torch.int16, device=blocks.device), position_unit(grid)
     for part in row_chunks(blocks):
         offsets = grid.offsets(blocks[part], field_rows(fields, part))
-        found[part] = offsets.div_(position_unit(grid)).round_().clamp_(*_INT16).to(torch.int16)
+        units = offsets.div(unit).round_()
+        # What lies next to a tie may have been put on it, which goes to the even code: one unit back.
+        crossed = units.mul(unit).round_().sub_(offsets.round_()).sign_()
+        found[part] = units.sub_(crossed).clamp_(*_INT16).to(torch.int16)
     return found
 
 

@@ -9,6 +9,7 @@ Shapes: a matrix [R, K] has R·K/V units of V values (32, 64 or 256), each of `u
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,10 @@ Bytes = NDArray[np.uint8]
 Codes = NDArray[Any]
 UnitFields = dict[str, NDArray[Any]]
 
+Words = NDArray[np.uint64]
+
 BIT_PAIRS = np.array([0, 2, 4, 6], dtype=np.uint8)  # where the four 2-bit codes of a byte begin
+LOW_NIBBLES, LOW_PAIRS, LOW_BITS = (np.uint64(0x0101010101010101 * mask) for mask in (15, 3, 1))
 
 
 class BlockLayout(ABC):
@@ -54,6 +58,56 @@ class BlockLayout(ABC):
     @abstractmethod
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         """The inverse of `pack_units`."""
+
+
+def words(data: NDArray[Any]) -> Words:
+    """Bytes, eight to a word: numpy shifts words an order of magnitude faster than single bytes.
+
+    A shift moves bits of one byte into the next, so the bytes have to have room for it, or be masked.
+    """
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint64)
+
+
+def runs(codes: Codes, length: int, count: int) -> list[Words]:
+    """Codes [U, count·length] as `count` runs, each as the words of all units: [U·length/8].
+
+    What shares bytes is in different runs, so that all bits can be put together by whole arrays.
+    """
+    elements = np.ascontiguousarray(codes).reshape(-1).view(f"V{length}").reshape(-1, count)
+    planes = np.ascontiguousarray(elements.T)  # one copy of `length` bytes a run and unit
+    return list(planes.reshape(-1).view(np.uint64).reshape(count, -1))
+
+
+def bit_pairs(first: Words, second: Words, third: Words, fourth: Words) -> Words:
+    """Codes of two bits, four to a byte, the first in the lowest bits."""
+    found = fourth << 2
+    for codes in (third, second):
+        found |= codes
+        found <<= 2
+    found |= first
+    return found
+
+
+def neighbours(codes: Codes) -> Bytes:
+    """Codes of two bits, each four that follow one another in a byte: [n] as [n/4]."""
+    fours = np.ascontiguousarray(codes).reshape(-1).view("<u4")
+    twos = fours | (fours >> 6)
+    return (twos | (twos >> 12)).astype(np.uint8)  # the lowest byte of each
+
+
+def side_by_side(units: int, parts: Sequence[NDArray[Any]]) -> Bytes:
+    """Parts with the same number of bytes a unit each, in their order: uint8 [U, bytes a unit].
+
+    Like `np.concatenate`, which copies byte by byte where a part of a unit has less than some hundred.
+    """
+    sizes = [part.nbytes // units for part in parts]
+    whole = np.empty((units, sum(sizes)), dtype=np.uint8)
+    start = 0
+    for size, part in zip(sizes, parts, strict=True):
+        elements = np.ascontiguousarray(part).reshape(-1).view(f"V{size}")
+        np.copyto(whole[:, start : start + size].view(f"V{size}")[:, 0], elements)
+        start += size
+    return whole
 
 
 def fp16_bytes(values: NDArray[Any]) -> Bytes:

@@ -7,7 +7,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.gguf.blocks.layout import BIT_PAIRS, BlockLayout, Bytes, Codes, UnitFields, fp16_bytes, fp16_values
+from exporters.gguf.blocks.layout import (
+    BIT_PAIRS,
+    LOW_BITS,
+    LOW_NIBBLES,
+    BlockLayout,
+    Bytes,
+    Codes,
+    UnitFields,
+    fp16_bytes,
+    fp16_values,
+    neighbours,
+    runs,
+    side_by_side,
+    words,
+)
+
+HIGH_BIT_OF_5 = LOW_BITS << np.uint64(4)
 
 
 class SingleScaleLayout(BlockLayout):
@@ -20,10 +36,14 @@ class SingleScaleLayout(BlockLayout):
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
         parts: list[NDArray[Any]] = [fp16_bytes(fields[name]) for name in self.fields]
+        low, high = runs(codes, 16, 2)
         if self.high_bytes:
-            parts.append(np.packbits(codes >> 4, axis=-1, bitorder="little"))
-        parts.append((codes[:, :16] & 15) | ((codes[:, 16:] & 15) << 4))
-        return np.concatenate(parts, axis=-1)
+            parts.append(np.packbits((words(codes) & HIGH_BIT_OF_5).view(np.uint8), bitorder="little"))
+            low &= LOW_NIBBLES
+            high &= LOW_NIBBLES
+        high <<= 4
+        high |= low
+        return side_by_side(len(codes), [*parts, high])
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         fields = {name: fp16_values(units[:, 2 * i : 2 * i + 2]) for i, name in enumerate(self.fields)}
@@ -41,7 +61,7 @@ class Q80Layout(BlockLayout):
     name = "Q8_0"
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        return np.concatenate([fp16_bytes(fields["scale"]), codes.view(np.uint8)], axis=-1)
+        return side_by_side(len(codes), [fp16_bytes(fields["scale"]), codes])
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         return np.ascontiguousarray(units[:, 2:]).view(np.int8), {"scale": fp16_values(units[:, :2])}
@@ -53,8 +73,7 @@ class Q20Layout(BlockLayout):
     name = "Q2_0"
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        fours = codes.reshape(-1, 16, 4) << BIT_PAIRS
-        return np.concatenate([fp16_bytes(fields["scale"]), np.bitwise_or.reduce(fours, axis=-1)], axis=-1)
+        return side_by_side(len(codes), [fp16_bytes(fields["scale"]), neighbours(codes)])
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         codes = (units[:, 2:, None] >> BIT_PAIRS) & 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,13 @@ from exporters.gguf.blocks.layout import (
     Bytes,
     Codes,
     UnitFields,
-    Words,
     bit_pairs,
     fp16_bytes,
     fp16_values,
     neighbours,
-    runs,
+    nibbles,
     side_by_side,
+    single_bits,
     words,
 )
 
@@ -31,40 +30,19 @@ _PAIRS = BIT_PAIRS.reshape(4, 1)
 _NIBBLES, _TOP_PAIRS = np.uint32(0x0F0F0F0F), np.uint32(0x30303030)  # of four 6-bit integers
 
 
-def _groups(codes: Codes) -> list[Words]:
-    """The eight groups of 32 values of every unit: ggml's blocks put values of different groups into one byte."""
-    return runs(codes, 32, 8)
-
-
 def _unpack_bit_pairs(data: Bytes) -> Codes:
-    """2-bit codes [U, 256] of [U, 64] bytes: each half of 128 is four groups of 32 that share 32 bytes."""
+    """The inverse of `bit_pairs`: [U, 64] as [U, 256]."""
     return ((data.reshape(-1, 2, 1, 32) >> _PAIRS) & 3).reshape(-1, 256)
 
 
 def _unpack_nibble_runs(data: Bytes) -> Codes:
-    """4-bit codes [U, 256] of [U, 128] bytes: of each 64 values, the first 32 are low nibbles, the others high."""
+    """The inverse of `nibbles` with runs of 32: [U, 128] as [U, 256]."""
     runs = data.reshape(-1, 4, 1, 32)
     return np.concatenate([runs & 15, runs >> 4], axis=2).reshape(-1, 256)
 
 
-def _high_bits(groups: Sequence[Words], bit: int) -> Words:
-    """One bit of every code, 32 bytes a unit: bit g of byte l belongs to value l of group g of 32."""
-    found = (groups[0] >> bit) & LOW_BITS
-    for number, group in enumerate(groups[1:], start=1):
-        found |= ((group >> bit) & LOW_BITS) << number
-    return found
-
-
-def _nibbles(low: Words, high: Words) -> Words:
-    """The low four bits of two codes in a byte."""
-    found = high & LOW_NIBBLES
-    found <<= 4
-    found |= low & LOW_NIBBLES
-    return found
-
-
 def _unpack_high_bits(data: Bytes) -> Codes:
-    """The inverse of `_high_bits`."""
+    """The inverse of `single_bits`: [U, 32] as [U, 256]."""
     return np.unpackbits(data[:, None, :], axis=1, bitorder="little").reshape(-1, 256)
 
 
@@ -74,10 +52,9 @@ class Q2KLayout(BlockLayout):
     name = "Q2_K"
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        groups = _groups(codes)
         subs = words(fields["sub_scale"]) | (words(fields["sub_minimum"]) << 4)
         supers = [fp16_bytes(fields["super_scale"]), fp16_bytes(fields["super_minimum"])]
-        return side_by_side(len(codes), [subs, bit_pairs(*groups[:4]), bit_pairs(*groups[4:]), *supers])
+        return side_by_side(len(codes), [subs, bit_pairs(codes), *supers])
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         fields = {
@@ -99,20 +76,17 @@ class Q3KLayout(BlockLayout):
     name = "Q3_K"
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        groups = _groups(codes)
-        high = _high_bits(groups, 2)
-        for group in groups:
-            group &= LOW_PAIRS
+        high, low = (words(codes) >> 2) & LOW_BITS, words(codes) & LOW_PAIRS
         subs = fields["sub_scale"] + np.int8(32)
         tops = ((words(subs) >> 4) & LOW_PAIRS).view("<u4").reshape(-1, 4)
         pairs = tops[:, 0] | (tops[:, 1] << 2) | (tops[:, 2] << 4) | (tops[:, 3] << 6)
-        parts = [high, bit_pairs(*groups[:4]), bit_pairs(*groups[4:]), _nibbles(*runs(subs, 8, 2)), pairs]
+        parts = [single_bits(high), bit_pairs(low), nibbles(words(subs) & LOW_NIBBLES, 8), pairs]
         return side_by_side(len(codes), [*parts, fp16_bytes(fields["super_scale"])])
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         high = _unpack_high_bits(units[:, :32])
-        nibbles, pairs = units[:, 96:104], units[:, 104:108]
-        low = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
+        low_bytes, pairs = units[:, 96:104], units[:, 104:108]
+        low = np.concatenate([low_bytes & 15, low_bytes >> 4], axis=-1)
         top = ((pairs[:, None, :] >> _PAIRS) & 3).reshape(-1, 16)
         sub_scale = (low | (top << 4)).view(np.int8) - np.int8(32)
         codes = _unpack_bit_pairs(units[:, 32:96]) | (high << 2)
@@ -132,22 +106,22 @@ class Q45KLayout(BlockLayout):
         self.bits = bits
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        groups = _groups(codes)
+        units = len(codes)
         parts: list[NDArray[Any]] = [fp16_bytes(fields["super_scale"]), fp16_bytes(fields["super_minimum"])]
-        scale, minimum = (np.ascontiguousarray(fields[f"sub_{kind}"]).view("<u4") for kind in ("scale", "minimum"))
+        scale, minimum = (fields[f"sub_{kind}"].view("<u4") for kind in ("scale", "minimum"))
         parts += [sub[:, 0] | ((sub[:, 1] & _TOP_PAIRS) << 2) for sub in (scale, minimum)]
         parts.append((scale[:, 1] & _NIBBLES) | ((minimum[:, 1] & _NIBBLES) << 4))
         if self.bits == 5:
-            parts.append(_high_bits(groups, 4))
-        parts += [_nibbles(low, high) for low, high in zip(groups[0::2], groups[1::2], strict=True)]
-        return side_by_side(len(codes), parts)
+            parts.append(single_bits((words(codes) >> 4) & LOW_BITS))
+            codes = words(codes) & LOW_NIBBLES
+        return side_by_side(units, [*parts, nibbles(codes, 32)])
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         first, low = (units[:, 4:8], units[:, 8:12]), units[:, 12:16]
-        nibbles = (low & 15, low >> 4)
+        lows = (low & 15, low >> 4)
         scale, minimum = (
             np.concatenate([six & 63, nibble | ((six >> 6) << 4)], axis=-1)
-            for six, nibble in zip(first, nibbles, strict=True)
+            for six, nibble in zip(first, lows, strict=True)
         )
         codes = _unpack_nibble_runs(units[:, -128:])
         if self.bits == 5:
@@ -166,19 +140,13 @@ class Q6KLayout(BlockLayout):
     name = "Q6_K"
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        groups = _groups(codes)
-        nibbles = [_nibbles(groups[i], groups[i + 2]) for i in (0, 1, 4, 5)]
-        for group in groups:
-            group >>= 4
-            group &= LOW_PAIRS
-        pairs = [bit_pairs(*groups[:4]), bit_pairs(*groups[4:])]
-        return side_by_side(
-            len(codes), [*nibbles, *pairs, fields["sub_scale"], fp16_bytes(fields["super_scale"])]
-        )
+        low, high = words(codes) & LOW_NIBBLES, (words(codes) >> 4) & LOW_PAIRS
+        parts = [nibbles(low, 64), bit_pairs(high), fields["sub_scale"], fp16_bytes(fields["super_scale"])]
+        return side_by_side(len(codes), parts)
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
-        nibbles = units[:, :128].reshape(-1, 2, 2, 32)
-        low = np.concatenate([nibbles & 15, nibbles >> 4], axis=2).reshape(-1, 256)
+        lows = units[:, :128].reshape(-1, 2, 2, 32)
+        low = np.concatenate([lows & 15, lows >> 4], axis=2).reshape(-1, 256)
         codes = low | (_unpack_bit_pairs(units[:, 128:192]) << 4)
         sub_scale = np.ascontiguousarray(units[:, 192:208]).view(np.int8)
         return codes, {"sub_scale": sub_scale, "super_scale": fp16_values(units[:, 208:])}
@@ -197,8 +165,7 @@ class IQ4XSLayout(BlockLayout):
         high = neighbours(((words(subs) >> 4) & LOW_PAIRS).view(np.uint8))
         twos = (words(subs) & LOW_NIBBLES).view("<u2")
         low = (twos | (twos >> 4)).astype(np.uint8)
-        nibbles = _nibbles(*runs(codes, 16, 2))
-        return side_by_side(len(codes), [fp16_bytes(fields["super_scale"]), high, low, nibbles])
+        return side_by_side(len(codes), [fp16_bytes(fields["super_scale"]), high, low, nibbles(codes, 16)])
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         high = ((units[:, 2:4, None] >> BIT_PAIRS) & 3).reshape(-1, 8)

@@ -65,32 +65,48 @@ def words(data: NDArray[Any]) -> Words:
 
     A shift moves bits of one byte into the next, so the bytes have to have room for it, or be masked.
     """
-    return np.ascontiguousarray(data).reshape(-1).view(np.uint64)
+    return data.reshape(-1).view(np.uint64)
 
 
 def runs(codes: Codes, length: int, count: int) -> list[Words]:
-    """Codes [U, count·length] as `count` runs, each as the words of all units: [U·length/8].
+    """Codes [n·count·length] as `count` arrays of words: every count-th run of `length` codes, from the first, second …
 
-    What shares bytes is in different runs, so that all bits can be put together by whole arrays.
+    What shares bytes is in different arrays then, so that whole arrays can be put together.
     """
-    elements = np.ascontiguousarray(codes).reshape(-1).view(f"V{length}").reshape(-1, count)
-    planes = np.ascontiguousarray(elements.T)  # one copy of `length` bytes a run and unit
+    elements = codes.reshape(-1).view(f"V{length}").reshape(-1, count)
+    planes = np.ascontiguousarray(elements.T)  # copies `length` bytes at a time
     return list(planes.reshape(-1).view(np.uint64).reshape(count, -1))
 
 
-def bit_pairs(first: Words, second: Words, third: Words, fourth: Words) -> Words:
-    """Codes of two bits, four to a byte, the first in the lowest bits."""
-    found = fourth << 2
-    for codes in (third, second):
-        found |= codes
-        found <<= 2
-    found |= first
+def nibbles(codes: Codes, run: int) -> Words:
+    """Codes of four bits: each `run` of them are low nibbles, those of the next run the high ones of the same bytes."""
+    low, high = runs(codes, run, 2)
+    high <<= 4
+    high |= low
+    return high
+
+
+def bit_pairs(codes: Codes) -> Words:
+    """Codes of two bits: each 128 are four groups of 32 that share 32 bytes, the first in the lowest bits."""
+    return _overlaid(runs(codes, 32, 4), 2)
+
+
+def single_bits(codes: Codes) -> Words:
+    """Codes of one bit: each 256 are eight groups of 32 that share 32 bytes, the first in the lowest bit."""
+    return _overlaid(runs(codes, 32, 8), 1)
+
+
+def _overlaid(groups: list[Words], bits: int) -> Words:
+    *others, found = groups
+    for group in reversed(others):
+        found <<= bits
+        found |= group
     return found
 
 
 def neighbours(codes: Codes) -> Bytes:
     """Codes of two bits, each four that follow one another in a byte: [n] as [n/4]."""
-    fours = np.ascontiguousarray(codes).reshape(-1).view("<u4")
+    fours = codes.reshape(-1).view("<u4")
     twos = fours | (fours >> 6)
     return (twos | (twos >> 12)).astype(np.uint8)  # the lowest byte of each
 
@@ -104,8 +120,8 @@ def side_by_side(units: int, parts: Sequence[NDArray[Any]]) -> Bytes:
     whole = np.empty((units, sum(sizes)), dtype=np.uint8)
     start = 0
     for size, part in zip(sizes, parts, strict=True):
-        elements = np.ascontiguousarray(part).reshape(-1).view(f"V{size}")
-        np.copyto(whole[:, start : start + size].view(f"V{size}")[:, 0], elements)
+        element = f"V{size}"
+        whole[:, start : start + size].view(element)[:, 0] = part.reshape(-1).view(element)
         start += size
     return whole
 

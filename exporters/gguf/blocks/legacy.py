@@ -18,12 +18,12 @@ from exporters.gguf.blocks.layout import (
     fp16_bytes,
     fp16_values,
     neighbours,
-    runs,
+    nibbles,
     side_by_side,
     words,
 )
 
-HIGH_BIT_OF_5 = LOW_BITS << np.uint64(4)
+_FIFTH_BITS = LOW_BITS << np.uint64(4)
 
 
 class SingleScaleLayout(BlockLayout):
@@ -35,20 +35,17 @@ class SingleScaleLayout(BlockLayout):
         self.fields = fields
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
+        units = len(codes)
         parts: list[NDArray[Any]] = [fp16_bytes(fields[name]) for name in self.fields]
-        low, high = runs(codes, 16, 2)
         if self.high_bytes:
-            parts.append(np.packbits((words(codes) & HIGH_BIT_OF_5).view(np.uint8), bitorder="little"))
-            low &= LOW_NIBBLES
-            high &= LOW_NIBBLES
-        high <<= 4
-        high |= low
-        return side_by_side(len(codes), [*parts, high])
+            parts.append(np.packbits((words(codes) & _FIFTH_BITS).view(np.uint8), bitorder="little"))
+            codes = words(codes) & LOW_NIBBLES
+        return side_by_side(units, [*parts, nibbles(codes, 16)])
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         fields = {name: fp16_values(units[:, 2 * i : 2 * i + 2]) for i, name in enumerate(self.fields)}
-        nibbles = units[:, -16:]
-        codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
+        pairs = units[:, -16:]
+        codes = np.concatenate([pairs & 15, pairs >> 4], axis=-1)
         if self.high_bytes:
             high = units[:, -16 - self.high_bytes : -16]
             codes |= np.unpackbits(high, axis=-1, bitorder="little") << 4

@@ -275,6 +275,16 @@ class QuantizedTensor:
 
     def problem(self) -> str | None:
         """What is wrong with shapes, dtypes or code range, in a few words; None when all is right."""
+        return self.form_problem() or self.codes_problem()
+
+    def codes_problem(self) -> str | None:
+        """What is wrong with the range of codes: all of `problem` that has to read them."""
+        if _leaves(self.codes, self.grid.code_min, self.grid.code_max):
+            return f"codes leave the range {self.grid.code_min}..{self.grid.code_max}"
+        return None
+
+    def form_problem(self) -> str | None:
+        """What is wrong with shapes, dtypes or scale fields."""
         if self.codes.ndim != 2 or self.codes.dtype != self.grid.code_dtype:
             return f"codes are {self.codes.dtype} {list(self.codes.shape)}"
         rows, cols = self.shape
@@ -290,14 +300,17 @@ class QuantizedTensor:
             if field.is_floating_point() and not bool(field.isfinite().all()):
                 return f"field {name} holds NaN or infinity"
         for name, (low, high) in self.grid.field_ranges.items():
-            field = self.fields[name]
-            if field.numel() and not (int(field.min()) >= low and int(field.max()) <= high):
+            if _leaves(self.fields[name], low, high):
                 return f"field {name} leaves the range {low}..{high}"
-        if self.codes.numel() and not (
-            int(self.codes.min()) >= self.grid.code_min and int(self.codes.max()) <= self.grid.code_max
-        ):
-            return f"codes leave the range {self.grid.code_min}..{self.grid.code_max}"
         return None
+
+
+def _leaves(values: Tensor, low: int, high: int) -> bool:
+    """Whether integers leave an inclusive range; a limit that is the dtype's own needs no look at them."""
+    limits = torch.iinfo(values.dtype)
+    if not values.numel():
+        return False
+    return (low > limits.min and int(values.min()) < low) or (high < limits.max and int(values.max()) > high)
 
 
 def joined(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:

@@ -108,7 +108,8 @@ def neighbours(codes: Codes) -> Bytes:
     """Codes of two bits, each four that follow one another in a byte: [n] as [n/4]."""
     fours = codes.reshape(-1).view("<u4")
     twos = fours | (fours >> 6)
-    return (twos | (twos >> 12)).astype(np.uint8)  # the lowest byte of each
+    found: Bytes = (twos | (twos >> 12)).astype(np.uint8)  # the lowest byte of each
+    return found
 
 
 def side_by_side(units: int, parts: Sequence[NDArray[Any]]) -> Bytes:

@@ -2,22 +2,25 @@
 
     python -m benchmarks.large_export --speed --layers 10    # ten minutes, 6 GB of disk under --folder
 
-The real command runs on synthetic runs of two sizes. The difference of both is what the data costs; what is left is
-start-up, which imports of torch and transformers are. `cp` and the hash of the run's files are measured in between.
+Start-up is imports of torch and transformers, whose seconds vary by more than the data costs. So one process exports a
+small run and a large one, several times each, and the difference of the least CPU times is what the data costs; the
+command as a whole is measured once more. `cp` and the hash of the run's files are measured in between.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.llama_quantize import quantize, why_unavailable
 from benchmarks.measure import Cost, run_measured
 from benchmarks.synthetic_run import Shape, write_synthetic_run
-from signround_edge.files import sha256_of
 
 SMALL_LAYERS = 2
 _SHAPE = Shape(hidden=2048, intermediate=8192, heads=16, kv_heads=4, vocab=32000)
@@ -32,30 +35,34 @@ _ROWS = {
 }
 
 
-@dataclass(frozen=True)
-class _Sized:
-    """One export: seconds of CPU, and bytes.
-
-    Attributes:
-        command, copy, hashing: CPU seconds of the command, of `cp` of its file, and of the sha256 of what it reads.
-        read, written: bytes of the run and of the file.
-        wall: of the command.
-    """
-
-    command: float
-    copy: float
-    hashing: float
-    read: int
-    written: int
-    wall: float
+# Arguments: where to write, --dtype or "", runs. A line of JSON a run: seconds of CPU to open it, and to export it.
+_CHILD = """
+import json, sys, time
+from pathlib import Path
+from exporters.gguf import GgufExporter
+from exporters.interface import ExportOptions
+from signround_edge.run_directory import RunDirectory
+out, dtype, *runs = sys.argv[1:]
+options = ExportOptions(dtype or None, log=lambda line: None)
+best = {run: [float("inf")] * 2 for run in runs}
+for _ in range(REPEATED + 1):
+    for run, costs in best.items():
+        began = time.process_time()
+        opened = RunDirectory.open(run)
+        costs[0] = min(costs[0], time.process_time() - began)
+        began = time.process_time()
+        GgufExporter().export(opened, Path(out), options)
+        costs[1] = min(costs[1], time.process_time() - began)
+print(json.dumps(list(best.values())))
+"""
 
 
 def measure_speed(folder: Path | None, layers: int) -> str:
     """A Markdown table; needs `layers` above `SMALL_LAYERS`."""
     lines = [
-        "| file | command, CPU s (wall) | start-up, CPU s | data, GB/s written | of `cp` | without hashing, GB/s | of `cp`"
-        " | read + written without hashing, GB/s | `cp`, GB/s | llama-quantize, GB/s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| file | whole command, CPU s | data, GB/s written | of `cp` | without hashing, GB/s written | of `cp` "
+        "| without hashing, GB/s read and written | `cp`, GB/s | llama-quantize, GB/s written |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (grid, dtype, preset) in _ROWS.items():
         with tempfile.TemporaryDirectory(prefix="export-speed-", dir=folder) as temporary:
@@ -65,42 +72,46 @@ def measure_speed(folder: Path | None, layers: int) -> str:
 
 
 def _row(name: str, folder: Path, grid: str, dtype: str | None, preset: str | None, layers: int) -> str:
-    sizes = (SMALL_LAYERS, layers)
     runs = [
         write_synthetic_run(folder / f"run-{count}", replace(_SHAPE, layers=count, block_format=grid)).path
-        for count in sizes
+        for count in (SMALL_LAYERS, layers)
     ]
-    small, large = (_measure(run, folder, dtype) for run in runs)
-    written, read = large.written - small.written, large.read - small.read
-    command, hashing = large.command - small.command, large.hashing - small.hashing
-    copy = large.written / large.copy / 1e9
-    data, bare = written / command / 1e9, written / (command - hashing) / 1e9
-    start = large.command - command / written * large.written
-    both = (read + written) / (command - hashing) / 1e9
+    files = [folder / f"{run.name}.gguf" for run in runs]
+    whole = [_export(run, file, folder, dtype).cpu_s for run, file in zip(runs, files, strict=True)]
+    copying = min(_copy(files[1], folder) for _ in range(_REPEATED))
+    opened, exported = _in_one_process(runs, folder, dtype)
+    read = _bytes(runs[1].rglob("*.safetensors")) - _bytes(runs[0].rglob("*.safetensors"))
+    written = _bytes(files[1:]) - _bytes(files[:1])
+    copy, data, bare = _bytes(files[1:]) / copying / 1e9, written / (opened + exported) / 1e9, written / exported / 1e9
+    both = (read + written) / exported / 1e9
     peer = "–" if preset is None or why_unavailable() else f"{_quantizer(runs[0], folder, preset):.3f}"
     return (
-        f"| {name}, {large.written / 1e6:.0f} MB | {large.command:.2f} ({large.wall:.1f}) | {start:.1f} | {data:.2f} | "
-        f"{data / copy:.2f} | {bare:.2f} | {bare / copy:.2f} | {both:.2f} | {copy:.2f} | {peer} |"
+        f"| {name}, {_bytes(files[1:]) / 1e6:.0f} MB | {whole[1]:.1f} | {data:.2f} | {data / copy:.2f} | {bare:.2f} | "
+        f"{bare / copy:.2f} | {both:.2f} | {copy:.2f} | {peer} |"
     )
 
 
-def _measure(run: Path, folder: Path, dtype: str | None) -> _Sized:
-    out, copy = folder / "model.gguf", folder / "copy.gguf"
-    commands, copies, hashes = [], [], []
-    parts = sorted((run / "blocks").iterdir())
-    for _ in range(_REPEATED):
-        commands.append(_export(run, out, folder, dtype))
-        copies.append(run_measured(["cp", str(out), str(copy)], folder / "log.txt").cpu_s)
-        copy.unlink()
-        began = time.process_time()
-        for part in parts:
-            sha256_of(part)
-        hashes.append(time.process_time() - began)
-    written = out.stat().st_size
-    out.unlink()
-    best = min(commands, key=lambda cost: cost.cpu_s)
-    read = sum(part.stat().st_size for part in parts)
-    return _Sized(best.cpu_s, min(copies), min(hashes), read, written, best.wall_s)
+def _in_one_process(runs: list[Path], folder: Path, dtype: str | None) -> tuple[float, float]:
+    """CPU seconds that the second run takes beyond the first: to open, and to export."""
+    code = _CHILD.replace("REPEATED", str(_REPEATED))
+    command = [sys.executable, "-c", code, str(folder / "again.gguf"), dtype or "", *map(str, runs)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    (folder / "again.gguf").unlink()
+    small, large = json.loads(done.stdout)
+    return large[0] - small[0], large[1] - small[1]
+
+
+def _copy(file: Path, folder: Path) -> float:
+    """CPU seconds of `cp`."""
+    copy = folder / "copy.gguf"
+    cost = run_measured(["cp", str(file), str(copy)], folder / "log.txt")
+    copy.unlink()
+    return cost.cpu_s
+
+
+def _bytes(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
 
 
 def _export(run: Path, out: Path, folder: Path, dtype: str | None) -> Cost:

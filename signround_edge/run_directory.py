@@ -37,6 +37,7 @@ from signround_edge.errors import UserError
 from signround_edge.files import sha256_of, whole_file, write_atomically
 from signround_edge.formats import QuantizedTensor, get_grid
 from signround_edge.formats.channel_scales import ChannelScales
+from signround_edge.formats.grid import take
 from signround_edge.manifest import Manifest, ManifestError, PartRecord, TensorEntry
 from signround_edge.model.config import read_config
 
@@ -203,7 +204,9 @@ class RunDirectory:
         """A parameter that is kept in floats, as stored, some rows at a time (see `dequantized_rows`)."""
         stored = self.float_tensor(name)
         stored = stored.T.contiguous() if self._entries[name].transposed else stored
-        yield from (stored[rows] for rows in _row_groups(tuple(stored.shape), order, _VALUES_AT_ONCE // _FLOAT_BYTES))
+        yield from (
+            take(stored, rows) for rows in _row_groups(tuple(stored.shape), order, _VALUES_AT_ONCE // _FLOAT_BYTES)
+        )
 
     def dequantized(self, name: str) -> Tensor:
         """Any parameter as f32 in Hugging Face's orientation: dequantized, or the float tensor itself."""

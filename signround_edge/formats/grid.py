@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 FP16_MAX = 65504.0
+_FP16_EXPONENT = 0x7C00  # all bits of the exponent: NaN or infinity
 
 Fields = dict[str, Tensor]
 
@@ -41,7 +42,12 @@ def zero_position(scale: Tensor, minimum: Tensor) -> Tensor:
 
 def field_rows(fields: Fields, rows: slice | Tensor) -> Fields:
     """Some rows (a view where `rows` is a slice) of every scale field."""
-    return {name: field[rows] for name, field in fields.items()}
+    return {name: take(field, rows) for name, field in fields.items()}
+
+
+def take(values: Tensor, rows: slice | Tensor) -> Tensor:
+    """Some rows, a view where `rows` is a slice. For numbers of rows index_select is several times faster."""
+    return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
 
 
 @dataclass(frozen=True)
@@ -250,7 +256,7 @@ class QuantizedTensor:
 
     def take_rows(self, rows: slice | Tensor) -> QuantizedTensor:
         """Some rows (a view where `rows` is a slice) in the given order; rows are independent of one another."""
-        return QuantizedTensor(self.grid, self.codes[rows], field_rows(self.fields, rows))
+        return QuantizedTensor(self.grid, take(self.codes, rows), field_rows(self.fields, rows))
 
     def take_columns(self, columns: Tensor) -> QuantizedTensor:
         """The values of each row in the order `columns` [K], in which blocks stay whole (`Grid.unit_order`)."""
@@ -297,12 +303,19 @@ class QuantizedTensor:
             field = self.fields[name]
             if tuple(field.shape) != shape or field.dtype != dtype:
                 return f"field {name} is {field.dtype} {list(field.shape)}, expected {dtype} {list(shape)}"
-            if field.is_floating_point() and not bool(field.isfinite().all()):
+            if field.is_floating_point() and not _is_finite(field):
                 return f"field {name} holds NaN or infinity"
         for name, (low, high) in self.grid.field_ranges.items():
             if _leaves(self.fields[name], low, high):
                 return f"field {name} leaves the range {low}..{high}"
         return None
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinity; of fp16 by its bits, as torch goes through f32 for each value."""
+    if values.dtype != torch.float16 or not values.numel():
+        return bool(values.isfinite().all())
+    return int((values.view(torch.int16) & _FP16_EXPONENT).max()) < _FP16_EXPONENT
 
 
 def _leaves(values: Tensor, low: int, high: int) -> bool:

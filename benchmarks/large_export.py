@@ -2,6 +2,7 @@
 
     python -m benchmarks.large_export                  # about 10 minutes, up to 30 GB of disk under --folder
     python -m benchmarks.large_export --layers 4       # quicker
+    python -m benchmarks.large_export --speed --layers 10   # instead: its cost beside `cp`, see benchmarks.export_speed
 
 A synthetic run directory (random codes, no model behind it) is exported by the real command as a child process: packed,
 as f16 (a file of more than 16 GB), and split. The same for a quarter of the layers: the peak must not depend on them.
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, quants
 
+from benchmarks.export_speed import SMALL_LAYERS, measure_speed
 from benchmarks.measure import Cost, run_measured
 from benchmarks.synthetic_run import Shape, finite_logits, write_synthetic_run
 from exporters.gguf.container.reader import GgufFile
@@ -47,8 +49,12 @@ def main() -> int:
     parser.add_argument("--block-format", default="Q4_0", help="grid of the matrices: Q4_0, Q4_K, …")
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     parser.add_argument("--slack-mb", type=float, default=100, help="by how much the peaks of both sizes may differ")
+    parser.add_argument("--speed", action="store_true", help="print the table of benchmarks.export_speed instead")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the folder is removed
+    if args.speed:
+        print(measure_speed(args.folder, max(args.layers, 2 * SMALL_LAYERS)))
+        return 0
     shape = Shape(layers=args.layers, block_format=args.block_format)
     rows = []
     for sized in (replace(shape, layers=max(1, args.layers // 4)), shape):

@@ -187,7 +187,6 @@ def export(
     """
     from exporters.interface import foreign_option, options_for
     from exporters.onnx.options import OnnxOptions
-    from runtime_tests.accuracy_levels import check_card_text, level_4_cost
     from signround_edge.plugins import exporters
 
     shown, known, target = _progress(progress), exporters(), path_of("-o (out)", out)
@@ -204,16 +203,21 @@ def export(
     options, text = options_for(format, known, given), _path("--card-text", card_text)
     if text is not None and not isinstance(options, OnnxOptions):
         raise foreign_option("card_text", ["onnx"], format)
-    if text is not None and isinstance(options, OnnxOptions) and not options.has_level_4:
-        asked = f"--dtype {options.dtype}" if options.dtype is not None else f"--io-dtype {options.io_dtype}"
-        raise UserError(f"--card-text is for measuring accuracy level 4, and {asked} has none; leave it out")
-    check_card_text(text)
+    if text is not None:
+        from runtime_tests.accuracy_levels import check_card_text  # late: GGUF needs no ONNX Runtime
+
+        if isinstance(options, OnnxOptions) and not options.has_level_4:
+            asked = f"--dtype {options.dtype}" if options.dtype is not None else f"--io-dtype {options.io_dtype}"
+            raise UserError(f"--card-text is for measuring accuracy level 4, and {asked} has none; leave it out")
+        check_card_text(text)
     opened = _run(run)
-    check_card_text(text, opened.config_dir)
+    if text is not None:
+        check_card_text(text, opened.config_dir)
     check_output("-o", target, {"the run": opened.path, "--template": options.template, "--card-text": text})
     path = known[format].export(opened, target, options)
     if isinstance(options, OnnxOptions) and options.has_level_4:
-        from exporters.onnx.artifact.level_cost import add_level_cost  # late: GGUF needs no onnx
+        from exporters.onnx.artifact.level_cost import add_level_cost
+        from runtime_tests.accuracy_levels import level_4_cost
 
         shown.line("onnx: measuring what accuracy level 4 costs on this model")
         add_level_cost(path, level_4_cost(path, opened.config_dir, text))

@@ -19,6 +19,7 @@ import functools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -36,12 +37,15 @@ from signround_edge.errors import UserError
 from signround_edge.files import sha256_of, whole_file, write_atomically
 from signround_edge.formats import QuantizedTensor, get_grid
 from signround_edge.formats.channel_scales import ChannelScales
+from signround_edge.formats.grid import take
 from signround_edge.manifest import Manifest, ManifestError, PartRecord, TensorEntry
 from signround_edge.model.config import read_config
 
 _SEPARATOR = "#"
 _SCALES = ("row_scales", "column_scales")
-_VALUES_AT_ONCE = 1 << 22  # 16 MB as f32: larger temporaries are mapped anew each time, which doubles the time
+_VALUES_AT_ONCE = 1 << 20  # codes, of a byte each; what is made of them should stay in a core's cache
+_FLOAT_BYTES = 4
+_HASHED_AT_ONCE = 4  # parts
 
 
 class RunDirectory:
@@ -95,8 +99,9 @@ class RunDirectory:
             done = sum(p in manifest.complete for p in manifest.parts)
             what = "whole-model stage" if done == len(manifest.parts) else f"{done} of {len(manifest.parts)} parts"
             raise UserError(f"{path} is incomplete ({what}); finish it with `quantize … --resume`")
-        for part, record in manifest.complete.items():
-            run._check_part(part, record)
+        with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:  # hashing is most of opening, and leaves the interpreter free
+            for _ in pool.map(run._check_part, manifest.complete, manifest.complete.values()):
+                pass
         return run
 
     @property
@@ -127,6 +132,12 @@ class RunDirectory:
 
     def quantized(self, name: str) -> QuantizedTensor:
         """Codes and scale fields of a quantized parameter, [out features, in features]; UserError for another."""
+        tensor = self._stored(name)
+        self._refuse(name, tensor.codes_problem())
+        return tensor
+
+    def _stored(self, name: str) -> QuantizedTensor:
+        """`quantized`, mapped, whose codes nobody has looked at yet: for those of a head that is a pass of its own."""
         entry = self.entry(name)
         if entry.format is None:
             raise UserError(f"{self.path}: {name} is kept in floats; float_tensor or dequantized gives it")
@@ -136,10 +147,20 @@ class RunDirectory:
             codes = part.get_tensor(f"{name}{_SEPARATOR}codes")
             fields = {f: part.get_tensor(f"{name}{_SEPARATOR}{f}") for f in grid.field_shapes(rows, cols)}
         tensor = QuantizedTensor(grid, codes, fields)
-        problem = tensor.problem()
-        if problem is not None or tensor.shape != (rows, cols):
-            raise UserError(f"{self.path}: tensor {name}: {problem or 'wrong shape'}; run `quantize` again")
+        problem = tensor.form_problem()
+        self._refuse(name, "wrong shape" if problem is None and tensor.shape != (rows, cols) else problem)
         return tensor
+
+    def _quantized_rows(self, name: str, order: NDArray[np.intp] | None, values: int) -> Iterator[QuantizedTensor]:
+        stored = self._stored(name)
+        for group in _row_groups(stored.shape, order, values):
+            rows = stored.take_rows(group)
+            self._refuse(name, rows.codes_problem())
+            yield rows
+
+    def _refuse(self, name: str, problem: str | None) -> None:
+        if problem is not None:
+            raise UserError(f"{self.path}: tensor {name}: {problem}; run `quantize` again")
 
     def channel_scales(self, name: str) -> ChannelScales:
         """How a transform scaled a matrix before it was quantized."""
@@ -163,8 +184,7 @@ class RunDirectory:
         Args:
             order: numbers of the rows in the order wanted, [out features]; None leaves them as they are.
         """
-        stored = self.quantized(name)
-        yield from (stored.take_rows(rows) for rows in _row_groups(stored.shape, order))
+        yield from self._quantized_rows(name, order, _VALUES_AT_ONCE)
 
     def dequantized_rows(self, name: str, order: NDArray[np.intp] | None = None) -> Iterator[Tensor]:
         """Any parameter as f32, some rows [n, in features] at a time (a vector is one piece, [n]).
@@ -175,11 +195,18 @@ class RunDirectory:
             order: as for `quantized_rows`; it orders the values of a vector.
         """
         if self.is_quantized(name):
-            yield from (rows.dequantize() for rows in self.quantized_rows(name, order))
+            values = _VALUES_AT_ONCE // _FLOAT_BYTES
+            yield from (rows.dequantize() for rows in self._quantized_rows(name, order, values))
         else:
-            stored = self.float_tensor(name)
-            stored = stored.T.contiguous() if self._entries[name].transposed else stored
-            yield from (stored[rows].to(torch.float32) for rows in _row_groups(tuple(stored.shape), order))
+            yield from (rows.to(torch.float32) for rows in self.float_rows(name, order))
+
+    def float_rows(self, name: str, order: NDArray[np.intp] | None = None) -> Iterator[Tensor]:
+        """A parameter that is kept in floats, as stored, some rows at a time (see `dequantized_rows`)."""
+        stored = self.float_tensor(name)
+        stored = stored.T.contiguous() if self._entries[name].transposed else stored
+        yield from (
+            take(stored, rows) for rows in _row_groups(tuple(stored.shape), order, _VALUES_AT_ONCE // _FLOAT_BYTES)
+        )
 
     def dequantized(self, name: str) -> Tensor:
         """Any parameter as f32 in Hugging Face's orientation: dequantized, or the float tensor itself."""
@@ -319,9 +346,9 @@ def _save_atomically(tensors: dict[str, Tensor], target: Path) -> str:
         ) from error
 
 
-def _row_groups(shape: tuple[int, ...], order: NDArray[np.intp] | None) -> Iterator[slice | Tensor]:
-    """Indices of the rows of a matrix, in groups of some million values; a vector is one group."""
-    step = max(1, _VALUES_AT_ONCE // math.prod(shape[1:]) if len(shape) > 1 else shape[0])
+def _row_groups(shape: tuple[int, ...], order: NDArray[np.intp] | None, values: int) -> Iterator[slice | Tensor]:
+    """Indices of the rows of a matrix, in groups of about so many values; a vector is one group."""
+    step = max(1, values // math.prod(shape[1:]) if len(shape) > 1 else shape[0])
     for start in range(0, shape[0], step):
         group = slice(start, start + step)
         yield group if order is None else torch.from_numpy(order[group])

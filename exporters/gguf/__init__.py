@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exporters.gguf.options import GgufOptions
 from exporters.interface import ExpectedTensor, ExportOptions
 from signround_edge.inspection import TensorInfo
-from signround_edge.run_directory import RunDirectory
+
+if TYPE_CHECKING:  # torch takes seconds, and `inspect` needs none of it
+    from signround_edge.run_directory import RunDirectory
 
 __all__ = ["GgufExporter"]
 
@@ -29,9 +31,10 @@ class GgufExporter:
 
     def inspect(self, path: Path) -> list[TensorInfo]:
         """Tensors of a GGUF file, rows first. UserError when it is missing, not GGUF, damaged or truncated."""
-        from exporters.gguf.reader import read_tensors
+        from exporters.gguf.container.reader import GgufFile
 
-        return [TensorInfo(row.name, row.type, row.shape, row.bytes) for row in read_tensors(path)]
+        stored = GgufFile.open(path).tensors.values()
+        return [TensorInfo(t.name, t.ggml_type.name, t.shape, t.nbytes) for t in stored]
 
     def export(self, run: RunDirectory, out: Path, options: ExportOptions) -> Path:
         """Write `out` (a file, or `model.gguf` in it when it is a folder) whole or not at all; perhaps an mmproj file.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from exporters.gguf.blocks.ggml_types import BF16, F16, F32, Q4_0, GgmlType
 from exporters.gguf.blocks.packing import pack, require_layout
@@ -21,6 +22,8 @@ from signround_edge.run_directory import RunDirectory
 
 _FLOATS = {"f32": F32, "f16": F16}
 _OWN_FLOATS = {torch.float16: F16, torch.bfloat16: BF16}
+_STORED_FLOATS = {**_OWN_FLOATS, torch.float32: F32}
+_F16_EXPONENT = np.int16(0x7C00)  # all of its bits: infinity or NaN
 
 
 def plan_tensor(run: RunDirectory, placement: Placement, dtype: str | None, keep_f32: bool = False) -> PlannedTensor:
@@ -119,8 +122,22 @@ def _packed(run: RunDirectory, placement: Placement) -> Iterator[NDArray[Any]]:
 
 
 def _floats(run: RunDirectory, placement: Placement, ggml_type: GgmlType) -> Iterator[NDArray[Any]]:
+    if _is_as_stored(run, placement, ggml_type):
+        for piece in placement.pieces:
+            for rows in run.float_rows(piece.hf_name, piece.rows):
+                yield _checked(rows, placement.gguf_name)
+        return
     for weights in _pieces(run, placement):
         yield weights if ggml_type is F32 else _halves(weights, ggml_type, placement.gguf_name)
+
+
+def _is_as_stored(run: RunDirectory, placement: Placement, ggml_type: GgmlType) -> bool:
+    """Whether the run holds these very floats, so that only rows move."""
+    if placement.transposed or placement.columns is not None or placement.function is not None:
+        return False
+    if any(run.is_quantized(name) for name in placement.hf_names):
+        return False
+    return all(_STORED_FLOATS.get(run.float_tensor(name).dtype) is ggml_type for name in placement.hf_names)
 
 
 def _pieces(run: RunDirectory, placement: Placement) -> Iterator[NDArray[np.float32]]:
@@ -148,8 +165,12 @@ def _halves(weights: NDArray[np.float32], ggml_type: GgmlType, name: str) -> NDA
     """Weights as F16 or BF16."""
     if ggml_type is BF16:
         return (weights.view(np.uint32) >> 16).astype(np.uint16)  # exact: the values were bfloat16
-    with np.errstate(over="ignore"):
-        half = weights.astype(np.float16)
-    if not np.isfinite(half).all():
+    return _checked(torch.from_numpy(weights).to(torch.float16), name)  # numpy's takes six times as long
+
+
+def _checked(floats: Tensor, name: str) -> NDArray[Any]:
+    """The bits of floats; UserError where f16 holds infinity or NaN."""
+    bits = floats.contiguous().view(torch.int16 if floats.element_size() == 2 else torch.int32).numpy()
+    if floats.dtype == torch.float16 and bool(((bits & _F16_EXPONENT) == _F16_EXPONENT).any()):
         raise UserError(f"{name} has weights beyond ±65504, which f16 cannot hold; use --dtype f32")
-    return half
+    return bits

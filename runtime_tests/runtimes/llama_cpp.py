@@ -24,7 +24,7 @@ from runtime_tests.worker import llama_cpp_bindings
 from signround_edge.errors import UserError
 from signround_edge.evaluation.metrics import FloatArray
 
-_CHUNK_BYTES = 16 << 20  # packed bytes that travel to the worker at once
+_CHUNK_BYTES = 4 << 20  # packed bytes that travel to the worker at once; larger replies find fresh memory each time
 
 
 class LlamaCppSession(WorkerSession):

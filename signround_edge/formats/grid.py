@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 FP16_MAX = 65504.0
+_FP16_EXPONENT = 0x7C00  # all bits of the exponent: NaN or infinity
 
 Fields = dict[str, Tensor]
 
@@ -41,7 +42,12 @@ def zero_position(scale: Tensor, minimum: Tensor) -> Tensor:
 
 def field_rows(fields: Fields, rows: slice | Tensor) -> Fields:
     """Some rows (a view where `rows` is a slice) of every scale field."""
-    return {name: field[rows] for name, field in fields.items()}
+    return {name: take(field, rows) for name, field in fields.items()}
+
+
+def take(values: Tensor, rows: slice | Tensor) -> Tensor:
+    """Some rows, a view where `rows` is a slice. For numbers of rows index_select is several times faster."""
+    return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
 
 
 @dataclass(frozen=True)
@@ -250,7 +256,7 @@ class QuantizedTensor:
 
     def take_rows(self, rows: slice | Tensor) -> QuantizedTensor:
         """Some rows (a view where `rows` is a slice) in the given order; rows are independent of one another."""
-        return QuantizedTensor(self.grid, self.codes[rows], field_rows(self.fields, rows))
+        return QuantizedTensor(self.grid, take(self.codes, rows), field_rows(self.fields, rows))
 
     def take_columns(self, columns: Tensor) -> QuantizedTensor:
         """The values of each row in the order `columns` [K], in which blocks stay whole (`Grid.unit_order`)."""
@@ -275,6 +281,16 @@ class QuantizedTensor:
 
     def problem(self) -> str | None:
         """What is wrong with shapes, dtypes or code range, in a few words; None when all is right."""
+        return self.form_problem() or self.codes_problem()
+
+    def codes_problem(self) -> str | None:
+        """What is wrong with the range of codes: all of `problem` that has to read them."""
+        if _leaves(self.codes, self.grid.code_min, self.grid.code_max):
+            return f"codes leave the range {self.grid.code_min}..{self.grid.code_max}"
+        return None
+
+    def form_problem(self) -> str | None:
+        """What is wrong with shapes, dtypes or scale fields."""
         if self.codes.ndim != 2 or self.codes.dtype != self.grid.code_dtype:
             return f"codes are {self.codes.dtype} {list(self.codes.shape)}"
         rows, cols = self.shape
@@ -287,17 +303,27 @@ class QuantizedTensor:
             field = self.fields[name]
             if tuple(field.shape) != shape or field.dtype != dtype:
                 return f"field {name} is {field.dtype} {list(field.shape)}, expected {dtype} {list(shape)}"
-            if field.is_floating_point() and not bool(field.isfinite().all()):
+            if field.is_floating_point() and not _is_finite(field):
                 return f"field {name} holds NaN or infinity"
         for name, (low, high) in self.grid.field_ranges.items():
-            field = self.fields[name]
-            if field.numel() and not (int(field.min()) >= low and int(field.max()) <= high):
+            if _leaves(self.fields[name], low, high):
                 return f"field {name} leaves the range {low}..{high}"
-        if self.codes.numel() and not (
-            int(self.codes.min()) >= self.grid.code_min and int(self.codes.max()) <= self.grid.code_max
-        ):
-            return f"codes leave the range {self.grid.code_min}..{self.grid.code_max}"
         return None
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinity; of fp16 by its bits, as torch goes through f32 for each value."""
+    if values.dtype != torch.float16 or not values.numel():
+        return bool(values.isfinite().all())
+    return int((values.view(torch.int16) & _FP16_EXPONENT).max()) < _FP16_EXPONENT
+
+
+def _leaves(values: Tensor, low: int, high: int) -> bool:
+    """Whether integers leave an inclusive range; a limit that is the dtype's own needs no look at them."""
+    limits = torch.iinfo(values.dtype)
+    if not values.numel():
+        return False
+    return (low > limits.min and int(values.min()) < low) or (high < limits.max and int(values.max()) > high)
 
 
 def joined(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:

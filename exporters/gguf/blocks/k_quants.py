@@ -7,42 +7,42 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.gguf.blocks.layout import BIT_PAIRS, BlockLayout, Bytes, Codes, UnitFields, fp16_bytes, fp16_values
+from exporters.gguf.blocks.layout import (
+    BIT_PAIRS,
+    LOW_BITS,
+    LOW_NIBBLES,
+    LOW_PAIRS,
+    BlockLayout,
+    Bytes,
+    Codes,
+    UnitFields,
+    bit_pairs,
+    fp16_bytes,
+    fp16_values,
+    neighbours,
+    nibbles,
+    side_by_side,
+    single_bits,
+    words,
+)
 
 _PAIRS = BIT_PAIRS.reshape(4, 1)
-
-
-def _pack_bit_pairs(codes: Codes) -> Bytes:
-    """2-bit codes [U, 256] as [U, 64] bytes: each half of 128 is four groups of 32 that share 32 bytes."""
-    pairs: Bytes = np.bitwise_or.reduce(codes.reshape(-1, 2, 4, 32) << _PAIRS, axis=2)
-    return pairs.reshape(-1, 64)
+_NIBBLES, _TOP_PAIRS = np.uint32(0x0F0F0F0F), np.uint32(0x30303030)  # of four 6-bit integers
 
 
 def _unpack_bit_pairs(data: Bytes) -> Codes:
-    """The inverse of `_pack_bit_pairs`."""
+    """The inverse of `bit_pairs`: [U, 64] as [U, 256]."""
     return ((data.reshape(-1, 2, 1, 32) >> _PAIRS) & 3).reshape(-1, 256)
 
 
-def _pack_nibble_runs(codes: Codes) -> Bytes:
-    """4-bit codes [U, 256] as [U, 128] bytes: of each 64 values, the first 32 are low nibbles, the others high."""
-    runs = codes.reshape(-1, 4, 2, 32)
-    nibbles: Bytes = runs[:, :, 0] | (runs[:, :, 1] << 4)
-    return nibbles.reshape(-1, 128)
-
-
 def _unpack_nibble_runs(data: Bytes) -> Codes:
-    """The inverse of `_pack_nibble_runs`."""
+    """The inverse of `nibbles` with runs of 32: [U, 128] as [U, 256]."""
     runs = data.reshape(-1, 4, 1, 32)
     return np.concatenate([runs & 15, runs >> 4], axis=2).reshape(-1, 256)
 
 
-def _pack_high_bits(bits: Codes) -> Bytes:
-    """Single bits [U, 256] as [U, 32] bytes: bit g of byte l belongs to value l of group g of 32."""
-    return np.packbits(bits.reshape(-1, 8, 32), axis=1, bitorder="little").reshape(-1, 32)
-
-
 def _unpack_high_bits(data: Bytes) -> Codes:
-    """The inverse of `_pack_high_bits`."""
+    """The inverse of `single_bits`: [U, 32] as [U, 256]."""
     return np.unpackbits(data[:, None, :], axis=1, bitorder="little").reshape(-1, 256)
 
 
@@ -52,9 +52,9 @@ class Q2KLayout(BlockLayout):
     name = "Q2_K"
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        subs = fields["sub_scale"] | (fields["sub_minimum"] << 4)
+        subs = words(fields["sub_scale"]) | (words(fields["sub_minimum"]) << 4)
         supers = [fp16_bytes(fields["super_scale"]), fp16_bytes(fields["super_minimum"])]
-        return np.concatenate([subs, _pack_bit_pairs(codes), *supers], axis=-1)
+        return side_by_side(len(codes), [subs, bit_pairs(codes), *supers])
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         fields = {
@@ -76,17 +76,17 @@ class Q3KLayout(BlockLayout):
     name = "Q3_K"
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        high = _pack_high_bits(codes >> 2)
-        subs = (fields["sub_scale"] + np.int8(32)).view(np.uint8)
-        nibbles = (subs & 15)[:, :8] | ((subs & 15)[:, 8:] << 4)
-        pairs = np.bitwise_or.reduce((subs >> 4).reshape(-1, 4, 4) << _PAIRS, axis=1)
-        parts = [high, _pack_bit_pairs(codes & 3), nibbles, pairs, fp16_bytes(fields["super_scale"])]
-        return np.concatenate(parts, axis=-1)
+        high, low = (words(codes) >> 2) & LOW_BITS, words(codes) & LOW_PAIRS
+        subs = fields["sub_scale"] + np.int8(32)
+        tops = ((words(subs) >> 4) & LOW_PAIRS).view("<u4").reshape(-1, 4)
+        pairs = tops[:, 0] | (tops[:, 1] << 2) | (tops[:, 2] << 4) | (tops[:, 3] << 6)
+        parts = [single_bits(high), bit_pairs(low), nibbles(words(subs) & LOW_NIBBLES, 8), pairs]
+        return side_by_side(len(codes), [*parts, fp16_bytes(fields["super_scale"])])
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         high = _unpack_high_bits(units[:, :32])
-        nibbles, pairs = units[:, 96:104], units[:, 104:108]
-        low = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
+        low_bytes, pairs = units[:, 96:104], units[:, 104:108]
+        low = np.concatenate([low_bytes & 15, low_bytes >> 4], axis=-1)
         top = ((pairs[:, None, :] >> _PAIRS) & 3).reshape(-1, 16)
         sub_scale = (low | (top << 4)).view(np.int8) - np.int8(32)
         codes = _unpack_bit_pairs(units[:, 32:96]) | (high << 2)
@@ -106,20 +106,22 @@ class Q45KLayout(BlockLayout):
         self.bits = bits
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        scale, minimum = fields["sub_scale"], fields["sub_minimum"]
+        units = len(codes)
         parts: list[NDArray[Any]] = [fp16_bytes(fields["super_scale"]), fp16_bytes(fields["super_minimum"])]
-        parts += [sub[:, :4] | ((sub[:, 4:] >> 4) << 6) for sub in (scale, minimum)]
-        parts.append((scale[:, 4:] & 15) | ((minimum[:, 4:] & 15) << 4))
+        scale, minimum = (fields[f"sub_{kind}"].view("<u4") for kind in ("scale", "minimum"))
+        parts += [sub[:, 0] | ((sub[:, 1] & _TOP_PAIRS) << 2) for sub in (scale, minimum)]
+        parts.append((scale[:, 1] & _NIBBLES) | ((minimum[:, 1] & _NIBBLES) << 4))
         if self.bits == 5:
-            parts.append(_pack_high_bits(codes >> 4))
-        return np.concatenate([*parts, _pack_nibble_runs(codes & 15)], axis=-1)
+            parts.append(single_bits((words(codes) >> 4) & LOW_BITS))
+            codes = words(codes) & LOW_NIBBLES
+        return side_by_side(units, [*parts, nibbles(codes, 32)])
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         first, low = (units[:, 4:8], units[:, 8:12]), units[:, 12:16]
-        nibbles = (low & 15, low >> 4)
+        lows = (low & 15, low >> 4)
         scale, minimum = (
             np.concatenate([six & 63, nibble | ((six >> 6) << 4)], axis=-1)
-            for six, nibble in zip(first, nibbles, strict=True)
+            for six, nibble in zip(first, lows, strict=True)
         )
         codes = _unpack_nibble_runs(units[:, -128:])
         if self.bits == 5:
@@ -138,14 +140,13 @@ class Q6KLayout(BlockLayout):
     name = "Q6_K"
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        low = codes.reshape(-1, 2, 4, 32) & 15
-        nibbles = (low[:, :, :2] | (low[:, :, 2:] << 4)).reshape(-1, 128)
-        parts = [nibbles, _pack_bit_pairs(codes >> 4), fields["sub_scale"].view(np.uint8)]
-        return np.concatenate([*parts, fp16_bytes(fields["super_scale"])], axis=-1)
+        low, high = words(codes) & LOW_NIBBLES, (words(codes) >> 4) & LOW_PAIRS
+        parts = [nibbles(low, 64), bit_pairs(high), fields["sub_scale"], fp16_bytes(fields["super_scale"])]
+        return side_by_side(len(codes), parts)
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
-        nibbles = units[:, :128].reshape(-1, 2, 2, 32)
-        low = np.concatenate([nibbles & 15, nibbles >> 4], axis=2).reshape(-1, 256)
+        lows = units[:, :128].reshape(-1, 2, 2, 32)
+        low = np.concatenate([lows & 15, lows >> 4], axis=2).reshape(-1, 256)
         codes = low | (_unpack_bit_pairs(units[:, 128:192]) << 4)
         sub_scale = np.ascontiguousarray(units[:, 192:208]).view(np.int8)
         return codes, {"sub_scale": sub_scale, "super_scale": fp16_values(units[:, 208:])}
@@ -160,12 +161,11 @@ class IQ4XSLayout(BlockLayout):
     name = "IQ4_XS"
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        subs = (fields["sub_scale"] + np.int8(32)).view(np.uint8)
-        high = np.bitwise_or.reduce((subs >> 4).reshape(-1, 2, 4) << BIT_PAIRS, axis=-1)
-        low = (subs[:, 0::2] & 15) | ((subs[:, 1::2] & 15) << 4)
-        runs = codes.reshape(-1, 8, 2, 16)
-        nibbles = (runs[:, :, 0] | (runs[:, :, 1] << 4)).reshape(-1, 128)
-        return np.concatenate([fp16_bytes(fields["super_scale"]), high, low, nibbles], axis=-1)
+        subs = fields["sub_scale"] + np.int8(32)
+        high = neighbours(((words(subs) >> 4) & LOW_PAIRS).view(np.uint8))
+        twos = (words(subs) & LOW_NIBBLES).view("<u2")
+        low = (twos | (twos >> 4)).astype(np.uint8)
+        return side_by_side(len(codes), [fp16_bytes(fields["super_scale"]), high, low, nibbles(codes, 16)])
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         high = ((units[:, 2:4, None] >> BIT_PAIRS) & 3).reshape(-1, 8)

@@ -9,6 +9,7 @@ Shapes: a matrix [R, K] has R·K/V units of V values (32, 64 or 256), each of `u
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,10 @@ Bytes = NDArray[np.uint8]
 Codes = NDArray[Any]
 UnitFields = dict[str, NDArray[Any]]
 
+Words = NDArray[np.uint64]
+
 BIT_PAIRS = np.array([0, 2, 4, 6], dtype=np.uint8)  # where the four 2-bit codes of a byte begin
+LOW_NIBBLES, LOW_PAIRS, LOW_BITS = (np.uint64(0x0101010101010101 * mask) for mask in (15, 3, 1))
 
 
 class BlockLayout(ABC):
@@ -54,6 +58,73 @@ class BlockLayout(ABC):
     @abstractmethod
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         """The inverse of `pack_units`."""
+
+
+def words(data: NDArray[Any]) -> Words:
+    """Bytes, eight to a word: numpy shifts words an order of magnitude faster than single bytes.
+
+    A shift moves bits of one byte into the next, so the bytes have to have room for it, or be masked.
+    """
+    return data.reshape(-1).view(np.uint64)
+
+
+def runs(codes: Codes, length: int, count: int) -> list[Words]:
+    """Codes [n·count·length] as `count` arrays of words: every count-th run of `length` codes, from the first, second …
+
+    What shares bytes is in different arrays then, so that whole arrays can be put together.
+    """
+    elements = codes.reshape(-1).view(f"V{length}").reshape(-1, count)
+    planes = np.ascontiguousarray(elements.T)  # copies `length` bytes at a time
+    return list(planes.reshape(-1).view(np.uint64).reshape(count, -1))
+
+
+def nibbles(codes: Codes, run: int) -> Words:
+    """Codes of four bits: each `run` of them are low nibbles, those of the next run the high ones of the same bytes."""
+    low, high = runs(codes, run, 2)
+    high <<= 4
+    high |= low
+    return high
+
+
+def bit_pairs(codes: Codes) -> Words:
+    """Codes of two bits: each 128 are four groups of 32 that share 32 bytes, the first in the lowest bits."""
+    return _overlaid(runs(codes, 32, 4), 2)
+
+
+def single_bits(codes: Codes) -> Words:
+    """Codes of one bit: each 256 are eight groups of 32 that share 32 bytes, the first in the lowest bit."""
+    return _overlaid(runs(codes, 32, 8), 1)
+
+
+def _overlaid(groups: list[Words], bits: int) -> Words:
+    *others, found = groups
+    for group in reversed(others):
+        found <<= bits
+        found |= group
+    return found
+
+
+def neighbours(codes: Codes) -> Bytes:
+    """Codes of two bits, each four that follow one another in a byte: [n] as [n/4]."""
+    fours = codes.reshape(-1).view("<u4")
+    twos = fours | (fours >> 6)
+    found: Bytes = (twos | (twos >> 12)).astype(np.uint8)  # the lowest byte of each
+    return found
+
+
+def side_by_side(units: int, parts: Sequence[NDArray[Any]]) -> Bytes:
+    """Parts with the same number of bytes a unit each, in their order: uint8 [U, bytes a unit].
+
+    Like `np.concatenate`, which copies byte by byte where a part of a unit has less than some hundred.
+    """
+    sizes = [part.nbytes // units for part in parts]
+    whole = np.empty((units, sum(sizes)), dtype=np.uint8)
+    start = 0
+    for size, part in zip(sizes, parts, strict=True):
+        element = f"V{size}"
+        whole[:, start : start + size].view(element)[:, 0] = part.reshape(-1).view(element)
+        start += size
+    return whole
 
 
 def fp16_bytes(values: NDArray[Any]) -> Bytes:

@@ -7,7 +7,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.gguf.blocks.layout import BIT_PAIRS, BlockLayout, Bytes, Codes, UnitFields, fp16_bytes, fp16_values
+from exporters.gguf.blocks.layout import (
+    BIT_PAIRS,
+    LOW_BITS,
+    LOW_NIBBLES,
+    BlockLayout,
+    Bytes,
+    Codes,
+    UnitFields,
+    fp16_bytes,
+    fp16_values,
+    neighbours,
+    nibbles,
+    side_by_side,
+    words,
+)
+
+_FIFTH_BITS = LOW_BITS << np.uint64(4)
 
 
 class SingleScaleLayout(BlockLayout):
@@ -19,16 +35,17 @@ class SingleScaleLayout(BlockLayout):
         self.fields = fields
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
+        units = len(codes)
         parts: list[NDArray[Any]] = [fp16_bytes(fields[name]) for name in self.fields]
         if self.high_bytes:
-            parts.append(np.packbits(codes >> 4, axis=-1, bitorder="little"))
-        parts.append((codes[:, :16] & 15) | ((codes[:, 16:] & 15) << 4))
-        return np.concatenate(parts, axis=-1)
+            parts.append(np.packbits((words(codes) & _FIFTH_BITS).view(np.uint8), bitorder="little"))
+            codes = words(codes) & LOW_NIBBLES
+        return side_by_side(units, [*parts, nibbles(codes, 16)])
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         fields = {name: fp16_values(units[:, 2 * i : 2 * i + 2]) for i, name in enumerate(self.fields)}
-        nibbles = units[:, -16:]
-        codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
+        pairs = units[:, -16:]
+        codes = np.concatenate([pairs & 15, pairs >> 4], axis=-1)
         if self.high_bytes:
             high = units[:, -16 - self.high_bytes : -16]
             codes |= np.unpackbits(high, axis=-1, bitorder="little") << 4
@@ -41,7 +58,7 @@ class Q80Layout(BlockLayout):
     name = "Q8_0"
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        return np.concatenate([fp16_bytes(fields["scale"]), codes.view(np.uint8)], axis=-1)
+        return side_by_side(len(codes), [fp16_bytes(fields["scale"]), codes])
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         return np.ascontiguousarray(units[:, 2:]).view(np.int8), {"scale": fp16_values(units[:, :2])}
@@ -53,8 +70,7 @@ class Q20Layout(BlockLayout):
     name = "Q2_0"
 
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        fours = codes.reshape(-1, 16, 4) << BIT_PAIRS
-        return np.concatenate([fp16_bytes(fields["scale"]), np.bitwise_or.reduce(fours, axis=-1)], axis=-1)
+        return side_by_side(len(codes), [fp16_bytes(fields["scale"]), neighbours(codes)])
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         codes = (units[:, 2:, None] >> BIT_PAIRS) & 3

@@ -6,7 +6,6 @@ somewhere in numpy. Here anything that does not add up is one UserError. Layout:
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -17,6 +16,7 @@ from gguf import GGUFValueType
 from numpy.typing import NDArray
 
 from exporters.gguf.blocks.ggml_types import BY_NUMBER, GgmlType
+from exporters.gguf.container.cursor import MAX_NAME, Cursor
 from exporters.gguf.container.splits import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, part_of, split_path
 from signround_edge.errors import UserError
 
@@ -25,24 +25,7 @@ MMPROJ = "clip"  # general.architecture of the files that llama.cpp calls mmproj
 VERSIONS = (2, 3)
 _MAX_DIMS = 4
 _SMALLEST_ENTRY = 13  # a key of no letters (8), a type (4) and one byte of value
-_MAX_ARRAY_DEPTH = 4
-_MAX_ITEMS = 1 << 24  # of one array or text: far above any tokenizer, and a bound on what damage can allocate
 _MAX_HEAD = 64 << 20  # bytes of everything before the data, several times the largest tokenizer: the same bound
-_MAX_NAME = 63  # bytes; GGML_MAX_NAME without the closing zero
-
-_SCALARS: dict[GGUFValueType, str] = {
-    GGUFValueType.UINT8: "<B",
-    GGUFValueType.INT8: "<b",
-    GGUFValueType.UINT16: "<H",
-    GGUFValueType.INT16: "<h",
-    GGUFValueType.UINT32: "<I",
-    GGUFValueType.INT32: "<i",
-    GGUFValueType.FLOAT32: "<f",
-    GGUFValueType.BOOL: "<?",
-    GGUFValueType.UINT64: "<Q",
-    GGUFValueType.INT64: "<q",
-    GGUFValueType.FLOAT64: "<d",
-}
 
 
 @dataclass(frozen=True)
@@ -139,7 +122,7 @@ class GgufFile:
             mapped = np.memmap(path, mode="r", dtype=np.uint8)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a GGUF file") from error
-        return _parse(cls(path, 0), _Cursor(mapped.data[:_MAX_HEAD], path), size)
+        return _parse(cls(path, 0), Cursor(mapped.data[:_MAX_HEAD], path), size)
 
 
 def shown(value: Any) -> str:
@@ -167,79 +150,7 @@ def _join(first: GgufFile, count: int) -> None:
         first.tensors.update(part.tensors)
 
 
-class _Cursor:
-    """A read position that refuses to leave the file's head."""
-
-    def __init__(self, data: memoryview, path: Path) -> None:
-        self.data = data
-        self.path = path
-        self.position = 0
-
-    @property
-    def left(self) -> int:
-        return len(self.data) - self.position
-
-    def damaged(self, what: str) -> UserError:
-        return UserError(f"{self.path} is a damaged or truncated GGUF file ({what}); export or download it again")
-
-    def scalar(self, code: str) -> Any:
-        size = struct.calcsize(code)
-        if self.left < size:
-            raise self.damaged("it ends within its head")
-        (value,) = struct.unpack_from(code, self.data, self.position)
-        self.position += size
-        return value
-
-    def count(self, smallest: int, what: str) -> int:
-        """A 64-bit count of things of at least `smallest` bytes each."""
-        count = int(self.scalar("<Q"))
-        if count * smallest > self.left:
-            raise self.damaged(f"it announces {count} {what}, more than fit into it")
-        if count > _MAX_ITEMS:
-            raise self.damaged(f"it announces {count} {what}")
-        return count
-
-    def name(self, what: str) -> str:
-        """Text that shows up in messages and tables, so it must be printable on one line."""
-        name = self.string()
-        if not name or not name.isprintable():
-            raise self.damaged(f"{what} is called {name[:_MAX_NAME]!r}")
-        return name
-
-    def string(self) -> str:
-        length = self.count(1, "bytes of text")
-        raw = bytes(self.data[self.position : self.position + length])
-        self.position += length
-        # Tokenizers hold byte sequences that are no UTF-8; surrogateescape brings them back unchanged on writing.
-        return raw.decode("utf-8", errors="surrogateescape")
-
-    def value_type(self) -> GGUFValueType:
-        number = self.scalar("<I")
-        try:
-            return GGUFValueType(number)
-        except ValueError:
-            raise self.damaged(f"metadata of unknown type {number}") from None
-
-    def value(self, kind: GGUFValueType, depth: int = 0) -> tuple[Any, GGUFValueType | None]:
-        if kind is GGUFValueType.STRING:
-            return self.string(), None
-        if kind is not GGUFValueType.ARRAY:
-            return self.scalar(_SCALARS[kind]), None
-        item = self.value_type()
-        if depth >= _MAX_ARRAY_DEPTH:
-            raise self.damaged("arrays nested too deep")
-        if item in _SCALARS:
-            code = _SCALARS[item]
-            width = struct.calcsize(code)
-            count = self.count(width, "values")
-            values = struct.unpack_from(f"<{count}{code[1]}", self.data, self.position)
-            self.position += count * width
-            return list(values), item
-        count = self.count(8, "strings")
-        return [self.value(item, depth + 1)[0] for _ in range(count)], item
-
-
-def _parse(file: GgufFile, cursor: _Cursor, size: int) -> GgufFile:
+def _parse(file: GgufFile, cursor: Cursor, size: int) -> GgufFile:
     if bytes(cursor.data[:4]) != MAGIC:
         raise UserError(f"{file.path} is not a GGUF file (it does not begin with GGUF)")
     cursor.position = 4
@@ -253,7 +164,7 @@ def _parse(file: GgufFile, cursor: _Cursor, size: int) -> GgufFile:
         kind = cursor.value_type()
         value, item = cursor.value(kind)
         if key in file.metadata:
-            raise cursor.damaged(f"metadata key {key[:_MAX_NAME]!r} twice")
+            raise cursor.damaged(f"metadata key {key[:MAX_NAME]!r} twice")
         file.metadata[key] = MetadataValue(value, kind, item)
     alignment = file.get("general.alignment")
     alignment = 32 if alignment is None else alignment
@@ -276,11 +187,11 @@ def _parse(file: GgufFile, cursor: _Cursor, size: int) -> GgufFile:
     return file
 
 
-def _tensor_info(cursor: _Cursor) -> StoredTensorInfo:
+def _tensor_info(cursor: Cursor) -> StoredTensorInfo:
     """One tensor description; its offset is relative to the start of the data."""
     name = cursor.name("a tensor")
-    if len(name.encode()) > _MAX_NAME:
-        raise cursor.damaged(f"the name of tensor {name[:_MAX_NAME]!r}… is longer than {_MAX_NAME} bytes")
+    if len(name.encode()) > MAX_NAME:
+        raise cursor.damaged(f"the name of tensor {name[:MAX_NAME]!r}… is longer than {MAX_NAME} bytes")
     n_dims = cursor.scalar("<I")
     if not 1 <= n_dims <= _MAX_DIMS:
         raise cursor.damaged(f"tensor {name!r} has {n_dims} dimensions")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -128,9 +129,27 @@ def _write_one(writer: GGUFWriter, tensors: list[PlannedTensor], partial: Path) 
         number: Any = tensor.ggml_type.number  # gguf-py wants its enum, which lacks some types, and only writes it
         writer.add_tensor_info(tensor.name, tensor.shape, np.float32, tensor.nbytes, raw_dtype=number)
     _write_head(writer, partial)
-    with partial.open("ab") as out:
+    alignment = writer.data_alignment
+    with partial.open("r+b", buffering=0) as out:
+        start = out.seek(0, os.SEEK_END)
+        end = start + sum(tensor.nbytes + -tensor.nbytes % alignment for tensor in tensors)
+        _reserve(out.fileno(), start, end)
         for tensor in tensors:
-            _write_tensor(out.write, tensor, writer.data_alignment)
+            _write_tensor(out, tensor, alignment)
+        assert out.tell() == end, (out.tell(), end)
+
+
+def _reserve(file: int, start: int, end: int) -> None:
+    """Give a file the room for what follows, where the system can: a full disk shows now, and writing costs less.
+
+    On ext4 it takes the kernel half of the time then, or less.
+    """
+    if end > start and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file, start, end - start)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # not on every file system
+                raise
 
 
 def _write_head(writer: GGUFWriter, partial: Path) -> None:
@@ -146,14 +165,20 @@ def _write_head(writer: GGUFWriter, partial: Path) -> None:
         out.write(bytes(-size % writer.data_alignment))
 
 
-def _write_tensor(write: Callable[[memoryview], object], tensor: PlannedTensor, alignment: int) -> None:
+def _write_tensor(out: io.RawIOBase, tensor: PlannedTensor, alignment: int) -> None:
     written = 0
     for piece in tensor.data():
-        view = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
-        write(view)
-        written += view.nbytes
+        data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+        _write(out, data)
+        written += data.nbytes
     assert written == tensor.nbytes, (tensor.name, written, tensor.nbytes)
-    write(memoryview(bytes(-written % alignment)))
+    _write(out, memoryview(bytes(-written % alignment)))
+
+
+def _write(out: io.RawIOBase, data: memoryview) -> None:
+    """All of it: one call of the system writes at most 2 GB, and what fits on the disk."""
+    while data:
+        data = data[out.write(data) :]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import errno
 import os
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
+from benchmarks.synthetic_run import Shape, write_synthetic_run
 from exporters.gguf import GgufExporter
 from exporters.gguf.blocks.ggml_types import F32
 from exporters.gguf.container import reader as container_reader
@@ -25,6 +28,7 @@ from exporters.gguf.container.writer import PlannedTensor, write_file
 from exporters.gguf.reader import read_metadata, read_tensors
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from signround_edge.errors import UserError
+from signround_edge.files import sha256_of
 from signround_edge.inspection import TensorInfo
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.gguf.conftest import BASE, export
@@ -183,6 +187,17 @@ def test_the_exporter_recognises_and_inspects_its_files(tmp_path: Path) -> None:
     assert exporter.inspect(path)[1] == TensorInfo("v", "F32", (3,), 12)
 
 
+def test_inspecting_a_file_needs_no_torch(tmp_path: Path) -> None:
+    """Which alone would take seconds."""
+    path = small_file(tmp_path / "a.gguf")
+    code = (
+        "import sys; from pathlib import Path; from signround_edge.inspection import inspect; "
+        "print(len(inspect(Path(sys.argv[1])).tensors), {'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert done.stdout == "3 set()\n", done.stderr
+
+
 def test_missing_files_and_folders_are_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_tensors(tmp_path / "none.gguf")
@@ -213,6 +228,30 @@ def test_a_disk_known_to_be_too_small_is_refused_before_writing(
     with pytest.raises(UserError, match="disk is full"):
         small_file(tmp_path / "a.gguf")
     assert_nothing_left(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no room")
+def test_room_that_cannot_be_reserved_for_lack_of_space_is_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="disk is full"):
+        small_file(tmp_path / "a.gguf")
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no room")
+def test_a_file_system_that_reserves_no_room_gets_the_same_file(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unable(file: int, start: int, size: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", unable)
+    assert small_file(tmp_path / "a.gguf").read_bytes() == content
 
 
 def test_a_really_full_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,3 +302,16 @@ def test_a_flipped_byte_of_data_shows_in_one_tensor(run_of: RunOf, tmp_path: Pat
     stored = {t.name: t.weights for t in LlamaCppRuntime().stored_tensors(artifact)}
     wrong = [t.gguf_name for t in iter_expected(run, artifact) if not np.array_equal(t.weights(), stored[t.gguf_name])]
     assert wrong == ["blk.1.ffn_up.weight"]
+
+
+def test_codes_beyond_the_grid_are_refused_while_writing_and_leave_nothing(tmp_path: Path) -> None:
+    run = write_synthetic_run(tmp_path / "run", Shape(layers=1, hidden=256, intermediate=256, vocab=600))
+    name = "model.layers.0.mlp.down_proj.weight"
+    file = run.path / "blocks" / "0000.safetensors"
+    tensors = load_file(file)
+    tensors[f"{name}#codes"][-1, -1] = 16
+    save_file(tensors, file)
+    run.manifest.complete["0000"].sha256 = sha256_of(file)
+    with pytest.raises(UserError, match=rf"tensor {name}: codes leave the range 0\.\.15"):
+        export(run, tmp_path / "out" / "a.gguf")
+    assert_nothing_left(tmp_path / "out")

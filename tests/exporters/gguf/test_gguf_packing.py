@@ -89,6 +89,18 @@ def test_unpacking_arbitrary_bytes_and_packing_restores_them(grid_name: str) -> 
     assert np.array_equal(pack(unpack(grid_name, data)), data)
 
 
+@pytest.mark.parametrize("grid_name", LAYOUTS)
+def test_packing_reads_rows_wherever_they_lie_in_memory(grid_name: str) -> None:
+    """Some rows of a matrix, and tensors of a file that start at any byte."""
+    tensor = random_tensor(grid_name, 3, seed=2, rows=5)
+    assert np.array_equal(pack(tensor.take_rows(slice(1, 4))), pack(tensor)[1:4])
+    assert np.array_equal(pack(tensor.take_rows(slice(0, 5, 2))), pack(tensor)[::2])
+    room = torch.zeros(tensor.codes.numel() + 1, dtype=tensor.codes.dtype)
+    room[1:] = tensor.codes.reshape(-1)
+    moved = QuantizedTensor(tensor.grid, room[1:].reshape(tensor.codes.shape), tensor.fields)
+    assert np.array_equal(pack(moved), pack(tensor))
+
+
 def test_packed_rows_permute_like_the_matrix() -> None:
     tensor = random_tensor("Q4_0", 2, seed=1, rows=8)
     order = torch.tensor([3, 1, 0, 2, 7, 6, 5, 4])

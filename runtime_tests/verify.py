@@ -9,16 +9,18 @@ information.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from devices import DEFAULT_DEVICE, DeviceProfile, get_device
 from runtime_tests.artifacts.expectation import Expectation
 from runtime_tests.artifacts.lookup import artifact_format, expect
 from runtime_tests.checks.exactness import check_exactness
+from runtime_tests.checks.known_differences import said, session_of
 from runtime_tests.checks.layers import TOKENS, ShowsHiddenStates, locate
 from runtime_tests.checks.parity import ComputesAhead, Contender, GivesLogits, score
 from runtime_tests.checks.torch_points import torch_points
@@ -105,23 +107,53 @@ def verify(
             report.artifacts.append(ArtifactReport(str(path), format_))
             trials += _prepare(job, path, report.artifacts[-1])
         report.runtimes = [trial.report for trial in trials]
-        contenders = [c for t in trials for c in (t.artifact, t.control) if c is not None]
-        measured = [trial for trial in trials if trial.measure is not None]
-        if contenders or measured:
+        alive = [t for t in trials if t.artifact is not None or t.control is not None or t.measure is not None]
+        if alive:
             original: GivesLogits | None = None if reference is None else TorchSession(load_source_model(reference))
             ours = TorchSession(load_run_model(run))
-            if measured:
-                base = stack.enter_context(KlBaseWriter(_folder(job) / "logits.kld", windows))
-                score(contenders, windows, ours, original, log, base.add)
-                base.close()
-                _measure(measured, base.path, log)
-            else:
-                score(contenders, windows, ours, original, log)
-            _compare_layers(job, trials, ours, log)
+            _compare(job, [t for t in alive if not t.computes], ours, original, log)
+            for computes in _distinct(trial.computes for trial in alive if trial.computes):
+                log("comparing with what the runtime is known to compute")
+                theirs = session_of(run, computes, _folder(job))
+                score([cost := Contender(theirs)], windows, ours, None, _silent)
+                concerned = [trial for trial in alive if trial.computes == computes]
+                for trial in concerned:
+                    trial.known_difference = cost.parity.scores()
+                    trial.report.notes.append(said(computes, run.config, trial.known_difference))
+                _compare(job, concerned, theirs, original, log)
     for trial in trials:
         judge(trial)
     report.changed = next(filter(None, (f.what_changed() for f in report.evidence.fingerprints)), None)
     return report
+
+
+def _compare(
+    job: _Job, trials: Sequence[Trial], ours: TorchSession, original: GivesLogits | None, log: Callable[[str], None]
+) -> None:
+    """Fill the figures of trials beside one model in torch."""
+    if not trials:
+        return
+    contenders = [c for t in trials for c in (t.artifact, t.control) if c is not None]
+    measured = [trial for trial in trials if trial.measure is not None]
+    if measured:
+        base = job.stack.enter_context(KlBaseWriter(_folder(job) / "logits.kld", job.windows))
+        score(contenders, job.windows, ours, original, log, base.add)
+        base.close()
+        _measure(measured, base.path, log)
+    else:
+        score(contenders, job.windows, ours, original, log)
+    _compare_layers(job, trials, ours, log)
+
+
+def _distinct(values: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for value in values:
+        found += [] if value in found else [value]
+    return found
+
+
+def _silent(_line: str) -> None:
+    """Windows are told of once."""
 
 
 def _prepare(job: _Job, path: Path, artifact: ArtifactReport) -> list[Trial]:
@@ -165,7 +197,7 @@ def _binary_trials(job: _Job, artifact: ArtifactReport, path: Path, expectation:
         trial = Trial(RuntimeReport(RUNTIME, profile.name, artifact.path), profile.tolerances)
         trial.report.notes += expectation.notes
         trial.report.gate = "exact" if expectation.computes_in_floats else "quantized"
-        trial.problem = expectation.problem
+        trial.problem, trial.computes = expectation.problem, expectation.computes
         trial.measure = partial(measure, profile, job.binaries, path, expectation.control_file, job.windows)
         trials.append(trial)
     return trials
@@ -222,7 +254,7 @@ def _open(job: _Job, runtime: Runtime, trial: Trial, path: Path, expectation: Ex
         if expectation.open_control is not None:
             trial.control = Contender(_opened(expectation.open_control(runtime), job.stack))
             _compute_ahead(trial.control.session, job.windows)
-        trial.layer_error = expectation.layer_error
+        trial.layer_error, trial.computes = expectation.layer_error, expectation.computes
         if expectation.computes_in_floats or trial.control is not None:
             # A control has the metadata that the artifact should have. Where that differs, the artifact's own decides.
             float_session = session if trial.control is None else trial.control.session

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from signround_edge.arguments import of_kind, path_of, several
+from signround_edge.arguments import bytes_of, of_kind, path_of, several
 from signround_edge.errors import UserError
 from signround_edge.outputs import check_output
 from signround_edge.progress import SILENT, Progress
@@ -47,6 +46,8 @@ def quantize(
     device: str = "auto",
     resume: bool = False,
     source_check: str = "auto",
+    max_memory: str | int | None = None,
+    max_gpu_memory: str | int | None = None,
     progress: OnProgress = None,
 ) -> RunDirectory:
     """Tune a model on the grids of a scheme, one decoder block in memory at a time, and write a run directory.
@@ -66,12 +67,17 @@ def quantize(
         resume: continue `out` after its last complete block.
         source_check: whether the blocks are first compared with transformers' own model: "full" (all of it in memory),
             "blocks" (its weights read from disk), "auto" (either, by the memory that is free) or "off".
+        max_memory: most of the host's memory that it may be estimated to take ("10G", or bytes); hidden states go to
+            a file where they do not fit.
+        max_gpu_memory: the same of a GPU's; None: what is free. What does not fit stays in the host's memory, and a
+            step goes through the block in parts.
 
     Where torchrun has started several processes, all of them call this with the same arguments and share the samples.
     """
     from exporters.gguf.imatrix.importance import importance_files
     from signround_edge.model.source import resolve_model
     from signround_edge.schemes.scheme import parse_scheme
+    from signround_edge.tuning.cost.estimate import Limits
     from signround_edge.tuning.quantize import quantize as tune
     from signround_edge.tuning.settings import TuningSettings
 
@@ -112,6 +118,7 @@ def quantize(
             sink,
             source_check,
             ranks,
+            Limits(bytes_of("--max-memory", max_memory), bytes_of("--max-gpu-memory", max_gpu_memory)),
         )
 
 
@@ -192,9 +199,11 @@ def export(
     shown, known, target = _progress(progress), exporters(), path_of("-o (out)", out)
     if format not in known:
         raise UserError(f"--format {format} is unknown; known are {', '.join(known)}")
+    split_flag = "--max-shard-size" if format == "onnx" else "--split-max-size"  # two names of one option
     given = {
-        "template": _path("--template", template), "dtype": dtype, "split_max_bytes": _bytes_of(split_max_size, format),
-        "log": shown.line, "accuracy_level": accuracy_level, "scale_dtype": scale_dtype,
+        "template": _path("--template", template), "dtype": dtype, "log": shown.line,
+        "split_max_bytes": bytes_of(split_flag, split_max_size),
+        "accuracy_level": accuracy_level, "scale_dtype": scale_dtype,
         "operators": operators, "ort_format": ort_format or None, "layout": layout,
         "io_dtype": io_dtype, "no_cache": no_cache or None,
         "mmproj": _path("--mmproj", mmproj),
@@ -316,17 +325,6 @@ def _progress(given: OnProgress) -> Progress:
     if not callable(given):
         raise UserError(f"progress must be a function that takes a line of text, such as print, not {given!r:.80}")
     return Progress(given)
-
-
-def _bytes_of(size: str | int | None, format: str) -> int | None:
-    """500M, 4G or a plain number of bytes, as llama.cpp's gguf-split counts: M is 10^6, G is 10^9, and K 10^3."""
-    if size is None:
-        return None
-    match = re.fullmatch(r"(\d+)([KMG]?)", str(size).strip().upper())
-    if match is None or int(match[1]) == 0:
-        flag = "--max-shard-size" if format == "onnx" else "--split-max-size"  # two names of one option
-        raise UserError(f"{flag} {size} is not a size; give for example 500M or 4G")
-    return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]]
 
 
 def _run(given: StrPath | RunDirectory) -> RunDirectory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -31,6 +32,17 @@ def check_seed(value: Any) -> None:
     whole_number("--seed", value)
     if not 0 <= value <= HIGHEST_SEED:
         raise UserError(f"--seed {value} must be at least 0 and at most {HIGHEST_SEED}")
+
+
+def bytes_of(flag: str, size: str | int | None) -> int | None:
+    """500M, 4G or a plain number of bytes: M is 10^6, G is 10^9, and K 10^3; UserError for anything else."""
+    if size is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)", str(size).strip().upper())
+    count = 0 if match is None else round(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]])
+    if count <= 0:
+        raise UserError(f"{flag} {size} is not a size; give for example 500M or 4G")
+    return count
 
 
 def of_kind(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> None:

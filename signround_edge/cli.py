@@ -140,6 +140,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 )
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @click.option("--gpus", type=int, help="Processes that share the samples, a GPU each (with --device cpu: without).")
+@click.option("--max-memory", help="Most memory to plan for (10G): hidden states go to disk where they do not fit.")
+@click.option("--max-gpu-memory", help="The same of the GPU's memory (8G; default: what is free).")
 @click.option("--seed", type=int, help="Seed of the sample order.")
 @click.option("--imatrix", type=_PATH, help="llama.cpp's imatrix file: E[x²] for scales.")
 @click.option("--save-imatrix", type=_PATH, help="Write E[x²] for llama-quantize here.")
@@ -156,7 +158,7 @@ def quantize(
     model: str, scheme: str, tensor_type: tuple[str, ...], token_embedding_type: str | None,
     output_tensor_type: str | None, out: Path, calibration: str | None, recipe: str, device: str,
     gpus: int | None, imatrix: Path | None, save_imatrix: Path | None, resume: bool, source_check: str,
-    float_fallback: bool, **settings: Any,
+    float_fallback: bool, max_memory: str | None, max_gpu_memory: str | None, **settings: Any,
 ) -> None:  # fmt: skip
     """Tune MODEL (a folder or a Hugging Face name) on the grids of a scheme."""
     from signround_edge import api
@@ -177,7 +179,7 @@ def quantize(
                 model, scheme, out, calibration=calibration, settings=chosen, tensor_type=tensor_type,
                 token_embedding_type=token_embedding_type, output_tensor_type=output_tensor_type, imatrix=imatrix,
                 save_imatrix=save_imatrix, float_fallback=float_fallback, device=device, resume=resume,
-                source_check=source_check, progress=progress,
+                source_check=source_check, max_memory=max_memory, max_gpu_memory=max_gpu_memory, progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt:
         if place.rank == 0 and not shared:

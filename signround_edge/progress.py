@@ -23,4 +23,16 @@ class Progress:
     parts: Callable[[int, int], None] = _ignore_parts
 
 
+def size(count: float) -> str:
+    """Of memory: "310 MB", "4.2 GB"."""
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """In a unit in which it is a small number."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 SILENT = Progress(lambda text: None)

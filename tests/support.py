@@ -20,6 +20,7 @@ from signround_edge.model.experts import fused_experts, replace_experts
 from signround_edge.run_directory import RunDirectory, dtype_name
 from signround_edge.schemes.gguf_presets import ModelTraits, Place, Role
 from signround_edge.schemes.scheme import Scheme, after_fallback, parse_scheme
+from signround_edge.tuning.cost.record import COSTS_FILE
 
 CONFIG_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 
@@ -125,8 +126,8 @@ def dequantized_model(run: RunDirectory) -> PreTrainedModel:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Files below a folder, by their relative paths."""
-    return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    """Files below a folder, by their relative paths; without what a run directory says of its costs."""
+    return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.name != COSTS_FILE)
 
 
 def assert_same_files(one: Path, other: Path) -> None:

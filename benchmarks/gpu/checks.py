@@ -30,8 +30,8 @@ from signround_edge.tuning.block.start import find_start, initial_scales
 from signround_edge.tuning.block.statistics import v_histogram
 from signround_edge.tuning.block.tune import tune_unit
 from signround_edge.tuning.block.unit import Matrix
+from signround_edge.tuning.calibration.activations import CPU
 from signround_edge.tuning.calibration.text import calibration_tokens
-from signround_edge.tuning.job import CPU
 from signround_edge.tuning.settings import TuningSettings
 
 # One of each kind of arithmetic, where there is no time for all grids.

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.parts import Row
 from signround_edge.formats import QuantizedTensor
-from signround_edge.tuning.job import CPU
+from signround_edge.tuning.calibration.activations import CPU
 
 EQUAL = "equal"
 

@@ -60,6 +60,17 @@ class GgufExporter:
         refuse_what_differs(family, known)
         return f"built in, as llama.cpp's {family.name}"
 
+    def computed_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Entries of config.json with which transformers' model computes what llama.cpp does, where that is a little
+        else than what this config says; {} where it is not, or is not known."""
+        from exporters.gguf.families.architecture import computed_config
+        from exporters.gguf.families.table import FAMILIES, canonical_config, family_of
+
+        if config.get("model_type") not in FAMILIES:
+            return {}
+        known = canonical_config(dict(config))
+        return computed_config(family_of(known), known)
+
     def iter_expected(self, run: RunDirectory, artifact: Path) -> Iterator[ExpectedTensor]:
         """What each tensor of the file that stems from the run should hold; see `exporters.gguf.reader`."""
         from exporters.gguf.reader import iter_expected

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from runtime_tests.interface import Runtime, Session
 from signround_edge.evaluation.metrics import FloatArray, Windows
@@ -40,6 +40,8 @@ class Expectation:
             computes in floats: where it leaves torch can then be located. UserError when that cannot be made.
         control_file: the control as a file of its own, where it is one.
         layer_error: relative error of hidden states that the runtime's own approximations explain, on any sound file.
+        computes: entries of config.json with which transformers' model computes what the runtime is known to compute,
+            where that is a little else than the run's model.
         problem: something besides weights that is not what it should be, in one sentence.
         notes: what could not be checked.
     """
@@ -50,6 +52,7 @@ class Expectation:
     open_float_graph: Callable[[Runtime], Session]
     control_file: Path | None = None
     layer_error: float = 0.0
+    computes: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
     notes: list[str] = field(default_factory=list)
 

@@ -7,6 +7,7 @@ because the artifact's metadata must equal the control's, key by key.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from exporters.interface import ExportOptions
 from runtime_tests.artifacts.expectation import Expectation
 from runtime_tests.interface import Runtime, Session
 from signround_edge.evaluation.metrics import FloatArray
+from signround_edge.manifest import OUTSIDE
 from signround_edge.run_directory import RunDirectory
 
 # What may differ between an artifact and its control: the type of its weights, and which version of ours wrote it.
@@ -29,7 +31,7 @@ TEMPLATE_KEY = f"{PROVENANCE}.template"
 # ggml computes GELU from a table of f16 values: layers are off by up to 4.4e-4 (six families measured), and by 2e-6
 # with activations that it computes.
 _COMPUTED_ACTIVATIONS = ("silu", "swish", "relu")
-_TABLE_ERROR = 2e-3
+_TABLE_ERROR, _TABLE_LAYERS = 2e-3, 4  # in a model of so many layers
 _DIFFERENCES_SHOWN = 3
 _KEY_SHOWN = 80  # characters: a damaged file may hold a key of any length
 
@@ -72,7 +74,8 @@ def expect_gguf(run: RunDirectory, artifact: Path, folder: Path) -> Expectation:
         open_control=open_control,
         open_float_graph=open_float_graph,
         control_file=None if floats else path,
-        layer_error=0.0 if _activation(run) in _COMPUTED_ACTIVATIONS else _TABLE_ERROR,
+        layer_error=0.0 if _activation(run) in _COMPUTED_ACTIVATIONS else _table_error(run),
+        computes=GgufExporter().computed_config(run.config),
         problem=problem,
         notes=notes,
     )
@@ -82,6 +85,12 @@ def _activation(run: RunDirectory) -> str | None:
     """The activation function by config.json; None where it is a constant of the architecture (BLOOM: GELU)."""
     found = run.config.get("hidden_act")
     return found if isinstance(found, str) else None
+
+
+def _table_error(run: RunDirectory) -> float:
+    """What the table may make of hidden states: errors that have nothing to do with one another add up in squares."""
+    layers = len({tensor.part for tensor in run.manifest.tensors} - {OUTSIDE})
+    return _TABLE_ERROR * math.sqrt(max(1, layers / _TABLE_LAYERS))
 
 
 def _raw(file: GgufFile, name: str) -> Callable[[], FloatArray]:

@@ -20,6 +20,7 @@ _GATES = {
     "ln_ppl_difference": "difference of ln(perplexity)",
     "layer_error": "error of hidden states",
     "control_kld_mean": "mean KL divergence of the control",
+    "known_difference_kld_mean": "mean KL divergence of what the runtime is known to compute",
 }
 Entry = dict[str, Any]
 

@@ -16,7 +16,8 @@ class Gate:
     """One comparison that decided: it passes when `figure` is at most `limit`.
 
     Attributes:
-        name: "kld_mean", "ln_ppl_difference" (its absolute value), "control_kld_mean" or "layer_error".
+        name: "kld_mean", "ln_ppl_difference" (its absolute value), "control_kld_mean",
+            "known_difference_kld_mean" or "layer_error".
         figure: what was found; None when it is no number.
     """
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,6 +34,8 @@ class Trial:
         artifact, control: sessions that give logits; None where the runtime only gives figures.
         open_float_graph: opens the artifact's graph computing in floats, to compare its layers.
         layer_error: error of hidden states that the runtime's own approximations explain.
+        computes: as `Expectation.computes`.
+        known_difference: what that alone costs beside the run's model.
         measure: runs a program that gives figures only, of the artifact and of its control; its argument is the file
             with torch's log-probabilities.
         problem: what is wrong besides weights, for such a program.
@@ -45,6 +47,8 @@ class Trial:
     control: Contender | None = None
     open_float_graph: Callable[[], GivesLogits] | None = None
     layer_error: float = 0.0
+    computes: dict[str, Any] = field(default_factory=dict)
+    known_difference: Scores | None = None
     measure: Callable[[Path], tuple[Scores, Scores | None]] | None = None
     problem: str | None = None
 
@@ -77,7 +81,7 @@ def judge(trial: Trial) -> None:
         report.gates += gates(report.parity, trial.tolerances, report.gate == "exact")
         miss = (miss_exact_gate if report.gate == "exact" else miss_quantized_gate)(report.parity, trial.tolerances)
         reasons += [miss] if miss else []
-    reasons += _judge_control(trial)
+    reasons += _judge_control(trial) + _judge_known_difference(trial)
     if report.divergence is not None:
         report.gates.append(gate("layer_error", report.divergence.largest_error, report.divergence.tolerance))
     if report.divergence is not None and (report.divergence.first is not None or len(reasons) > known):
@@ -98,6 +102,17 @@ def _take_figures(contender: Contender, report: RuntimeReport) -> list[str]:
     if contender.fidelity.nll:
         report.fidelity = contender.fidelity.scores()
     return []
+
+
+def _judge_known_difference(trial: Trial) -> list[str]:
+    """It may cost as much as rounding activations may."""
+    if trial.known_difference is None:
+        return []
+    found, limit = trial.known_difference.kld_mean, trial.tolerances.quantized_kld_mean
+    trial.report.gates.append(gate("known_difference_kld_mean", found, limit))
+    if trial.report.gates[-1].passed:
+        return []
+    return ["what the runtime is known to compute is too far from the run's model"]
 
 
 def _judge_control(trial: Trial) -> list[str]:

@@ -67,15 +67,18 @@ def load_source_model(
     return loaded if offload is not None else loaded.to(device)
 
 
-def load_run_model(run: RunDirectory, device: str = "cpu") -> nn.Module:
+def load_run_model(run: RunDirectory, device: str = "cpu", config_dir: Path | None = None) -> nn.Module:
     """transformers' model with the tensors of a run directory, dequantized, f32, in evaluation mode.
 
+    Args:
+        config_dir: a folder with another config.json of the same tensors than the run's own.
     Raises:
         UserError: the run lacks a tensor of the model, or has one that the model does not know.
     """
-    model: Any = transformers_model(run.config_dir)
+    config_dir = config_dir or run.config_dir
+    model: Any = transformers_model(config_dir)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    parts = replace_experts(transformers_model(run.config_dir))  # of a second one, to learn where each belongs
+    parts = replace_experts(transformers_model(config_dir))  # of a second one, to learn where each belongs
     tensors = fused_experts(dict(run.state_dict()), parts, shapes)
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     if unexpected:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from signround_edge.progress import Progress
+from signround_edge.progress import Progress, duration
 
 
 @contextlib.contextmanager
@@ -55,8 +55,4 @@ class _PlainParts:
             return
         began, first = self._start
         left = (now - began) / max(1, done - first) * (total - done)
-        _plain_line(f"{done}/{total} done, {_duration(left)} left")
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+        _plain_line(f"{done}/{total} done, {duration(left)} left")

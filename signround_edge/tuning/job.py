@@ -15,12 +15,10 @@ from signround_edge.model.weights import ModelWeights
 from signround_edge.progress import Progress
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.plan import Plan
-from signround_edge.tuning.calibration.activations import equal_weights, relative_weights
+from signround_edge.tuning.calibration.activations import IN_MEMORY, Store, equal_weights, relative_weights
 from signround_edge.tuning.calibration.importance import Importance
 from signround_edge.tuning.ranks import ALONE, Ranks
 from signround_edge.tuning.settings import TuningSettings
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,7 @@ class Job:
         device: where blocks are tuned.
         run: the run directory that is written.
         importance: E[x²] given from elsewhere, and who else wants it.
+        store: where hidden states are kept.
         ranks: the processes that tune together, each of which holds the activations of its own samples.
     """
 
@@ -46,6 +45,7 @@ class Job:
     progress: Progress
     importance: Importance
     ranks: Ranks = ALONE
+    store: Store = IN_MEMORY
 
     @property
     def decoder(self) -> Decoder:

@@ -13,10 +13,10 @@ from signround_edge.model.decoder import set_tensor, set_weight, unload_paramete
 from signround_edge.model.weights import ModelWeights
 from signround_edge.tuning.block.start import initial_scales
 from signround_edge.tuning.block.transforming import Transforming
-from signround_edge.tuning.calibration.activations import Stream, equal_weights
+from signround_edge.tuning.calibration.activations import CPU, Stream, equal_weights
 from signround_edge.tuning.calibration.input_moments import SecondMoments
 from signround_edge.tuning.calibration.shell import Shell, block_returns_tuple
-from signround_edge.tuning.job import CPU, Job
+from signround_edge.tuning.job import Job
 
 _VALUES_AT_ONCE = 1 << 28  # 1 GB as f32; the token embedding of most models is below
 
@@ -40,7 +40,20 @@ def open_shell(weights: ModelWeights, tokens: Tensor) -> Shell:
 
 def embed(job: Job, shell: Shell) -> Stream:
     """What enters block 0 for all own samples, by the embedding that is loaded."""
-    return Stream(torch.cat([shell.embed(part) for part in job.own_tokens.split(job.settings.batch_size)]))
+    filled, hidden = 0, None
+    for part in job.own_tokens.split(job.settings.batch_size):
+        states = shell.embed(part)
+        if hidden is None:
+            hidden = job.store.empty((len(job.own_tokens), *states.shape[1:]))
+        hidden[filled : filled + len(part)] = states
+        filled += len(part)
+    assert hidden is not None
+    return Stream(hidden)
+
+
+def copied(job: Job, stream: Stream) -> Stream:
+    """The same hidden states in memory of their own, before any block has run."""
+    return Stream(job.store.empty(tuple(stream.hidden.shape)).copy_(stream.hidden))
 
 
 def quantize_lookups(job: Job, shell: Shell) -> dict[str, QuantizedTensor]:
@@ -90,7 +103,7 @@ def write_outside(
     if job.importance.to_collect(untied, to_quantize):
         for start in range(0, len(job.own_tokens), job.settings.batch_size):
             part = slice(start, start + job.settings.batch_size)
-            inputs = shell.head_input(job.own_tokens[part], quantized[part])
+            inputs = shell.head_input(job.own_tokens[part], quantized[part].cpu())
             moments.add(name, inputs, equal_weights(inputs))
     moments.sum_over(job.ranks, CPU)
     importance = job.importance.settle(moments.result(), CPU)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from signround_edge.errors import UserError
 from signround_edge.formats import QuantizedTensor
-from signround_edge.manifest import Manifest
+from signround_edge.manifest import OUTSIDE, Manifest
 from signround_edge.model.config import longest_window
 from signround_edge.model.decoder import Decoder, unload_parameters
 from signround_edge.model.source import model_name
@@ -36,12 +36,15 @@ from signround_edge.tuning.calibration.importance import Importance, ImportanceS
 from signround_edge.tuning.calibration.input_moments import SecondMoments
 from signround_edge.tuning.calibration.shell import Shell
 from signround_edge.tuning.calibration.text import calibration_tokens, tokens_hash
+from signround_edge.tuning.cost.estimate import UNLIMITED, Limits, estimate
+from signround_edge.tuning.cost.peak import Meter
+from signround_edge.tuning.cost.record import add_costs
 from signround_edge.tuning.cpu.allocator import return_large_tensors
 from signround_edge.tuning.cpu.attention import use_blocked_attention
 from signround_edge.tuning.cpu.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.job import Job
 from signround_edge.tuning.lock import locked
-from signround_edge.tuning.outside import embed, open_shell, quantize_lookups, write_outside
+from signround_edge.tuning.outside import copied, embed, open_shell, quantize_lookups, write_outside
 from signround_edge.tuning.ranks import ALONE, Ranks
 from signround_edge.tuning.resume import create, to_continue, versions
 from signround_edge.tuning.settings import DEVICES, TuningSettings
@@ -64,6 +67,7 @@ def quantize(
     save_imatrix: ImportanceSink | None = None,
     source_check: str = "auto",
     ranks: Ranks | None = None,
+    limits: Limits = UNLIMITED,
 ) -> RunDirectory:
     """Tune `model` on the grids of `scheme` and write the run directory `out`.
 
@@ -78,6 +82,7 @@ def quantize(
         source_check: how the blocks are compared with transformers' model first; one of `SOURCE_CHECKS`.
         ranks: the processes that do this together, each with the same arguments; the first one writes, the others
             read what it has written. None: this one alone.
+        limits: of memory; what does not fit is laid out otherwise where that is possible.
     Raises:
         UserError: bad input, or another process writes `out`, in one sentence; whatever is complete in `out` stays.
     """
@@ -115,9 +120,12 @@ def quantize(
         save_imatrix.check(_matrix_names(decoder, plan))
     check_ranks(ranks, tokens, settings, scheme, progress)
     importance = Importance(given, save_imatrix)
+    meter = Meter(torch_device)
+    laid_out = estimate(plan, decoder, settings, -(-len(tokens) // ranks.world), torch_device, limits)
+    settings, store = laid_out.settings, laid_out.store(out)
     job = functools.partial(Job, weights, plan, tokens, settings, torch_device)
     if not ranks.first:
-        _execute(job(written_by_first(out, ranks), progress, importance, ranks))
+        _execute(job(written_by_first(out, ranks), progress, importance, ranks, store))
         ranks.finish()
         return RunDirectory.open(out)
     manifest = Manifest(
@@ -144,11 +152,19 @@ def quantize(
     with locked(out):
         run = to_continue(out, manifest, resume)
         if run is None:
-            manifest.source_check = check_source(weights, tokens, torch_device, source_check).to_json()
+            check = check_source(weights, tokens, torch_device, source_check, limits.memory)
+            manifest.source_check = check.to_json()
             progress.line(manifest.source_line)
             run = create(out, manifest, weights)
         ranks.of_first(run.manifest.to_json())
-        _execute(job(run, progress, importance, ranks))
+        blocks = sum(not run.is_complete(part) for part in plan.parts if part != OUTSIDE)
+        if blocks:
+            progress.line(laid_out.line(blocks))
+        _execute(job(run, progress, importance, ranks, store))
+        if blocks:
+            spent = meter.read()
+            add_costs(out, laid_out, blocks, spent)
+            progress.line(f"took {spent}")
     ranks.finish()
     return RunDirectory.open(out)
 
@@ -189,7 +205,7 @@ def _execute(job: Job) -> None:
         compares = run.manifest.whole_model is None
         transforming = Transforming.start(shell, job.tokens, job.device, job.progress, compares)
     lookups = quantize_lookups(job, shell)
-    quantized = embed(job, shell) if lookups else Stream(exact.hidden.clone())
+    quantized = embed(job, shell) if lookups else copied(job, exact)
     for index in range(blocks):
         exact, quantized = _block(job, shell, transforming, index, exact, quantized)
         job.progress.parts(index + 1, len(parts))
@@ -208,7 +224,7 @@ def _whole_model(job: Job, shell: Shell, exact: Tensor) -> None:
     """The whole-model stage, by the first rank alone; `exact` is what leaves its own samples' exact last block."""
     if not job.ranks.alone:
         job.progress.line("whole model: by the first process alone; the others wait")
-    hidden = job.ranks.on_first(exact, job.shards)
+    hidden = job.ranks.on_first(exact.cpu(), job.shards)
     if hidden is not None:
         revise_whole_model(replace(job, ranks=ALONE), shell, hidden)
 

@@ -25,6 +25,8 @@ class TuningSettings:
         steps: gradient steps per decoder block; 0 rounds to nearest with the same scale search.
         samples, seqlen: calibration samples and their length in tokens.
         batch_size: samples a step.
+        step_parts: in how many parts these go through a block, one after another, to spare memory; the gradients are
+            added up.
         start: codes from which tuning starts: "gptq" (GPTQ's, where the held-out samples find them better than the
             nearest ones; see `tuning.start`) or "nearest". With 0 steps codes are the nearest ones.
         correct_drift: whether, with the start "gptq", output and down projections first take back what they can of the
@@ -58,6 +60,7 @@ class TuningSettings:
     samples: int = 128
     seqlen: int = 512
     batch_size: int = 8
+    step_parts: int = 1
     start: Literal["gptq", "nearest"] = "gptq"
     correct_drift: bool = True
     lr: float | None = None
@@ -82,7 +85,7 @@ class TuningSettings:
     def __post_init__(self) -> None:
         for name in vars(self):
             _check_kind(name, getattr(self, name))
-        lowest = {"steps": 0, "samples": 1, "seqlen": 2, "batch_size": 1, "checks": 1}
+        lowest = {"steps": 0, "samples": 1, "seqlen": 2, "batch_size": 1, "step_parts": 1, "checks": 1}
         lowest |= {"whole_model_steps": 0, "whole_model_batch_size": 1}
         for name, low in lowest.items():
             at_least(flag(name), getattr(self, name), low)

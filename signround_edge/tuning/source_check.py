@@ -26,6 +26,7 @@ from signround_edge.model.language_model import name_of
 from signround_edge.model.weights import ModelWeights
 from signround_edge.tuning.calibration.block_call import Shared, tokens_first
 from signround_edge.tuning.calibration.shell import Shell
+from signround_edge.tuning.cost.peak import current_resident, free_memory
 from signround_edge.tuning.outside import open_shell
 from signround_edge.tuning.settings import SOURCE_CHECKS
 
@@ -60,11 +61,14 @@ class SourceCheck:
         return asdict(self)
 
 
-def check_source(weights: ModelWeights, tokens: Tensor, device: torch.device, mode: str) -> SourceCheck:
+def check_source(
+    weights: ModelWeights, tokens: Tensor, device: torch.device, mode: str, memory: int | None = None
+) -> SourceCheck:
     """Run calibration samples [samples, seqlen] through both models, in f32.
 
     Args:
         mode: one of `SOURCE_CHECKS`.
+        memory: bytes that the process may take; None: what is free.
     Raises:
         UserError: a block, or what is outside the blocks, computes something else than transformers' model.
     """
@@ -72,11 +76,12 @@ def check_source(weights: ModelWeights, tokens: Tensor, device: torch.device, mo
         raise UserError(f"--source-check {mode} is unknown; known are {', '.join(SOURCE_CHECKS)}")
     if mode == "off":
         return SourceCheck("off")
+    room = free_memory() if memory is None else min(free_memory(), max(0, memory - current_resident()))
     if mode == "auto":
-        mode = "full" if _model_bytes(weights) <= _FITS * _free_bytes() else "blocks"
+        mode = "full" if _model_bytes(weights) <= _FITS * room else "blocks"
     batches = _batches(tokens, weights.decoder.model.config)
     theirs = [_Recorded() for _ in batches]
-    with _their_model(weights.source.path, mode) as model:
+    with _their_model(weights.source.path, mode, room) as model:
         for batch, recorded in zip(batches, theirs, strict=True):
             recorded.run(model, batch)
     worst, at = 0.0, "embedding"
@@ -176,21 +181,15 @@ def _batches(tokens: Tensor, config: Any) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _their_model(path: Path, mode: str) -> Iterator[nn.Module]:
+def _their_model(path: Path, mode: str, room: int) -> Iterator[nn.Module]:
+    """Within `room` bytes, where its weights are read from disk."""
     if mode == "full":
         yield load_source_model(path)
         return
     with tempfile.TemporaryDirectory(prefix="signround-edge-") as folder:
-        yield load_source_model(path, offload=Path(folder), memory=int(_FITS * _free_bytes() / 2))
+        yield load_source_model(path, offload=Path(folder), memory=int(_FITS * room / 2))
 
 
 def _model_bytes(weights: ModelWeights) -> int:
     """Bytes of all parameters in f32."""
     return sum(4 * parameter.numel() for parameter in weights.decoder.model.parameters())
-
-
-def _free_bytes() -> int:
-    """Memory that can be had without swapping."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)

@@ -30,7 +30,8 @@ from signround_edge.progress import SILENT, Progress
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.agreement import check_same
-from signround_edge.tuning.job import CPU, Job
+from signround_edge.tuning.calibration.activations import CPU
+from signround_edge.tuning.job import Job
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.ranks import Ranks, joined
 from signround_edge.tuning.settings import TuningSettings

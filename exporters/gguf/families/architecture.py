@@ -11,7 +11,7 @@ from collections.abc import Callable
 import gguf
 
 from exporters.gguf.families.family import TEMPLATE_HINT, Family, sliding_window
-from exporters.gguf.families.rope import add_rope, rotary_dims
+from exporters.gguf.families.rope import add_rope, rotary_dims, truncated
 from exporters.gguf.families.row_orders import Config
 from signround_edge.errors import UserError
 
@@ -80,6 +80,11 @@ def refuse_what_differs(family: Family, config: Config) -> None:
         raise UserError(f"partial rotary embeddings are not built in for {family.model_type}; {TEMPLATE_HINT}")
     for problem in family.problems(config):
         raise UserError(f"llama.cpp's {family.name} {problem}; {_WAY_OUT}")
+
+
+def computed_config(family: Family, config: Config) -> Config:
+    """Entries of config.json that make transformers' model compute what llama.cpp does, where that differs a little."""
+    return {**(truncated(config) if family.rotary else {}), **family.computes(config)}
 
 
 def _add_ignored_window(writer: gguf.GGUFWriter, config: Config, log: Callable[[str], None]) -> None:

@@ -57,6 +57,11 @@ def as_named(config: Config, hf_name: str, shape: tuple[int, ...]) -> tuple[Stor
     return None
 
 
+def as_the_model(config: Config) -> Config:
+    """llama.cpp computes what config.json says."""
+    return {}
+
+
 def none_unread(config: Config) -> dict[str, tuple[int, ...]]:
     """llama.cpp reads every tensor that it demands."""
     return {}
@@ -74,6 +79,7 @@ class Family:
         keys: writes the metadata that only this family has.
         problems: what of a model llama.cpp's graph does not compute, each as a clause to follow the graph's name.
         notes: what llama.cpp computes a little otherwise, each as a sentence.
+        computes: entries of config.json with which transformers' model computes that, where there are such.
         layer_norm: LayerNorm rather than RMSNorm.
         rotary: positions enter by rotation.
         partial_rotary: llama.cpp's graph can rotate the first part of a head only.
@@ -99,6 +105,7 @@ class Family:
     keys: Callable[[gguf.GGUFWriter, Config], None] = no_keys
     problems: Callable[[Config], Iterator[str]] = no_problems
     notes: Callable[[Config], Iterator[str]] = no_problems
+    computes: Callable[[Config], Config] = as_the_model
     layer_norm: bool = False
     rotary: bool = True
     partial_rotary: bool = False

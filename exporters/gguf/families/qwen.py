@@ -42,6 +42,10 @@ def _vl_notes(config: Config) -> Iterator[str]:
     )
 
 
+def _vl_computes(config: Config) -> Config:
+    return {"rms_norm_eps": 0.0}
+
+
 def _vl3_keys(writer: gguf.GGUFWriter, config: Config) -> None:
     _vl_keys(writer, config)
     writer.add_num_deepstack_layers(int(config["num_deepstack_layers"]))
@@ -80,7 +84,9 @@ def _with_images(text: Family, inside: Family) -> Family:
 
 
 ROWS = (
-    _with_images(_QWEN2, replace(_QWEN2, arch=gguf.MODEL_ARCH.QWEN2VL, keys=_vl_keys, notes=_vl_notes)),
+    _with_images(
+        _QWEN2, replace(_QWEN2, arch=gguf.MODEL_ARCH.QWEN2VL, keys=_vl_keys, notes=_vl_notes, computes=_vl_computes)
+    ),
     Family(
         "qwen2_moe",
         gguf.MODEL_ARCH.QWEN2MOE,

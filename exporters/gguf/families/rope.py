@@ -161,6 +161,14 @@ def say_truncation(rope: Config, log: Callable[[str], None]) -> None:
         )
 
 
+def truncated(config: Config) -> Config:
+    """The rotation that llama.cpp computes where `say_truncation` speaks, as entries of config.json; else none."""
+    rope = rope_parameters(config)
+    if rope["rope_type"] != "yarn" or rope.get("truncate") is not False:
+        return {}
+    return {"rope_parameters": {**rope, "truncate": True}, "rope_scaling": None}
+
+
 def _yarn_attention_factor(rope: Config, factor: float) -> float | None:
     """llama.cpp's multiplier on top of its own 1 + 0.1·ln(factor), or None where transformers uses the same.
 

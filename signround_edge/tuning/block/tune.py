@@ -102,7 +102,7 @@ class _Steps:
 
     On a CPU that is within the backward pass, so that no more than one gradient exists at a time; on a GPU it is after
     it, as compiled kernels are not to be made in the threads of that pass. So it is with several ranks, which add up
-    the gradients of one matrix after another.
+    the gradients of one matrix after another, and where a step's samples go through the block in parts.
     """
 
     states: dict[str, RoundingState]
@@ -123,15 +123,17 @@ class _Steps:
         for m in matrices:
             weight = set_weight(m.module, weight_of(m.module).to(dtype, copy=True), True)
             self.weights[m.name] = weight
-            if not weight.is_cuda and self.ranks.alone:
+            if not weight.is_cuda and self.ranks.alone and self.settings.step_parts == 1:
                 weight.register_post_accumulate_grad_hook(functools.partial(self._update, m))
 
     def take(self, step: int, unit: Unit, index: Tensor, autocast: torch.autocast) -> None:
         """One step of all matrices on samples [n]. No output outlives it, which would hold the weights that made it."""
         self.step, self.done = step, set()
-        with autocast:
-            output = unit.forward(index).float()
-        output.backward(loss_gradient(unit, output.detach(), index, self.samples))
+        for part in index.chunk(self.settings.step_parts):
+            with autocast:
+                output = unit.forward(part).float()
+            output.backward(loss_gradient(unit, output.detach(), part, self.samples or len(index)))
+            del output
         if not self.ranks.alone:
             self._add_up()
         for matrix in self.matrices:

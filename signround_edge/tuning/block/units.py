@@ -12,7 +12,7 @@ from signround_edge.model.experts import split_expert
 from signround_edge.schemes.roles import writes_to_stream
 from signround_edge.tuning.block.compute import compute_context
 from signround_edge.tuning.block.unit import Matrix, Unit
-from signround_edge.tuning.calibration.activations import Stream, run_block
+from signround_edge.tuning.calibration.activations import Stream, fetch, run_block
 from signround_edge.tuning.calibration.input_moments import InputMoments, SecondMoments
 from signround_edge.tuning.calibration.shell import Shell
 from signround_edge.tuning.job import Job
@@ -71,7 +71,7 @@ def block_unit(job: Job, shell: Shell, index: int, matrices: list[Matrix], input
         call = shell.block_call(index, job.own_tokens[samples], job.device)
         return call.run(block, *inputs.at(samples, job.device))
 
-    targets = (lambda samples: target[samples].to(job.device), job.token_weights)
+    targets = (lambda samples: fetch(target, samples, job.device), job.token_weights)
     return Unit(matrices, forward, *targets, *job.own_split(), block, job.ranks)
 
 

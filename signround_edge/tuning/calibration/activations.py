@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,10 +16,45 @@ from signround_edge.tuning.calibration.block_call import Shared
 from signround_edge.tuning.calibration.input_moments import InputMoments
 from signround_edge.tuning.calibration.shell import Shell
 
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where the hidden states of all samples are kept.
+
+    Attributes:
+        device: a GPU that has the room, or the CPU.
+        folder: of a file that is mapped into memory, so that the system writes to disk what does not fit; None: memory.
+    """
+
+    device: torch.device = CPU
+    folder: Path | None = None
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """f32 of that shape. The file has no name, so that it is gone with the process."""
+        if self.folder is None:
+            return torch.empty(shape, device=self.device)
+        count = math.prod(shape)
+        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".hidden") as file:
+            file.truncate(4 * count)
+            return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32).view(shape)
+
+
+IN_MEMORY = Store()
+
+
+def fetch(tensor: Tensor, samples: Tensor | slice, device: torch.device) -> Tensor:
+    """Some samples of a tensor on a device; to a GPU through pinned memory, so that nothing waits for the copy."""
+    part = tensor[samples]
+    if device.type == "cuda" and not part.is_cuda:
+        return part.pin_memory().to(device, non_blocking=True)
+    return part.to(device)
+
 
 @dataclass(frozen=True)
 class Stream:
-    """What enters a block for all samples, on the CPU.
+    """What enters a block for all samples, where a `Store` has it.
 
     Attributes:
         hidden: f32 [samples, seqlen, hidden].
@@ -29,10 +67,10 @@ class Stream:
     def at(self, samples: Tensor | slice, device: torch.device) -> tuple[Tensor, Shared]:
         """Hidden states and what is shared, of some samples, on a device."""
         shared = {
-            name: {key: tuple(part[samples].to(device) for part in parts) for key, parts in mapping.items()}
+            name: {key: tuple(fetch(part, samples, device) for part in parts) for key, parts in mapping.items()}
             for name, mapping in self.shared.items()
         }
-        return self.hidden[samples].to(device), shared
+        return fetch(self.hidden, samples, device), shared
 
 
 def run_block(
@@ -68,7 +106,7 @@ def run_block(
             left.append(shared)
             if moments is not None:  # before they are overwritten: hidden states may be what waits
                 moments.settle(moments.token_weights(result))
-            out[part] = result.cpu()
+            out[part] = result
     return Stream(out, _joined(left))
 
 

@@ -11,8 +11,9 @@ from signround_edge.formats import QuantizedTensor
 from signround_edge.manifest import OUTSIDE, TensorEntry
 from signround_edge.model.decoder import set_tensor
 from signround_edge.tuning.block.compute import compute_context, compute_dtype
+from signround_edge.tuning.calibration.activations import CPU
 from signround_edge.tuning.calibration.shell import Shell
-from signround_edge.tuning.job import CPU, Job
+from signround_edge.tuning.job import Job
 from signround_edge.tuning.outside import embed, frozen, load_outside
 from signround_edge.tuning.whole_model.divergence import TopProbabilities
 from signround_edge.tuning.whole_model.stage import TOKENS_AT_ONCE, WholeModel, tune_whole_model

@@ -1,0 +1,1 @@
+"""What a run costs: counted before it starts, measured when it is done."""

@@ -1,0 +1,188 @@
+"""The estimate that `quantize` prints before it starts, and where it puts things so that they fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from signround_edge.errors import UserError
+from signround_edge.formats import get_grid
+from signround_edge.manifest import OUTSIDE
+from signround_edge.model.decoder import Decoder
+from signround_edge.progress import duration, size
+from signround_edge.schemes.plan import Plan
+from signround_edge.tuning.block.compute import compute_dtype
+from signround_edge.tuning.calibration.activations import Store
+from signround_edge.tuning.cost.memory import Memory, hidden_bytes, largest_block
+from signround_edge.tuning.cost.peak import current_resident
+from signround_edge.tuning.cost.rates import Machine, bus_rate
+from signround_edge.tuning.cost.work import BlockShape, Work, block_shapes, block_work
+from signround_edge.tuning.settings import TuningSettings
+
+# Of the memory that is free, how much a run may be planned to take.
+_FREE_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run may take, in bytes; None: what is free.
+
+    Attributes:
+        memory: of the host.
+        gpu_memory: of the GPU.
+    """
+
+    memory: int | None = None
+    gpu_memory: int | None = None
+
+
+UNLIMITED = Limits()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will cost, and how it is laid out.
+
+    Attributes:
+        shapes: the blocks.
+        samples: of this process.
+        settings: the run's, with the number of parts of a step that fits.
+        machine: where it runs.
+        host, gpu: memory; the GPU's is None without one.
+        hidden_on: where the hidden states of all samples are: "gpu", "memory" or "disk".
+        resident: what the process takes before, in bytes.
+    """
+
+    shapes: list[BlockShape]
+    samples: int
+    settings: TuningSettings
+    machine: Machine
+    host: Memory
+    gpu: Memory | None
+    hidden_on: str
+    resident: int
+
+    def seconds(self, blocks: int) -> float:
+        """Of tuning the last of the blocks, if nothing else runs on the machine."""
+        work = Work()
+        for shape in self.shapes[len(self.shapes) - blocks :]:
+            before, steps = block_work(shape, self.settings, self.samples)
+            work += before + steps
+        return self.machine.seconds(work)
+
+    @property
+    def host_bytes(self) -> float:
+        """The peak of the process."""
+        return self.resident + _total(self.host)
+
+    @property
+    def gpu_bytes(self) -> float | None:
+        """The peak of what torch allocates there."""
+        return None if self.gpu is None else _total(self.gpu)
+
+    def store(self, folder: Path) -> Store:
+        """Where the hidden states are kept; `folder` is for a file of them."""
+        if self.hidden_on == "gpu":
+            return Store(self.machine.device)
+        return Store(folder=folder if self.hidden_on == "disk" else None)
+
+    def line(self, blocks: int) -> str:
+        """For people, of so many blocks."""
+        parts = [f"about {duration(self.seconds(blocks))}", f"{size(self.host_bytes)} of memory"]
+        if self.gpu_bytes is not None:
+            parts.append(f"{size(self.gpu_bytes)} of the GPU's")
+        return f"estimate: {', '.join(parts)} ({self.breakdown()})"
+
+    def breakdown(self) -> str:
+        """What takes the memory."""
+        hidden = self.host.hidden if self.gpu is None else self.host.hidden + self.gpu.hidden
+        where = {"gpu": " on the GPU", "memory": "", "disk": " on disk"}[self.hidden_on]
+        amount = "" if self.hidden_on == "disk" else f" {size(hidden)}"
+        block = (self.gpu or self.host).block
+        parts = "" if self.settings.step_parts == 1 else f", a step in {self.settings.step_parts} parts"
+        return (
+            f"a block {size(block)}, hidden states{where}{amount}, outside the blocks {size(self.host.outside)}{parts}"
+        )
+
+    def to_json(self, blocks: int) -> dict[str, Any]:
+        """For the run directory."""
+        return {
+            "seconds": self.seconds(blocks),
+            "peak_bytes": round(self.host_bytes),
+            "peak_gpu_bytes": None if self.gpu_bytes is None else round(self.gpu_bytes),
+            "hidden_on": self.hidden_on,
+        }
+
+
+def estimate(
+    plan: Plan, decoder: Decoder, settings: TuningSettings, samples: int, device: torch.device, limits: Limits
+) -> Estimate:
+    """What a run will take, laid out so that it keeps the limits.
+
+    Args:
+        samples: of this process.
+    Raises:
+        UserError: it cannot keep a limit that was given.
+    """
+    shapes = block_shapes(plan, decoder)
+    grids = {get_grid(m.grid) for shape in shapes for m in shape.matrices}
+    width, on_gpu = compute_dtype(settings, grids, device), device.type == "cuda"
+    hidden = max(hidden_bytes(shape, samples, settings.seqlen) for shape in shapes)
+    gpu, hidden_on, block = None, "memory", 0.0
+    if on_gpu:
+        room = limits.gpu_memory or _FREE_SHARE * torch.cuda.mem_get_info(device)[0]
+        settings, needed = _fitting(shapes, settings, samples, width.itemsize, room)
+        hidden_on = "gpu" if needed + hidden <= room else "memory"
+        gpu = Memory(needed, hidden if hidden_on == "gpu" else 0, 0)
+    else:
+        block = largest_block(shapes, settings, samples, width.itemsize, False)
+    host, resident = Memory(block, 0, _outside_bytes(plan)), current_resident()
+    if hidden_on == "memory":
+        if limits.memory is not None and resident + _total(host) + hidden > limits.memory:
+            hidden_on = "disk"
+        else:
+            host = replace(host, hidden=hidden)
+    machine = Machine(device, width, bus_rate(device) if on_gpu and hidden_on != "gpu" else None)
+    found = Estimate(shapes, samples, settings, machine, host, gpu, hidden_on, resident)
+    if limits.memory is not None and found.host_bytes > limits.memory:
+        raise UserError(
+            f"--max-memory: this run is estimated to take {size(found.host_bytes)} ({found.breakdown()}), more "
+            f"than {size(limits.memory)}; give fewer tokens a step (--batch-size, --seqlen), or allow more"
+        )
+    return found
+
+
+def _fitting(
+    shapes: Sequence[BlockShape], settings: TuningSettings, samples: int, width: int, room: float
+) -> tuple[TuningSettings, float]:
+    """The fewest parts of a step that fit on a GPU, and what a block takes then."""
+    needed = 0.0
+    for parts in range(settings.step_parts, min(settings.batch_size, samples) + 1):
+        tried = replace(settings, step_parts=parts)
+        needed = largest_block(shapes, tried, samples, width, True)
+        if needed <= room:
+            return tried, needed
+    raise UserError(
+        f"a block of this model takes about {size(needed)} of the GPU's memory with one sample at a time, and "
+        f"there are {size(room)} (--max-gpu-memory); give a shorter --seqlen, or --device cpu"
+    )
+
+
+def _outside_bytes(plan: Plan) -> float:
+    """Of what is outside the blocks: in f32, with codes of the embedding, and a second time while that is rounded."""
+    sizes = [
+        math.prod(entry.shape)
+        for entry in plan.of_part(OUTSIDE)
+        if entry.name != plan.head or plan.head in plan.lookups
+    ]
+    largest = max(sizes, default=0)
+    return 4 * sum(sizes) + 5 * largest
+
+
+def _total(memory: Memory) -> float:
+    return memory.block + memory.hidden + memory.outside

@@ -1,0 +1,87 @@
+"""How much memory a run takes, counted from shapes and settings, in bytes a weight where nothing else is said.
+
+    loading            4 (f32, in the modules) + what the checkpoint has (2 in 16 bits)
+    the start          loading, 4·K² an input for its hessian, 4 a corrected weight, 4 a candidate for positions
+    a step             what the checkpoint has + 4 (positions, V) + 3 (codes: nearest, best, candidate)
+                       + weight and gradient in the dtype of the products, the gradient of all matrices at once on a GPU
+    activations        inputs and outputs of all matrices, of the samples that go through a step together, and
+                       probabilities of attention
+
+Beside it, for all samples, hidden states of the exact and of the quantized model: 4 bytes a value each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from signround_edge.tuning.cost.work import BlockShape
+from signround_edge.tuning.settings import TuningSettings
+
+_STORED, _F32 = 2, 4
+_CODES = 3  # nearest, best, and a candidate's
+_STATE = 4
+_CANDIDATES = 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the worst moment.
+
+    Attributes:
+        block: of the block that is tuned, with its activations.
+        hidden: hidden states of all samples.
+        outside: what is outside the blocks.
+    """
+
+    block: float
+    hidden: float
+    outside: float
+
+
+def hidden_bytes(block: BlockShape, samples: int, seqlen: int) -> int:
+    """Of the exact and the quantized model's hidden states."""
+    return 2 * _F32 * samples * seqlen * block.hidden
+
+
+def block_bytes(block: BlockShape, settings: TuningSettings, samples: int, width: int, on_gpu: bool) -> float:
+    """Of one block while it is tuned.
+
+    Args:
+        width: bytes of a value in the dtype of the products.
+        on_gpu: whether a step's gradients all exist at once.
+    """
+    weights = block.weights
+    loading = weights * (_STORED + _F32)
+    if not settings.steps:
+        return loading + weights
+    batch = min(settings.batch_size, samples)
+    passing = _activations(block, settings.seqlen, width) * batch
+    start = float(loading)
+    if settings.start == "gptq":
+        hessians = sum(_F32 * cols**2 for cols, _ in block.inputs().values())
+        corrected = sum(_F32 * m.weights for m in block.matrices if m.corrected and settings.correct_drift)
+        start += corrected + hessians + passing / 2  # no backward pass
+        codes = weights * (_STORED + 1 + _CANDIDATES * _STATE) + hessians + corrected
+        start = max(start, codes, weights * (_STORED + _CODES + _CANDIDATES * _STATE + width))
+    largest = max((m.weights for m in block.matrices), default=0)
+    parts = settings.step_parts
+    gradients = weights if on_gpu or parts > 1 else largest
+    step = weights * (_STORED + _STATE + _CODES + width) + gradients * width + passing / parts
+    return max(loading, start, step)
+
+
+def _activations(block: BlockShape, seqlen: int, width: int) -> float:
+    """Bytes of a sample that a forward pass keeps for the backward one."""
+    inputs = sum(cols * share for cols, share in block.inputs().values())
+    outputs = sum(m.rows * m.share for m in block.matrices)
+    # Between matrices a gate, an activation, a norm and a rotation keep about half as much again.
+    values = 1.5 * (inputs + outputs) * width + 3 * block.hidden * _F32
+    return seqlen * (values + block.heads * seqlen / 2 * width)
+
+
+def largest_block(
+    blocks: Sequence[BlockShape], settings: TuningSettings, samples: int, width: int, on_gpu: bool
+) -> float:
+    """Of the block that takes most."""
+    return max((block_bytes(block, settings, samples, width, on_gpu) for block in blocks), default=0.0)

@@ -1,0 +1,145 @@
+"""What `quantize` says of its costs beforehand, and that limits change where things are and not what comes out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from support import SIZES, assert_same_files, save_random_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from signround_edge.errors import UserError
+from signround_edge.model.weights import ModelWeights
+from signround_edge.progress import Progress
+from signround_edge.run_directory import RunDirectory
+from signround_edge.schemes.plan import make_plan
+from signround_edge.schemes.scheme import parse_scheme
+from signround_edge.tuning.calibration.activations import Store
+from signround_edge.tuning.cost.estimate import Estimate, Limits, _fitting, estimate
+from signround_edge.tuning.cost.memory import block_bytes
+from signround_edge.tuning.cost.work import BlockShape, MatrixShape, block_shapes, block_work
+from signround_edge.tuning.quantize import quantize
+from signround_edge.tuning.settings import TuningSettings
+
+SMALL = TuningSettings(steps=4, samples=16, seqlen=32, batch_size=4, lr=0.02, compute_dtype="float32")
+SCHEME = parse_scheme("gguf:q4_0")
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**{**SIZES, "vocab_size": 3072}),
+    "mixtral": transformers.MixtralConfig(**{**SIZES, "vocab_size": 3072}, num_local_experts=4, num_experts_per_tok=2),
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    return save_random_model(CONFIGS["llama"], tmp_path_factory.mktemp("cost") / "model", tokenizer_from=tiny_llama)
+
+
+def estimated(folder: Path, settings: TuningSettings = SMALL, limits: Limits | None = None) -> Estimate:
+    weights = ModelWeights.open(folder)
+    plan = make_plan(weights, SCHEME, float_fallback=True)
+    return estimate(plan, weights.decoder, settings, settings.samples, CPU, limits or Limits())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_counted_operations_are_those_that_torch_counts(name: str, tmp_path: Path, tiny_llama: Path) -> None:
+    folder, seqlen = save_random_model(CONFIGS[name], tmp_path / "model", tokenizer_from=tiny_llama), 64
+    weights = ModelWeights.open(folder)
+    shapes = block_shapes(make_plan(weights, SCHEME, float_fallback=True), weights.decoder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", experts_implementation="eager"
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        theirs.model(input_ids=torch.randint(0, 3072, (1, seqlen)))
+    # Eager attention also computes what the causal mask hides: two products of [seqlen, seqlen] a head.
+    hidden = sum(2 * shape.attention * seqlen for shape in shapes)
+    router = 2 * 64 * 4 * len(shapes) if name == "mixtral" else 0
+    rotation = counter.get_total_flops() / seqlen - sum(s.flops_of_a_token(seqlen) for s in shapes) - hidden - router
+    assert 0 <= rotation < 0.01 * counter.get_total_flops() / seqlen
+
+
+def test_work_grows_with_what_it_is_done_on() -> None:
+    block = BlockShape((MatrixShape(64, 64, "Q4_0", source="a"), MatrixShape(64, 256, "Q4_0", source="b")), 64, 4, 64)
+    before, steps = block_work(block, SMALL, 16)
+    _, twice = block_work(block, replace(SMALL, steps=8), 16)
+    assert twice.stepped["Q4_0"] == 2 * steps.stepped["Q4_0"] == 8 * block.weights
+    more, _ = block_work(block, SMALL, 32)
+    assert more.flops == 2 * before.flops
+    assert block_work(block, replace(SMALL, steps=0), 16)[1].flops == 0
+
+
+def test_hidden_states_on_disk_give_the_same_bytes_and_leave_no_file(
+    model: Path, tmp_path: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("signround_edge.tuning.cost.estimate.current_resident", lambda: 0)
+    needed, said = estimated(model), list[str]()
+    assert needed.hidden_on == "memory"
+    limits = {"memory": Limits(), "disk": Limits(memory=int(needed.host_bytes) - 1)}
+    for name, limit in limits.items():
+        given = (str(calibration_text), SMALL)
+        shown = Progress(said.append)
+        quantize(model, SCHEME, tmp_path / name, *given, limits=limit, progress=shown, source_check="off")
+    assert any("hidden states on disk" in line for line in said)
+    assert_same_files(tmp_path / "memory", tmp_path / "disk")
+    assert not list((tmp_path / "disk").rglob("*.hidden"))
+
+
+def test_a_limit_that_cannot_be_kept_is_refused_with_the_way_out(
+    model: Path, tmp_path: Path, calibration_text: Path
+) -> None:
+    with pytest.raises(UserError, match=r"--max-memory: this run is estimated to take .*--batch-size, --seqlen"):
+        quantize(model, SCHEME, tmp_path / "run", str(calibration_text), SMALL, limits=Limits(memory=10_000_000))
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_in_parts_are_the_same_steps(model: Path, tmp_path: Path, calibration_text: Path) -> None:
+    runs = []
+    for parts in (1, 3):
+        settings = replace(SMALL, step_parts=parts, start="nearest")
+        runs.append(quantize(model, SCHEME, tmp_path / str(parts), str(calibration_text), settings))
+    same = [
+        torch.equal(*(run.quantized(name).codes for run in runs))
+        for name in runs[0].names()
+        if runs[0].is_quantized(name)
+    ]
+    assert sum(same) >= len(same) - 1  # sums in another order may turn a sign
+    losses = [[r.report["block"]["tuned"] for r in run.manifest.complete.values() if r.report] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_step_is_cut_into_the_fewest_parts_that_fit() -> None:
+    block = BlockShape((MatrixShape(512, 512, "Q4_0", source="a"),), 512, 8, 512)
+    settings = replace(SMALL, batch_size=8, seqlen=2048)
+    needed = [block_bytes(block, replace(settings, step_parts=parts), 16, 2, True) for parts in range(1, 9)]
+    assert needed == sorted(needed, reverse=True)
+    assert _fitting([block], settings, 16, 2, needed[0])[0].step_parts == 1
+    assert _fitting([block], settings, 16, 2, needed[2])[0].step_parts == 3
+    with pytest.raises(UserError, match=r"--max-gpu-memory.*--seqlen"):
+        _fitting([block], settings, 16, 2, needed[-1] - 1)
+
+
+def test_costs_are_kept_beside_the_manifest(model: Path, tmp_path: Path, calibration_text: Path) -> None:
+    said: list[str] = []
+    run = quantize(model, SCHEME, tmp_path / "run", str(calibration_text), SMALL, progress=Progress(said.append))
+    (session,) = json.loads((run.path / "costs.json").read_text())["sessions"]
+    assert session["blocks"] == 2
+    spent, expected = session["spent"], session["estimate"]
+    assert spent["peak_gpu_bytes"] is None
+    assert spent["cpu_seconds"] > 0
+    assert expected["seconds"] > 0
+    assert 0.5 < spent["peak_bytes"] / expected["peak_bytes"] < 2
+    assert [line.split()[0] for line in said if line.startswith(("estimate", "took"))] == ["estimate:", "took"]
+    quantize(model, SCHEME, run.path, str(calibration_text), SMALL, resume=True)  # is complete: costs nothing
+    assert len(json.loads((run.path / "costs.json").read_text())["sessions"]) == 1
+    assert RunDirectory.open(run.path).manifest.state == "complete"
+
+
+def test_a_store_on_disk_holds_what_is_put_into_it(tmp_path: Path) -> None:
+    values = torch.randn(3, 5, 7)
+    stored = Store(folder=tmp_path).empty((3, 5, 7)).copy_(values)
+    assert torch.equal(stored, values)
+    assert list(tmp_path.iterdir()) == []

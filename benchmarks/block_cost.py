@@ -2,30 +2,33 @@
 
     python -m benchmarks.block_cost                       # every shape, at 8 × 256 tokens and few steps
     python -m benchmarks.block_cost gpt-oss-20b --scheme gguf:q4_0 --steps 20
+    python -m benchmarks.block_cost llama-3-8b --layers 4 --samples 128 --seqlen 512 --batch-size 8
 
-A checkpoint with one block of the published sizes (bf16, a vocabulary of 3,072) is tuned by the real command as a child
-process: 8 texts of 256 tokens, batches of 4. The peak is of the whole process. Time is CPU time, since machines are
-shared. With `--per-step` it is tuned again with a single step: the difference is the price of a step, and what remains
-that of everything before (loading, statistics, scale search, GPTQ's codes).
+A checkpoint with one block (or `--layers`) of the published sizes (bf16, a vocabulary of 3,072) is tuned by the real
+command as a child process: 8 texts of 256 tokens, batches of 4. The peak is of the whole process, and what `quantize`
+has estimated stands beside it. With `--per-step` it is tuned again with a single step: the difference in CPU time is
+the price of a step, and what remains that of everything before (loading, statistics, scale search, GPTQ's codes).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
 from benchmarks.gpu.models import write_random
 from benchmarks.measure import Cost, run_measured
 from signround_edge.demo import calibration_text_path
+from signround_edge.tuning.cost.record import COSTS_FILE
 
 _VOCABULARY = 3072  # of the tokenizer
-_SAMPLES, _SEQLEN, _BATCH = 8, 256, 4
 
 
 def _config(model_type: str, **sizes: object) -> PretrainedConfig:
@@ -38,6 +41,12 @@ def _config(model_type: str, **sizes: object) -> PretrainedConfig:
 SHAPES = {
     "llama-2-7b": _config(
         "llama", hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32
+    ),
+    "llama-3-8b": _config(
+        "llama", hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8
+    ),
+    "llama-3-70b": _config(
+        "llama", hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8
     ),
     "gpt-oss-20b": _config(
         "gpt_oss",
@@ -85,18 +94,27 @@ class Row:
     """What a block costs.
 
     Attributes:
-        weights: of the block, in millions.
+        layers: how many blocks the model has.
+        tokens: samples × tokens a sample, samples a step.
+        weights: of the model, in millions.
         peak_gb: the largest resident set while it is tuned, in 10^9 bytes.
+        estimated_gb: what `quantize` said before.
         cpu_s: CPU seconds of the whole command.
+        wall_s, estimated_s: seconds of tuning, and what `quantize` said before.
         step_s: CPU seconds a step, where that was measured.
     """
 
     shape: str
     scheme: str
+    layers: int
+    tokens: str
     steps: int
     weights: float
     peak_gb: float
+    estimated_gb: float
     cpu_s: float
+    wall_s: float
+    estimated_s: float
     step_s: float | None
 
 
@@ -106,6 +124,11 @@ def main() -> int:
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)} (default: all)")
     parser.add_argument("--scheme", default="gguf:q4_k_m")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--max-memory", help="passed on to `quantize`")
     parser.add_argument("--per-step", action="store_true", help="tune again with one step")
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     args = parser.parse_args()
@@ -115,42 +138,64 @@ def main() -> int:
     rows = []
     for name in args.shapes or SHAPES:
         with tempfile.TemporaryDirectory(prefix="block-cost-", dir=args.folder) as folder:
-            rows.append(_measure(name, args.scheme, args.steps, args.per_step, Path(folder)))
+            rows.append(_measure(name, args, Path(folder)))
         print(json.dumps(asdict(rows[-1])), flush=True)
     print("\n".join(_table(rows)))
     return 0
 
 
-def _measure(name: str, scheme: str, steps: int, per_step: bool, folder: Path) -> Row:
-    write_random(folder / "model", SHAPES[name])
-    tuned = _tune(folder, scheme, steps)
-    step_s = (tuned.cpu_s - _tune(folder, scheme, 1).cpu_s) / (steps - 1) if per_step else None
+def _measure(name: str, args: argparse.Namespace, folder: Path) -> Row:
+    config = copy.deepcopy(SHAPES[name])
+    config.num_hidden_layers = args.layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1] * args.layers
+    write_random(folder / "model", config)
+    tuned, session = _tune(folder, args, args.steps)
+    step_s = (tuned.cpu_s - _tune(folder, args, 1)[0].cpu_s) / (args.steps - 1) if args.per_step else None
     megabytes = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors")) / 1e6
+    spent, estimate = session["spent"], session["estimate"]
     return Row(
         name,
-        scheme,
-        steps,
+        args.scheme,
+        args.layers,
+        f"{args.samples} × {args.seqlen}, {args.batch_size}",
+        args.steps,
         round(megabytes / 2),
         round(tuned.peak_mb / 1e3, 2),
+        round(estimate["peak_bytes"] / 1e9, 2),
         round(tuned.cpu_s, 1),
+        round(spent["seconds"]),
+        round(estimate["seconds"]),
         None if step_s is None else round(step_s, 1),
     )
 
 
-def _tune(folder: Path, scheme: str, steps: int) -> Cost:
-    command = [sys.executable, "-m", "signround_edge.cli", "quantize", str(folder / "model"), "--scheme", scheme]
-    command += ["-o", str(folder / f"run-{steps}"), "--calibration", str(calibration_text_path())]
-    command += ["--samples", str(_SAMPLES), "--seqlen", str(_SEQLEN), "--batch-size", str(_BATCH)]
+def _tune(folder: Path, args: argparse.Namespace, steps: int) -> tuple[Cost, dict[str, Any]]:
+    """What the command cost, and what it says of that itself."""
+    run = folder / f"run-{steps}"
+    command = [sys.executable, "-m", "signround_edge.cli", "quantize", str(folder / "model"), "--scheme", args.scheme]
+    command += ["-o", str(run), "--calibration", str(calibration_text_path())]
+    for option in ("samples", "seqlen", "batch_size"):
+        command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
     command += ["--steps", str(steps), "--source-check", "off"]
-    return run_measured(command, folder / f"steps-{steps}.log")
+    command += ["--max-memory", args.max_memory] if args.max_memory else []
+    cost = run_measured(command, folder / f"steps-{steps}.log")
+    return cost, json.loads((run / COSTS_FILE).read_text())["sessions"][-1]
 
 
 def _table(rows: list[Row]) -> list[str]:
-    head = ["| block of | weights | scheme | steps | peak | CPU s | CPU s a step |", "|---|---|---|---|---|---|---|"]
-    return head + [
-        f"| {r.shape} | {r.weights:.0f} M | {r.scheme} | {r.steps} | {r.peak_gb} GB | {r.cpu_s} | {r.step_s or '–'} |"
-        for r in rows
-    ]
+    head = (
+        "blocks of", "layers", "weights", "scheme", "tokens, samples a step", "steps", "peak, GB", "estimated",
+        "CPU s", "s of tuning", "estimated", "CPU s a step",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for r in rows:
+        cells = (
+            r.shape, r.layers, f"{r.weights:.0f} M", r.scheme, r.tokens, r.steps, r.peak_gb, r.estimated_gb, r.cpu_s,
+            r.wall_s, r.estimated_s, r.step_s or "–",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -225,11 +225,13 @@ def export(
     check_output("-o", target, {"the run": opened.path, "--template": options.template, "--card-text": text})
     path = known[format].export(opened, target, options)
     if isinstance(options, OnnxOptions) and options.has_level_4:
-        from exporters.onnx.artifact.level_cost import add_level_cost
+        from exporters.onnx.artifact.level_cost import add_level_cost, said_of_level_4
         from runtime_tests.accuracy_levels import level_4_cost
 
         shown.line("onnx: measuring what accuracy level 4 costs on this model")
-        add_level_cost(path, level_4_cost(path, opened.config_dir, text))
+        cost = level_4_cost(path, opened.config_dir, text)
+        add_level_cost(path, cost)
+        shown.line(f"onnx: {said_of_level_4(cost, options.accuracy_level)}")
     return Export(format, path)
 
 

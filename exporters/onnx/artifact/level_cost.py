@@ -32,3 +32,19 @@ def add_level_cost(folder: Path, cost: LevelCost | str) -> None:
     with whole_files(folder / CARD, folder / SIDECAR) as (card_file, sidecar_file):
         card_file.write_bytes(card)
         sidecar_file.write_bytes(revised.to_bytes())
+
+
+def said_of_level_4(cost: LevelCost | str, chosen: int) -> str:
+    """A line for whoever exports, who should know that this choice decides about speed on CPUs.
+
+    Args:
+        cost: as for `add_level_cost`.
+        chosen: the level of the folder.
+    """
+    if isinstance(cost, str):
+        found = f"what accuracy level 4 costs was not measured ({cost})"
+    else:
+        found = f"accuracy level 4 costs a mean KL divergence of {cost.kld_mean:.2g} here"
+    if chosen == 4:
+        return found
+    return f"{found}; on CPUs it decodes many times as fast, above all with a head of 8 bits: --accuracy-level 4"

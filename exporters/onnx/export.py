@@ -111,8 +111,6 @@ def _write_graph(
         reason = "--no-cache wants a graph that keeps nothing"
     else:
         reason = "onnxruntime-genai's model builder does not know this architecture"
-    if options.io_dtype == "f16":
-        raise UserError(f"--io-dtype f16: {reason}, and a traced graph computes positions in f32; leave it out")
     if options.template is not None:
         companions.mkdir()
         graph = from_template(weights, options.template, companions, options)
@@ -131,6 +129,8 @@ def _why_no_qmoe(options: OnnxOptions) -> str:
     """Why experts are no QMoE in such an export; empty where they may be."""
     if options.dtype is not None:
         return f"--dtype {options.dtype} writes floats"
+    if options.io_dtype == "f16":
+        return "the graph computes in f16, which is for WebGPU"
     if options.operators == "qdq":
         return "--operators qdq writes the standard operators"
     if options.layout == TRANSFORMERS_JS:  # ONNX Runtime Web 1.31; WebAssembly's QMoE is that of CPUs
@@ -145,7 +145,7 @@ def _trace(
     companions.mkdir()
     graph = trace(weights, companions, options, no_qmoe)
     written, layout = _write(graph, weights, partial, companions, options)
-    if any(node.op_type == QMOE for node in written.model.graph):
+    if options.io_dtype == "f16" or any(node.op_type == QMOE for node in written.model.graph):
         _compare(weights.run, partial / layout.model, options)
     return written, layout
 

@@ -9,7 +9,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from transformers import GPT2Config, GraniteConfig, LlamaConfig, Phi3Config, Qwen3_5TextConfig
+from transformers import (
+    GraniteConfig,
+    LlamaConfig,
+    Mamba2Config,
+    Olmo2Config,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen3_5TextConfig,
+)
 
 from exporters.onnx.artifact.comparison import CachedGraph
 from exporters.onnx.artifact.reader import open_artifact
@@ -19,7 +27,7 @@ from signround_edge.errors import UserError
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.onnx.conftest import BASE, export
 from tests.exporters.onnx.test_onnx_export import assert_weights_equal, generated, mean_kl
-from tests.support import TOKENS, dequantized_model
+from tests.support import dequantized_model
 
 MakeRun = Callable[..., RunDirectory]
 
@@ -110,14 +118,43 @@ def test_scales_that_are_no_f16_values_are_not_rounded(llama_run: RunDirectory, 
     assert len(generated(folder, [5, 6, 7, 8], 12)) == 12
 
 
-def test_recurrent_states_and_traced_graphs_are_refused(make_random_run: MakeRun, tmp_path: Path) -> None:
-    mixed = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
-    sizes = {"linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
-    recurrent = make_random_run(Qwen3_5TextConfig(**BASE, **mixed, **sizes), "onnx:w4g32")
-    assert "keeps sums over the whole text" in refusal(recurrent, tmp_path / "recurrent")
-    config = GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=600, n_positions=64, **TOKENS)
-    traced = make_random_run(config, "onnx:w4g32")
-    assert "and a traced graph computes positions in f32; leave it out" in refusal(traced, tmp_path / "traced")
+def test_a_traced_graph_keeps_angles_and_sums_of_squares_in_f32(make_random_run: MakeRun, tmp_path: Path) -> None:
+    """Its norms and rotation are nodes of their own; positions beyond 2,048 are none that f16 can count."""
+    run = make_random_run(Olmo2Config(**BASE), "onnx:w4g32")
+    folder = export(run, tmp_path / "out", io_dtype="f16")
+    assert_weights_equal(run, folder)
+    graph = open_artifact(folder).graph
+    assert {value.dtype for value in [*graph.inputs, *graph.outputs]} == {ir.DataType.INT64, ir.DataType.FLOAT16}
+    assert {node.inputs[0].dtype for node in graph if node.op_type in ("Cos", "Pow")} == {ir.DataType.FLOAT}
+    tokens = np.random.default_rng(1).integers(3, 600, (1, 2100))
+    with torch.no_grad():
+        reference = dequantized_model(run)(torch.from_numpy(tokens), use_cache=False).logits.float()
+    cached = CachedGraph(folder / "model.onnx")
+    logits = np.concatenate([cached.append(tokens[:, :2092]), cached.append(tokens[:, 2092:])], axis=1)
+    assert 0 < mean_kl(reference[:, 2048:], torch.from_numpy(logits[:, 2048:])) <= 1e-5
+    assert len(generated(folder, [5, 6, 7, 8], 12)) == 12
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3_5TextConfig(
+            **BASE,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=32,
+            linear_value_head_dim=32,
+        ),
+        Mamba2Config(
+            hidden_size=64, num_hidden_layers=1, num_heads=8, head_dim=16, state_size=16, n_groups=1, vocab_size=600
+        ),
+    ],
+    ids=["builder's", "traced"],
+)
+def test_recurrent_states_are_refused(config: PretrainedConfig, make_random_run: MakeRun, tmp_path: Path) -> None:
+    run = make_random_run(config, "onnx:w4g32")
+    assert "keep sums over the whole text" in refusal(run, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,19 @@ def copied(job: Job, stream: Stream) -> Stream:
     return Stream(job.store.empty(tuple(stream.hidden.shape)).copy_(stream.hidden))
 
 
+def release_lookups(job: Job, shell: Shell) -> None:
+    """Give back the memory of the embeddings once all samples are embedded: a gigabyte or two of large models.
+
+    From then on the model is asked for what blocks are called with, and what enters block 0 is put in its place. Where
+    that depends on the tokens the embeddings stay.
+    """
+    if shell.depends_on_tokens(job.tokens[:1]):
+        return
+    for module in job.decoder.lookups.values():
+        weight = weight_of(module)
+        set_weight(module, weight.new_zeros(1, 1).expand(weight.shape))
+
+
 def quantize_lookups(job: Job, shell: Shell) -> dict[str, QuantizedTensor]:
     """Round the embeddings and install them; parameter name → codes and scales of those that are quantized."""
     depends = shell.depends_on_tokens(job.tokens[:1])

@@ -44,7 +44,7 @@ from signround_edge.tuning.cpu.attention import use_blocked_attention
 from signround_edge.tuning.cpu.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.job import Job
 from signround_edge.tuning.lock import locked
-from signround_edge.tuning.outside import copied, embed, open_shell, quantize_lookups, write_outside
+from signround_edge.tuning.outside import copied, embed, open_shell, quantize_lookups, release_lookups, write_outside
 from signround_edge.tuning.ranks import ALONE, Ranks
 from signround_edge.tuning.resume import create, to_continue, versions
 from signround_edge.tuning.settings import DEVICES, TuningSettings
@@ -206,6 +206,8 @@ def _execute(job: Job) -> None:
         transforming = Transforming.start(shell, job.tokens, job.device, job.progress, compares)
     lookups = quantize_lookups(job, shell)
     quantized = embed(job, shell) if lookups else copied(job, exact)
+    if transforming is None:  # which embeds samples of its own as it goes on
+        release_lookups(job, shell)
     for index in range(blocks):
         exact, quantized = _block(job, shell, transforming, index, exact, quantized)
         job.progress.parts(index + 1, len(parts))

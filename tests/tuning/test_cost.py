@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from support import SIZES, assert_same_files, save_random_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from signround_edge.errors import UserError
+from signround_edge.model.decoder import weight_of
 from signround_edge.model.weights import ModelWeights
 from signround_edge.progress import Progress
 from signround_edge.run_directory import RunDirectory
@@ -22,6 +24,7 @@ from signround_edge.tuning.calibration.activations import Store
 from signround_edge.tuning.cost.estimate import Estimate, Limits, _fitting, estimate
 from signround_edge.tuning.cost.memory import block_bytes
 from signround_edge.tuning.cost.work import BlockShape, MatrixShape, block_shapes, block_work
+from signround_edge.tuning.outside import open_shell, release_lookups
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
 
@@ -143,3 +146,18 @@ def test_a_store_on_disk_holds_what_is_put_into_it(tmp_path: Path) -> None:
     stored = Store(folder=tmp_path).empty((3, 5, 7)).copy_(values)
     assert torch.equal(stored, values)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_embeddings_are_given_back_once_everything_is_embedded(model: Path, tmp_path: Path) -> None:
+    weights = ModelWeights.open(model)
+    tokens = torch.randint(3, 3000, (4, 16))
+    shell = open_shell(weights, tokens)
+    hidden = shell.embed(tokens)
+    job = SimpleNamespace(tokens=tokens, decoder=weights.decoder)
+    release_lookups(job, shell)
+    assert weight_of(weights.decoder.embedding).untyped_storage().nbytes() <= 8
+    assert not torch.equal(shell.embed(tokens), hidden)
+    for before, after in zip(
+        shell.calls[(4, 16)][0].tensors(), shell.block_call(0, tokens, CPU).tensors(), strict=True
+    ):
+        assert torch.equal(before, after)

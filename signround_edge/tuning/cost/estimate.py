@@ -18,7 +18,7 @@ from signround_edge.progress import duration, size
 from signround_edge.schemes.plan import Plan
 from signround_edge.tuning.block.compute import compute_dtype
 from signround_edge.tuning.calibration.activations import Store
-from signround_edge.tuning.cost.memory import Memory, hidden_bytes, largest_block
+from signround_edge.tuning.cost.memory import Memory, hidden_bytes, largest_block, outside_bytes
 from signround_edge.tuning.cost.peak import current_resident
 from signround_edge.tuning.cost.rates import Machine, bus_rate
 from signround_edge.tuning.cost.work import BlockShape, Work, block_shapes, block_work
@@ -78,12 +78,12 @@ class Estimate:
     @property
     def host_bytes(self) -> float:
         """The peak of the process."""
-        return self.resident + _total(self.host)
+        return self.resident + self.host.peak
 
     @property
     def gpu_bytes(self) -> float | None:
         """The peak of what torch allocates there."""
-        return None if self.gpu is None else _total(self.gpu)
+        return None if self.gpu is None else self.gpu.peak
 
     def store(self, folder: Path) -> Store:
         """Where the hidden states are kept; `folder` is for a file of them."""
@@ -138,12 +138,12 @@ def estimate(
         room = limits.gpu_memory or _FREE_SHARE * torch.cuda.mem_get_info(device)[0]
         settings, needed = _fitting(shapes, settings, samples, width.itemsize, room)
         hidden_on = "gpu" if needed + hidden <= room else "memory"
-        gpu = Memory(needed, hidden if hidden_on == "gpu" else 0, 0)
+        gpu = Memory(needed, hidden if hidden_on == "gpu" else 0)
     else:
         block = largest_block(shapes, settings, samples, width.itemsize, False)
-    host, resident = Memory(block, 0, _outside_bytes(plan)), current_resident()
+    host, resident = Memory(block, 0, *_outside(plan)), current_resident()
     if hidden_on == "memory":
-        if limits.memory is not None and resident + _total(host) + hidden > limits.memory:
+        if limits.memory is not None and resident + host.peak + hidden > limits.memory:
             hidden_on = "disk"
         else:
             host = replace(host, hidden=hidden)
@@ -173,16 +173,7 @@ def _fitting(
     )
 
 
-def _outside_bytes(plan: Plan) -> float:
-    """Of what is outside the blocks: in f32, with codes of the embedding, and a second time while that is rounded."""
-    sizes = [
-        math.prod(entry.shape)
-        for entry in plan.of_part(OUTSIDE)
-        if entry.name != plan.head or plan.head in plan.lookups
-    ]
-    largest = max(sizes, default=0)
-    return 4 * sum(sizes) + 5 * largest
-
-
-def _total(memory: Memory) -> float:
-    return memory.block + memory.hidden + memory.outside
+def _outside(plan: Plan) -> tuple[float, float]:
+    """`outside_bytes` of a model; more than one table looked up by token means that blocks are given their rows."""
+    sizes = {entry.name: math.prod(entry.shape) for entry in plan.of_part(OUTSIDE)}
+    return outside_bytes(list(sizes.values()), [sizes[name] for name in plan.lookups], len(plan.lookups) > 1)

@@ -26,17 +26,35 @@ _CANDIDATES = 2
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the worst moment.
+    """Bytes.
 
     Attributes:
-        block: of the block that is tuned, with its activations.
+        block: of the block that is tuned, with its activations, at the worst moment.
         hidden: hidden states of all samples.
-        outside: what is outside the blocks.
+        outside: of embedding or head while they are rounded, before and after the blocks.
+        codes: of the embedding meanwhile.
     """
 
     block: float
     hidden: float
-    outside: float
+    outside: float = 0.0
+    codes: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        """At the worst moment."""
+        return self.hidden + self.codes + max(self.block, self.outside)
+
+
+def outside_bytes(sizes: Sequence[int], tables: Sequence[int], per_token: bool) -> tuple[float, float]:
+    """(`Memory.outside`, `Memory.codes`): f32 before and after rounding, and codes.
+
+    Args:
+        sizes: values of each matrix outside the blocks.
+        tables: of those that are looked up by token.
+        per_token: whether they are needed while blocks are tuned, in f32.
+    """
+    return 2 * _F32 * max(sizes, default=0), sum(tables) * (1 + (_F32 if per_token else 0))
 
 
 def hidden_bytes(block: BlockShape, samples: int, seqlen: int) -> int:

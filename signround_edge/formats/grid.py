@@ -96,6 +96,7 @@ class Grid(ABC):
         integer_zero: whether affine codes have an integer zero point in the place of a minimum.
         even: whether levels are evenly spaced, which makes them the code offsets themselves.
         fp16_scales: whether the scale of every block is an fp16 value, not a product of two stored ones.
+        positive_scales: whether scales are stored without a sign.
         minimum_at_most_zero: whether the minimum of a block cannot be positive.
         field_ranges: inclusive range of each integer field that does not use all values of its dtype.
         bits_per_weight: stored bits a weight, scale fields included.
@@ -112,6 +113,7 @@ class Grid(ABC):
     integer_zero: bool = False
     even: bool = True
     fp16_scales: bool = True
+    positive_scales: bool = False
     minimum_at_most_zero: bool = False
     field_ranges: Mapping[str, tuple[int, int]] = MappingProxyType({})
     bits_per_weight: float
@@ -141,6 +143,14 @@ class Grid(ABC):
     @abstractmethod
     def field_shapes(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name → (shape, dtype) of each stored scale field of a [rows, cols] tensor."""
+
+    def scales_at_their_limits(self, fields: Fields) -> tuple[Tensor, Tensor]:
+        """Which blocks (or super-blocks) have no scale but zero, and which the largest that there is: bool [R, n]."""
+        scales = [field for field in fields.values() if field.is_floating_point()]
+        none, most = (scales[0] == 0), (scales[0].abs() >= FP16_MAX)
+        for other in scales[1:]:
+            none, most = none & (other == 0), most | (other.abs() >= FP16_MAX)
+        return none, most
 
     def levels(self, offsets: Tensor) -> Tensor:
         """How many scales above the minimum (or above zero) the weight of each code offset is.

@@ -81,7 +81,7 @@ class TunedMatrix:
         scale, _ = grid.affine_view(fields)
         low, high = grid.offset_range
         positions.sub_((gradient * scale.unsqueeze(-1)).sign_(), alpha=rate).clamp_(low - _HALF, high + _HALF)
-        self.tensor = grid.pack_tensor(positions.round() + grid.anchor, self.tensor.fields)
+        self.tensor = grid.pack_tensor(grid.nearest_offsets(positions.clone()) + grid.anchor, self.tensor.fields)
 
 
 class FloatShift:

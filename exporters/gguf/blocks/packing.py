@@ -10,6 +10,7 @@ from exporters.gguf.blocks.layout import BlockLayout, Bytes
 from exporters.gguf.blocks.legacy import Q10Layout, Q20Layout, Q80Layout, SingleScaleLayout
 from exporters.gguf.blocks.small_floats import SmallFloatLayout
 from exporters.gguf.blocks.ternary import TQ10Layout, TQ20Layout
+from exporters.gguf.blocks.vectors import IQ2SLayout, IQ2XSLayout, IQ2XXSLayout, IQ3SLayout, IQ3XXSLayout
 from signround_edge.errors import UserError
 from signround_edge.formats import QuantizedTensor, get_grid
 
@@ -32,6 +33,11 @@ _ROWS: tuple[BlockLayout, ...] = (
     Q45KLayout("Q5_K", bits=5),
     Q6KLayout(),
     IQ4XSLayout(),
+    IQ2XXSLayout(),
+    IQ2XSLayout(),
+    IQ2SLayout(),
+    IQ3XXSLayout(),
+    IQ3SLayout(),
 )
 
 LAYOUTS: dict[str, BlockLayout] = {layout.name: layout for layout in _ROWS}

@@ -22,7 +22,7 @@ from runtime_tests.checks.exactness import check_exactness
 from runtime_tests.checks.layers import TOKENS, ShowsHiddenStates, locate
 from runtime_tests.checks.parity import ComputesAhead, Contender, GivesLogits, score
 from runtime_tests.checks.torch_points import torch_points
-from runtime_tests.interface import Runtime, SaysNotes, Session
+from runtime_tests.interface import Runtime, SaysNotes, Session, TakesCacheTypes
 from runtime_tests.llama_binaries.kl_base import KlBaseWriter
 from runtime_tests.llama_binaries.perplexity import RUNTIME, CannotStart, LlamaBinaries, measure
 from runtime_tests.report.evidence import Evidence
@@ -33,6 +33,7 @@ from runtime_tests.temporary import temporary_folder
 from runtime_tests.transports.interface import Transport
 from runtime_tests.transports.lookup import transport_to
 from signround_edge.errors import CheckFailed, UserError
+from signround_edge.evaluation.cache_types import CacheTypes
 from signround_edge.evaluation.metrics import Windows
 from signround_edge.evaluation.perplexity import TorchSession, text_windows
 from signround_edge.evaluation.torch_models import load_run_model, load_source_model
@@ -56,6 +57,7 @@ class _Job:
     transports: dict[str, Transport]
     report: VerifyReport
     binaries: LlamaBinaries | None
+    cache_types: CacheTypes | None
     stack: ExitStack
 
 
@@ -68,6 +70,7 @@ def verify(
     n_ctx: int = DEFAULT_CONTEXT,
     max_windows: int = DEFAULT_WINDOWS,
     llama_bin: Path | None = None,
+    cache_types: CacheTypes | None = None,
     log: Callable[[str], None] = print,
 ) -> VerifyReport:
     """Check artifacts of a run.
@@ -79,6 +82,7 @@ def verify(
         devices: names of device profiles.
         reference: Hugging Face folder of the original model, for fidelity.
         llama_bin: folder with llama-perplexity for the devices; it scores GGUF files too.
+        cache_types: of keys and values in llama.cpp, for files that are not in floats; controls have their own.
         log: called with one line of progress.
     Raises:
         UserError: an unknown device, a text that is too short, something that is no artifact at all. A damaged
@@ -89,6 +93,8 @@ def verify(
     profiles = [get_device(name) for name in dict.fromkeys(devices)]
     paths = list(dict.fromkeys(artifacts))
     formats = [artifact_format(path) for path in paths]
+    if cache_types is not None and "gguf" not in formats:
+        raise UserError("--cache-type-k and --cache-type-v are llama.cpp's; give a GGUF file, or leave them out")
     windows = text_windows(run.config_dir, text, n_ctx, max_windows)
     binaries = None if llama_bin is None else LlamaBinaries.find(llama_bin, windows)
     report = VerifyReport(str(run.path), str(text), None if reference is None else str(reference))
@@ -97,7 +103,7 @@ def verify(
         transports = {profile.name: transport_to(profile) for profile in profiles}
         for transport in transports.values():
             stack.callback(transport.close)
-        job = _Job(run, text, windows, profiles, transports, report, binaries, stack)
+        job = _Job(run, text, windows, profiles, transports, report, binaries, cache_types, stack)
         log("hashing the run, the artifacts and the text")
         report.evidence = _evidence(job, paths, reference)
         for path, format_ in zip(paths, formats, strict=True):
@@ -166,7 +172,9 @@ def _binary_trials(job: _Job, artifact: ArtifactReport, path: Path, expectation:
         trial.report.notes += expectation.notes
         trial.report.gate = "exact" if expectation.computes_in_floats else "quantized"
         trial.problem = expectation.problem
-        trial.measure = partial(measure, profile, job.binaries, path, expectation.control_file, job.windows)
+        types = None if expectation.computes_in_floats else job.cache_types
+        trial.report.notes += [] if types is None else [types.text]
+        trial.measure = partial(measure, profile, job.binaries, path, expectation.control_file, job.windows, types)
         trials.append(trial)
     return trials
 
@@ -213,7 +221,7 @@ def _open(job: _Job, runtime: Runtime, trial: Trial, path: Path, expectation: Ex
     report.notes += expectation.notes
     report.reason = expectation.problem
     try:
-        session = _opened(runtime.open(path), job.stack)
+        session = _opened(_with_cache(job, runtime, report).open(path), job.stack)
         trial.artifact = Contender(session)
         note = expectation.tokenizer_note(session, job.windows, job.text)
         report.notes += [note] if note else []
@@ -234,6 +242,17 @@ def _open(job: _Job, runtime: Runtime, trial: Trial, path: Path, expectation: Ex
         report.reason = "; ".join(filter(None, [expectation.problem, str(error)]))
         trial.artifact = trial.control = None
     report.status = "fail"  # until `judge` says otherwise
+
+
+def _with_cache(job: _Job, runtime: Runtime, report: RuntimeReport) -> Runtime:
+    """The runtime with the types of keys and values that were asked for, where it takes them and the gate allows it."""
+    if job.cache_types is None:
+        return runtime
+    if isinstance(runtime, TakesCacheTypes) and report.gate != "exact":
+        return runtime.with_cache(job.cache_types)
+    kept = "a file in floats is compared exactly" if report.gate == "exact" else f"{runtime.name} has no choice of it"
+    report.notes.append(f"KV cache as it is without --cache-type-k and --cache-type-v: {kept}")
+    return runtime
 
 
 def _opened(session: Session, stack: ExitStack) -> Session:

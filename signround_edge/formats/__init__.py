@@ -17,7 +17,7 @@ from signround_edge.formats.ggml_codebook import (
 )
 from signround_edge.formats.ggml_k_quants import SuperAffine, SuperSymmetric
 from signround_edge.formats.ggml_legacy import AffineFp16, SymmetricFp16
-from signround_edge.formats.ggml_vectors import VectorGrid
+from signround_edge.formats.ggml_vectors import ShiftedVectorGrid, VectorGrid
 from signround_edge.formats.grid import BlockScales, Grid, QuantizedTensor, joined
 from signround_edge.formats.matmul_nbits import (
     ONNX_BITS,
@@ -46,6 +46,8 @@ _ROWS: tuple[Grid, ...] = (
     SuperSymmetric("Q6_K", bits=6, block_size=16, sub_bits=8, bits_per_weight=6.5625),
     CodebookFp16("IQ4_NL", IQ4_TABLE, bits=4),
     SuperCodebook("IQ4_XS", bits=4, block_size=32, sub_bits=6, bits_per_weight=4.25),
+    ShiftedVectorGrid("IQ1_S", block_size=32, shared=1, bits_per_weight=1.5625),
+    ShiftedVectorGrid("IQ1_M", block_size=8, shared=2, bits_per_weight=1.75),
     VectorGrid("IQ2_XXS", even_signs=True, block_size=32, unit=0.125, bits_per_weight=2.0625),
     VectorGrid("IQ2_XS", even_signs=True, block_size=16, unit=0.125, bits_per_weight=2.3125),
     VectorGrid("IQ2_S", even_signs=False, block_size=16, unit=0.125, bits_per_weight=2.5625),

@@ -88,16 +88,16 @@ def _search(grid: SuperBlockGrid, blocks: Tensor, importance: Tensor) -> BlockSc
             error = grid.per_super(weighted_error(grid, blocks, importance, fields, levels)).sum(-1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
-            best = {name: choose(grid, better, fields[name], best[name]) for name in best}
+            best = {name: choose(better, fields[name], best[name]) for name in best}
             fitted = refit(levels)
             scales = BlockScales(fitted.scale, fitted.minimum, *refit_supers(grid, blocks, importance, levels, fields))
     return grid.scales_of(_try_neighbours(grid, blocks, importance, best))
 
 
-def choose(grid: SuperBlockGrid, better: Tensor, new: Tensor, old: Tensor) -> Tensor:
+def choose(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """A field of the super-blocks that are better, whether it has one value a super-block or one a sub-block."""
     if new.shape != better.shape:
-        better = better.repeat_interleave(grid.blocks_per_super, dim=-1)
+        better = better.repeat_interleave(new.shape[-1] // better.shape[-1], dim=-1)
     return torch.where(better, new, old)
 
 

@@ -10,6 +10,7 @@ sub-scale code tries its neighbours. All errors are of the stored fields.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +23,6 @@ from signround_edge.formats.super_search import choose, refit_supers
 if TYPE_CHECKING:
     from signround_edge.formats.ggml_vectors import VectorGrid
 
-# Scales relative to the one that maps the largest magnitude of a block to the table's largest.
-FACTORS = (0.6, 0.75, 0.9, 1.05)
 SUPER_FACTORS = (1.0, 0.9)
 ROUNDS = 2
 
@@ -34,35 +33,40 @@ def search_vectors(grid: VectorGrid, blocks: Tensor, importance: Tensor) -> Bloc
 
 
 def _search(grid: VectorGrid, blocks: Tensor, importance: Tensor) -> BlockScales:
-    scale = _free_scales(grid, blocks, importance)
-    best = grid.store(BlockScales(scale))
+    scale, shift = _free_scales(grid, blocks, importance)
+    best = grid.store(BlockScales(scale, shift))
     derived = grid.scales_of(best).super_scale
     assert derived is not None
     best_error = torch.full(derived.shape, torch.inf, device=blocks.device)
     for factor in SUPER_FACTORS:
-        scales = BlockScales(scale, super_scale=derived * factor)
+        scales = BlockScales(scale, shift, derived * factor)
         for _ in range(ROUNDS):
             fields = grid.store(scales)
             levels = grid.round_levels(blocks, fields)
             error = grid.per_super(weighted_error(grid, blocks, importance, fields, levels)).sum(-1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
-            best = {name: choose(grid, better, fields[name], best[name]) for name in best}
+            best = {name: choose(better, fields[name], best[name]) for name in best}
+            if shift is not None:
+                levels += shift.unsqueeze(-1)
             fitted, _ = _fit(blocks, importance, levels)
-            scales = BlockScales(fitted, super_scale=refit_supers(grid, blocks, importance, levels, fields)[0])
+            scales = BlockScales(fitted, shift, refit_supers(grid, blocks, importance, levels, fields)[0])
     return grid.scales_of(_try_neighbours(grid, blocks, importance, best))
 
 
-def _free_scales(grid: VectorGrid, blocks: Tensor, importance: Tensor) -> Tensor:
-    """The best real-valued scale of each sub-block, f32 [R, B]."""
+def _free_scales(grid: VectorGrid, blocks: Tensor, importance: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The best real-valued scale of each sub-block, f32 [R, B], and what its levels are shifted by, where they are."""
     extreme = blocks.abs().amax(dim=-1) / grid.table[-1]
-    best, most = extreme, torch.full(extreme.shape, -torch.inf, device=blocks.device)
-    for factor in FACTORS:
+    best, shift = extreme, torch.zeros_like(extreme)
+    most = torch.full_like(extreme, -torch.inf)
+    for factor, by in itertools.product(grid.factors, grid.choices_of_shift):
         inverse = safe_reciprocal(extreme * factor).unsqueeze(-1)
-        fitted, gain = _fit(blocks, importance, grid.nearest_levels(blocks * inverse))
+        levels = grid.nearest_levels(blocks * inverse - by).add_(by)
+        fitted, gain = _fit(blocks, importance, levels)
         better = gain > most
         best, most = torch.where(better, fitted, best), torch.where(better, gain, most)
-    return best
+        shift = torch.where(better, by, shift)
+    return best, None if grid.choices_of_shift == (0.0,) else shift
 
 
 def _fit(blocks: Tensor, importance: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,10 +79,14 @@ def _fit(blocks: Tensor, importance: Tensor, levels: Tensor) -> tuple[Tensor, Te
 
 def _try_neighbours(grid: VectorGrid, blocks: Tensor, importance: Tensor, fields: Fields) -> Fields:
     """Each sub-block takes the neighbouring sub-scale code where it errs less."""
-    best = fields["sub_scale"]
-    least = weighted_error(grid, blocks, importance, fields)
+
+    def error_with(fields: Fields) -> Tensor:
+        errors = weighted_error(grid, blocks, importance, fields)
+        return errors.view(*fields["sub_scale"].shape, -1).sum(-1)
+
+    best, least = fields["sub_scale"], error_with(fields)
     for move in (-1, 1):
         moved = (fields["sub_scale"].to(torch.int16) + move).clamp_(0, grid.sub_max).to(torch.uint8)
-        error = weighted_error(grid, blocks, importance, {**fields, "sub_scale": moved})
+        error = error_with({**fields, "sub_scale": moved})
         best, least = torch.where(error < least, moved, best), torch.minimum(error, least)
     return {**fields, "sub_scale": best}

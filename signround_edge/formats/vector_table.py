@@ -1,7 +1,9 @@
 """llama.cpp's fixed tables of vectors: several neighbouring values take an entry's magnitudes together, and signs.
 
+IQ1's entries hold −1, 0 and 1, and there are no signs besides.
+
 The tables are gguf-py's (`grid_hex` in gguf/quants.py), which are those of ggml-common.h. A position counts levels from the
-middle between −1 and 1, so that magnitudes are 0.5, 1.5, 2.5 …: levels of a table lie nearly that evenly.
+middle, so that magnitudes are 0.5, 1.5, 2.5 …, as levels of a table lie nearly that evenly; and IQ1's are −1, 0 and 1.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ _TABLES = {
     "IQ2_S": quants.IQ2_S,
     "IQ3_XXS": quants.IQ3_XXS,
     "IQ3_S": quants.IQ3_S,
+    "IQ1_S": quants.IQ1_S,
+    "IQ1_M": quants.IQ1_M,
 }
 
 
@@ -40,8 +44,13 @@ class VectorTable:
 
     @property
     def magnitudes(self) -> tuple[int, ...]:
-        """All that occur in entries, ascending."""
+        """All that occur in entries, ascending; with their signs, where entries have some."""
         return tuple(int(value) for value in _TABLES[self.name].grid_map)
+
+    @property
+    def signed(self) -> bool:
+        """Whether entries hold signs themselves, which are not stored besides then."""
+        return self.magnitudes[0] < 0
 
     @property
     def size(self) -> int:
@@ -89,12 +98,14 @@ class VectorTable:
             for values in (signed, magnitude):
                 values.scatter_(1, weakest, values.gather(1, weakest) * flip)
         vectors, doubled, squares = _scoring(self.name, positions.device)
+        if self.signed:
+            magnitude = signed
         if weights is None:
             scores = torch.addmm(squares, magnitude.view(-1, self.size), doubled)
         else:
             scores = self._weighted_scores(magnitude, weights)
         chosen = vectors.index_select(0, _places_of_largest(scores)).view(signed.shape)
-        return chosen.copysign_(signed)
+        return chosen if self.signed else chosen.copysign_(signed)
 
     def _weighted_scores(self, magnitude: Tensor, weights: Tensor) -> Tensor:
         vectors, doubled, _ = _scoring(self.name, magnitude.device)
@@ -131,5 +142,5 @@ def _numbers(name: str, device: torch.device) -> Tensor:
 def _scoring(name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(positions f32 [n, size] of all entries, their doubles transposed, less their squares [n]): −‖x − e‖² is
     2·x·e − ‖e‖² − ‖x‖²."""
-    vectors = _entries(name, device).float() + 0.5
+    vectors = _entries(name, device).float() + (-1 if _TABLES[name].grid_map[0] < 0 else 0.5)
     return vectors, 2 * vectors.T.contiguous(), -vectors.square().sum(1)

@@ -10,6 +10,7 @@ from exporters.gguf.blocks.layout import BlockLayout, Bytes
 from exporters.gguf.blocks.legacy import Q10Layout, Q20Layout, Q80Layout, SingleScaleLayout
 from exporters.gguf.blocks.small_floats import SmallFloatLayout
 from exporters.gguf.blocks.ternary import TQ10Layout, TQ20Layout
+from exporters.gguf.blocks.ternary_vectors import IQ1MLayout, IQ1SLayout
 from exporters.gguf.blocks.vectors import IQ2SLayout, IQ2XSLayout, IQ2XXSLayout, IQ3SLayout, IQ3XXSLayout
 from signround_edge.errors import UserError
 from signround_edge.formats import QuantizedTensor, get_grid
@@ -33,6 +34,8 @@ _ROWS: tuple[BlockLayout, ...] = (
     Q45KLayout("Q5_K", bits=5),
     Q6KLayout(),
     IQ4XSLayout(),
+    IQ1SLayout(),
+    IQ1MLayout(),
     IQ2XXSLayout(),
     IQ2XSLayout(),
     IQ2SLayout(),

@@ -7,6 +7,7 @@ where an even number is negative, and sub-scales of four bits.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,34 @@ _SEVENS = np.arange(0, 28, 7, dtype=np.uint32)  # where each of four signs of se
 _BIT_PAIRS = np.arange(0, 8, 2, dtype=np.uint8)
 
 
+def vector_grid(name: str) -> VectorGrid:
+    """The grid of a layout's name."""
+    grid = get_grid(name)
+    assert isinstance(grid, VectorGrid)
+    return grid
+
+
+def numbers_of(name: str, codes: Codes) -> NDArray[np.uint16]:
+    """Numbers in the table of all groups of codes uint8 [U, 256]: [U, entries]."""
+    numbers = vector_grid(name).entry_numbers(torch.from_numpy(codes)).numpy()
+    return numbers.view(np.uint16).reshape(len(codes), -1)
+
+
+def entries_of(name: str, numbers: NDArray[Any]) -> Bytes:
+    """The entries of these numbers [U, entries], uint8 [U, 256]: places among the table's magnitudes."""
+    entries = vector_grid(name).vectors.entries(torch.device("cpu")).to(torch.uint8).numpy()
+    return entries[numbers].reshape(len(numbers), -1)
+
+
+def in_pieces(pack: Callable[[Codes, UnitFields], Bytes], codes: Codes, fields: UnitFields, unit_bytes: int) -> Bytes:
+    """What `pack` makes of some units at a time: what is between takes many times the memory of codes."""
+    packed = np.empty((len(codes), unit_bytes), dtype=np.uint8)
+    for start in range(0, len(codes), _UNITS_AT_ONCE):
+        part = slice(start, start + _UNITS_AT_ONCE)
+        packed[part] = pack(codes[part], {name: field[part] for name, field in fields.items()})
+    return packed
+
+
 class VectorLayout(BlockLayout):
     """What the five share: from codes to numbers of entries and signs, and back. Subclasses lay those out."""
 
@@ -33,37 +62,26 @@ class VectorLayout(BlockLayout):
     def unpack_numbers(self, data: Bytes) -> tuple[NDArray[Any], Bytes, Bytes]:
         """The inverse of `pack_numbers`, of all bytes behind d; of signs of seven bits the eighth may be anything."""
 
-    @property
-    def grid(self) -> VectorGrid:
-        """The grid of this name."""
-        grid = get_grid(self.name)
-        assert isinstance(grid, VectorGrid)
-        return grid
-
     def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
-        packed = np.empty((len(codes), self.unit_bytes), dtype=np.uint8)
-        for start in range(0, len(codes), _UNITS_AT_ONCE):
-            part = slice(start, start + _UNITS_AT_ONCE)
-            packed[part] = self._pack(codes[part], {name: field[part] for name, field in fields.items()})
-        return packed
+        return in_pieces(self._pack, codes, fields, self.unit_bytes)
 
     def _pack(self, codes: Codes, fields: UnitFields) -> Bytes:
         units = len(codes)
-        numbers = self.grid.entry_numbers(torch.from_numpy(codes)).numpy().view(np.uint16).reshape(units, -1)
-        signs = np.packbits(codes < self.grid.anchor, axis=-1, bitorder="little")
+        numbers = numbers_of(self.name, codes)
+        signs = np.packbits(codes < vector_grid(self.name).anchor, axis=-1, bitorder="little")
         return side_by_side(
             units, [fp16_bytes(fields["super_scale"]), *self.pack_numbers(numbers, signs, fields["sub_scale"])]
         )
 
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
-        grid = self.grid
+        grid = vector_grid(self.name)
         numbers, signs, subs = self.unpack_numbers(np.ascontiguousarray(units[:, 2:]))
         if grid.vectors.even_signs:
             seven = signs & 127
             parity = seven ^ (seven >> 4)
             parity ^= parity >> 2
             signs = seven | (((parity ^ (parity >> 1)) & 1) << 7)
-        magnitude = grid.vectors.entries(torch.device("cpu")).to(torch.uint8).numpy()[numbers].reshape(len(units), -1)
+        magnitude = entries_of(self.name, numbers)
         negative = np.unpackbits(np.ascontiguousarray(signs), axis=-1, bitorder="little").astype(bool)
         codes = np.where(negative, grid.anchor - 1 - magnitude, grid.anchor + magnitude).astype(np.uint8)
         return codes, {"sub_scale": subs, "super_scale": fp16_values(units[:, :2])}

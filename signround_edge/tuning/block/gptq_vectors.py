@@ -31,15 +31,16 @@ def compensated_vectors(weight: Tensor, hessian: Tensor, grid: Grid, fields: Fie
         return weight
     factor, metric = _of_groups(*found, size)
     scale = grid.affine_view(fields)[0].T.contiguous()
+    minimum = grid.from_levels(torch.zeros_like(grid.blocked(weight)[..., :1]), fields)[..., 0].T.contiguous()
     inverse = safe_reciprocal(scale)
     work, errors = weight.T[order], weight.T[order]
     blocks = (order[::size] // grid.block_size).tolist()
 
     def keep_error(j: int) -> None:
         part, block = slice(j, j + size), blocks[j // size]
-        levels = (work[part] * inverse[block]).T.contiguous()
+        levels = (work[part] - minimum[block]).mul_(inverse[block]).T.contiguous()
         chosen = grid.nearest_offsets(grid.offsets_of_levels(levels), metric[j // size])
-        errors[part].sub_(grid.levels(chosen).T * scale[block])
+        errors[part].sub_(grid.levels(chosen).T * scale[block]).sub_(minimum[block])
 
     spread_errors(work, errors, factor, keep_error, size)
     # errors are w' − ŵ of the groups now, less what came to them

@@ -39,8 +39,8 @@ from signround_edge.tuning.settings import TuningSettings
 
 # Values a chunk on CPU: all temporaries of a chunk stay in the L2 cache.
 _CHUNK_VALUES = 1 << 18
-# V is stored in units of 1/65,536: a last step of 1,000 is still one. Vectors lie farther apart than the codes of one value.
-_V_UNIT, _V_UNIT_OF_VECTORS = 2.0**-16, 2.0**-15
+# V is stored in units of 1/65,536: a last step of 1,000 is still one.
+_V_UNIT = 2.0**-16
 _INT16 = (-(1 << 15), (1 << 15) - 1)
 
 
@@ -62,7 +62,7 @@ class RoundingState:
         positions: u less the anchor on the stored initial scales, int16 [R, B, S] in units of `position_unit`; those of
             weights far beyond the codes' range are at its end. None where positions follow the scales.
         weights: f32 [R, B, S], whose positions follow the scales; None where they are fixed.
-        v: rounding shift int16 [R, B, S] in units of `v_unit`, one zero seen as so many until the first step.
+        v: rounding shift int16 [R, B, S] in units of 2⁻¹⁶, one zero seen as so many until the first step.
         alpha, beta: factors of scale and minimum, f32 [R, B]; beta is None where the minimum is not tuned.
         moments: Adam moments per tuned tensor name; empty with SignSGD.
         codes: those of the last step, in the grid's dtype [R, B, S], where choosing them is slow: on grids of vectors;
@@ -132,11 +132,11 @@ class RoundingState:
     @property
     def shift(self) -> Tensor:
         """V itself, f32 [R, B, S]."""
-        return self.v.float().mul_(v_unit(self.grid))
+        return self.v.float().mul_(_V_UNIT)
 
     @shift.setter
     def shift(self, shift: Tensor) -> None:
-        self.v = shift.div(v_unit(self.grid)).round_().clamp_(*_INT16).to(torch.int16)
+        self.v = shift.div(_V_UNIT).round_().clamp_(*_INT16).to(torch.int16)
         self.codes = None
 
     def offsets(self, fields: Fields) -> Tensor:
@@ -165,16 +165,11 @@ class RoundingState:
 
         def choose(part: slice) -> None:
             state = self.rows(part)
-            position = state.offsets(field_rows(fields, part)).add_(state.v.float(), alpha=v_unit(self.grid))
+            position = state.offsets(field_rows(fields, part)).add_(state.v.float(), alpha=_V_UNIT)
             codes[part] = self.grid.nearest_offsets(position).add_(self.grid.anchor).to(codes.dtype)
 
         over_chunks(choose, row_chunks(self.v), self.v.is_cuda)
         return codes
-
-
-def v_unit(grid: Grid) -> float:
-    """In what V is counted: it reaches half a code up and down, or a whole one where codes are chosen several at a time."""
-    return _V_UNIT if grid.group == 1 else _V_UNIT_OF_VECTORS
 
 
 def position_unit(grid: Grid) -> float:
@@ -259,7 +254,7 @@ def _update(
     fields = state.fields()
     scale, zero = grid.affine_view(fields)
     offset, units = state.offsets(fields), state.v.float()  # u less the anchor, and so are the codes here
-    code = offset.add(units, alpha=v_unit(grid)).round_()
+    code = offset.add(units, alpha=_V_UNIT).round_()
     clipped = code.clamp(*grid.offset_range)
     inside = torch.eq(code, clipped, out=torch.empty_like(code))  # 1.0 or 0.0; nine times as fast as a bool cast to f32
     if state.codes is not None:
@@ -273,7 +268,7 @@ def _update(
             _descend(state, "beta", state.beta, slope.mul_(state.initial.minimum), lr_scale, step)
             state.beta.clamp_(*settings.scale_range)
     direction = inside.mul_(gradient).mul_(scale.unsqueeze(-1))
-    _descend(state, "v", units, direction, lr_v / v_unit(grid), step)
+    _descend(state, "v", units, direction, lr_v / _V_UNIT, step)
     state.v.copy_(units.round_().clamp_(*_INT16))
     _write_weight(state, offset, units, out)
 
@@ -308,7 +303,7 @@ def _write_weight(state: RoundingState, offset: Tensor, units: Tensor, out: Tens
     grid, fields = state.grid, state.fields()
     if state.weights is not None:
         offset = grid.offsets(state.weights, fields)
-    rounded = grid.nearest_offsets(offset.add_(units, alpha=v_unit(grid)))
+    rounded = grid.nearest_offsets(offset.add_(units, alpha=_V_UNIT))
     if state.codes is not None:
         state.codes.copy_(rounded + grid.anchor)
     grid.blocked(out).copy_(grid.from_offsets(rounded, fields))

@@ -46,10 +46,10 @@ class RoundingStatistics:
 
 
 def v_histogram(state: RoundingState) -> Tensor:
-    """int64 [V_BINS] of V as it is now; what is beyond ±0.5, as on grids of vectors, counts as ±0.5."""
+    """int64 [V_BINS] of V as it is now."""
     counts = torch.zeros(V_BINS, dtype=torch.int64)
     for part in row_chunks(state.v):
-        counts += torch.histc(state.rows(part).shift.clamp_(-0.5, 0.5), bins=V_BINS, min=-0.5, max=0.5).long().cpu()
+        counts += torch.histc(state.rows(part).shift, bins=V_BINS, min=-0.5, max=0.5).long().cpu()
     return counts
 
 

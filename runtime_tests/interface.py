@@ -9,7 +9,6 @@ from typing import Protocol, runtime_checkable
 
 from devices import DeviceProfile
 from runtime_tests.transports.interface import Transport
-from signround_edge.evaluation.cache_types import CacheTypes
 from signround_edge.evaluation.metrics import FloatArray, TokenArray
 
 
@@ -47,15 +46,6 @@ class SaysNotes(Protocol):
     @property
     def notes(self) -> list[str]:
         """In sentences."""
-        ...
-
-
-@runtime_checkable
-class TakesCacheTypes(Protocol):
-    """A runtime whose cache of keys and values may have other types."""
-
-    def with_cache(self, types: CacheTypes) -> Runtime:
-        """The same runtime with these."""
         ...
 
 

@@ -22,7 +22,7 @@ from runtime_tests.checks.exactness import check_exactness
 from runtime_tests.checks.layers import TOKENS, ShowsHiddenStates, locate
 from runtime_tests.checks.parity import ComputesAhead, Contender, GivesLogits, score
 from runtime_tests.checks.torch_points import torch_points
-from runtime_tests.interface import Runtime, SaysNotes, Session, TakesCacheTypes
+from runtime_tests.interface import Runtime, SaysNotes, Session
 from runtime_tests.llama_binaries.kl_base import KlBaseWriter
 from runtime_tests.llama_binaries.perplexity import RUNTIME, CannotStart, LlamaBinaries, measure
 from runtime_tests.report.evidence import Evidence
@@ -33,7 +33,7 @@ from runtime_tests.temporary import temporary_folder
 from runtime_tests.transports.interface import Transport
 from runtime_tests.transports.lookup import transport_to
 from signround_edge.errors import CheckFailed, UserError
-from signround_edge.evaluation.cache_types import CacheTypes
+from signround_edge.evaluation.cache_types import CacheTypes, TakesCacheTypes
 from signround_edge.evaluation.metrics import Windows
 from signround_edge.evaluation.perplexity import TorchSession, text_windows
 from signround_edge.evaluation.torch_models import load_run_model, load_source_model
@@ -249,7 +249,8 @@ def _with_cache(job: _Job, runtime: Runtime, report: RuntimeReport) -> Runtime:
     if job.cache_types is None:
         return runtime
     if isinstance(runtime, TakesCacheTypes) and report.gate != "exact":
-        return runtime.with_cache(job.cache_types)
+        cached: Runtime = runtime.with_cache(job.cache_types)
+        return cached
     kept = "a file in floats is compared exactly" if report.gate == "exact" else f"{runtime.name} has no choice of it"
     report.notes.append(f"KV cache as it is without --cache-type-k and --cache-type-v: {kept}")
     return runtime

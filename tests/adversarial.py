@@ -53,7 +53,7 @@ def random_fields(name: str, rows: int, cols: int, generator: torch.Generator) -
 
 
 def random_vectors(grid: VectorGrid, codes: Tensor, generator: torch.Generator) -> Tensor:
-    """Codes [R, K] of any entries of the table, with the signs of the given ones; the first of eight keeps them even."""
+    """Codes [R, K] of any entries of the table, with signs of the given ones; the first of eight keeps them even."""
     entries = grid.vectors.entries(torch.device("cpu"))
     if grid.vectors.signed:
         return entries[torch.randint(len(entries), (codes.numel() // 8,), generator=generator)].view(codes.shape)

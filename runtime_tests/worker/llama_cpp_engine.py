@@ -39,8 +39,8 @@ class LlamaCppEngine:
     token), so there both are off.
 
     Args:
-        cache_type_k, cache_type_v: of `_CACHE_TYPES`, both or neither: types of the cache instead of these. A quantized V
-            turns flash attention on, without which llama.cpp has none.
+        cache_type_k, cache_type_v: of `_CACHE_TYPES`, both or neither: types of the cache instead of these. A quantized
+            V turns flash attention on, without which llama.cpp has none.
 
     Raises:
         UserError: llama.cpp refuses the file; the sentence holds its own words.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 from signround_edge.errors import UserError
 
@@ -23,7 +24,9 @@ class CacheTypes:
         """None where neither is given: the runtime's own. UserError for a type that is not offered."""
         for flag, given in (("--cache-type-k", k), ("--cache-type-v", v)):
             if given is not None and given not in CACHE_TYPES:
-                raise UserError(f"{flag} {given} is not offered; give {', '.join(CACHE_TYPES[:-1])} or {CACHE_TYPES[-1]}")
+                raise UserError(
+                    f"{flag} {given} is not offered; give {', '.join(CACHE_TYPES[:-1])} or {CACHE_TYPES[-1]}"
+                )
         if k is None and v is None:
             return None
         return CacheTypes(k or DEFAULT_CACHE_TYPE, v or DEFAULT_CACHE_TYPE)
@@ -33,3 +36,12 @@ class CacheTypes:
         """For a person. A quantized V asks for flash attention."""
         flash = "" if self.v == DEFAULT_CACHE_TYPE else ", with flash attention"
         return f"KV cache: K in {self.k}, V in {self.v}{flash}"
+
+
+@runtime_checkable
+class TakesCacheTypes(Protocol):
+    """A runtime whose cache of keys and values may have other types than its own."""
+
+    def with_cache(self, types: CacheTypes) -> Any:
+        """The same runtime with these."""
+        ...

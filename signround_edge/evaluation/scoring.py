@@ -9,7 +9,7 @@ from typing import Any
 
 from signround_edge.arguments import read_text
 from signround_edge.errors import UserError
-from signround_edge.evaluation.cache_types import CacheTypes
+from signround_edge.evaluation.cache_types import CacheTypes, TakesCacheTypes
 from signround_edge.evaluation.metrics import Scores
 from signround_edge.evaluation.perplexity import TorchSession, check_windows, evaluate, text_windows
 from signround_edge.evaluation.torch_models import load_run_model, load_source_model
@@ -42,9 +42,7 @@ def score(
 
 
 @contextmanager
-def opened(
-    path: str, reference_dir: Path | None, cache_types: CacheTypes | None = None
-) -> Iterator[tuple[Any, Path]]:
+def opened(path: str, reference_dir: Path | None, cache_types: CacheTypes | None = None) -> Iterator[tuple[Any, Path]]:
     """(session, folder of its tokenizer) of a model folder, a run directory or an artifact; closed at the end.
 
     Raises:
@@ -63,7 +61,9 @@ def _open(path: str, reference_dir: Path | None, cache_types: CacheTypes | None)
     local = Path(path)
     in_torch = (local / "manifest.json").is_file() or not local.exists() or _is_model(local)
     if cache_types is not None and in_torch:
-        raise UserError(f"--cache-type-k and --cache-type-v are llama.cpp's, and {path} runs in torch; give a GGUF file")
+        raise UserError(
+            f"--cache-type-k and --cache-type-v are llama.cpp's, and {path} runs in torch; give a GGUF file"
+        )
     if (local / "manifest.json").is_file():
         run = RunDirectory.open(local)
         return TorchSession(load_run_model(run)), run.config_dir
@@ -80,8 +80,6 @@ def _open(path: str, reference_dir: Path | None, cache_types: CacheTypes | None)
             if reason:
                 raise UserError(f"{path} needs the runtime {runtime.name}, which cannot run here: {reason}")
             if cache_types is not None:
-                from runtime_tests.interface import TakesCacheTypes  # late: torch alone needs no runtime
-
                 if not isinstance(runtime, TakesCacheTypes):
                     raise UserError(
                         f"--cache-type-k and --cache-type-v are llama.cpp's, and {path} runs on {runtime.name}; give a "

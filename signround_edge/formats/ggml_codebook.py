@@ -1,8 +1,8 @@
 """Grids of llama.cpp whose codes index a fixed table of levels: IQ4_NL, IQ4_XS, MXFP4, NVFP4, Q1_0.
 
-Source of the tables and the arithmetic: `kvalues_iq4nl`, `kvalues_mxfp4`, `dequantize_row_iq4_nl`, `…_iq4_xs`, `…_mxfp4`,
-`…_nvfp4` and `…_q1_0` in ggml. V moves a weight between its two neighbouring table entries, because `offsets` is linear
-between them.
+Source of the tables and the arithmetic: `kvalues_iq4nl`, `kvalues_mxfp4`, `dequantize_row_iq4_nl`, `…_iq4_xs`,
+`…_mxfp4`, `…_nvfp4` and `…_q1_0` in ggml. V moves a weight between its two neighbouring table entries, because
+`offsets` is linear between them.
 """
 
 from __future__ import annotations

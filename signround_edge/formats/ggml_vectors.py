@@ -1,10 +1,10 @@
 """Grids of llama.cpp's IQ1, IQ2 and IQ3 types: vectors of a fixed table, and odd integer sub-scales.
 
-Source of the arithmetic: `dequantize_row_iq2_xxs`, `…_iq2_xs`, `…_iq2_s`, `…_iq3_xxs`, `…_iq3_s`, `…_iq1_s` and `…_iq1_m`
-in ggml-quants.c. All
-products there are exact in f32 (11 significant bits of fp16, 5 of the sub-scale, 6 of the level).
+Source of the arithmetic: `dequantize_row_iq2_xxs`, `…_iq2_xs`, `…_iq2_s`, `…_iq3_xxs`, `…_iq3_s`, `…_iq1_s` and
+`…_iq1_m` in ggml-quants.c. All products there are exact in f32 (11 significant bits of fp16, 5 of the sub-scale, 6 of
+the level).
 
-A code is a signed level of one value, as on other grids; which codes may stand beside one another is the table's matter.
+A code is a signed level of one value, as on other grids; which codes may stand beside one another is the table's.
 Rounding goes to the nearest vector of the table, V moves the position that is rounded.
 """
 
@@ -25,8 +25,8 @@ _DELTA = 0.125  # IQ1S_DELTA and IQ1M_DELTA
 class VectorGrid(Codebook, SuperBlockGrid):
     """w = d·unit·(2·sc + 1)·level, with 4-bit sc: IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S.
 
-    Levels are a table's magnitudes with signs, so a code is 0 for the largest negative one. Fields: sub_scale uint8 [R, B],
-    super_scale fp16 [R, super-blocks].
+    Levels are a table's magnitudes with signs, so a code is 0 for the largest negative one. Fields: sub_scale uint8
+    [R, B], super_scale fp16 [R, super-blocks].
     """
 
     affine = False

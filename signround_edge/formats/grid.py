@@ -155,7 +155,7 @@ class Grid(ABC):
         return none, most
 
     def codes_problem(self, codes: Tensor) -> str | None:
-        """What is wrong with codes [R, K] within their range beside one another, in a few words; None when nothing is."""
+        """What is wrong with codes [R, K], each in its range, beside one another, in a few words; None: nothing."""
         return None
 
     def levels(self, offsets: Tensor) -> Tensor:
@@ -173,8 +173,8 @@ class Grid(ABC):
         """The nearest codes less the anchor to real-valued positions f32 [R, B, S], which are overwritten.
 
         Args:
-            weights: of the squared differences of the values of a group, f32 [group]; where each value has a code of its
-                own they change nothing.
+            weights: of the squared differences of the values of a group, f32 [group]; where each value has a code of
+                its own they change nothing.
         """
         return positions.round_().clamp_(*self.offset_range)
 

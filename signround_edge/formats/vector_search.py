@@ -1,6 +1,7 @@
 """Weighted search of scales for vector grids, where rounding is what costs time.
 
-Candidates of each sub-block are rounded once; with the levels found, the best real-valued scale and its error are known:
+Candidates of each sub-block are rounded once; with the levels found, the best real-valued scale and its error are
+known:
 
     s* = Σ h·w·l / Σ h·l²        Σ h·(w − s*·l)² = Σ h·w² − (Σ h·w·l)² / Σ h·l²
 

@@ -2,8 +2,8 @@
 
 IQ1's entries hold −1, 0 and 1, and there are no signs besides.
 
-The tables are gguf-py's (`grid_hex` in gguf/quants.py), which are those of ggml-common.h. A position counts levels from the
-middle, so that magnitudes are 0.5, 1.5, 2.5 …, as levels of a table lie nearly that evenly; and IQ1's are −1, 0 and 1.
+The tables are gguf-py's (`grid_hex` in gguf/quants.py), which are those of ggml-common.h. A position counts levels from
+the middle, so that magnitudes are 0.5, 1.5, 2.5 …, as levels of a table lie nearly that evenly; IQ1's are −1, 0 and 1.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class VectorTable:
 
     Attributes:
         name: the ggml type that it belongs to.
-        even_signs: whether an even number of eight neighbouring values are negative, as seven signs of eight are stored.
+        even_signs: whether an even number of eight neighbouring values is negative, as seven signs are stored.
     """
 
     name: str

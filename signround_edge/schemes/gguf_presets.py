@@ -142,8 +142,8 @@ class Preset:
         rules: role → rule; a rule's None means the base type.
         embedding: type of an untied embedding; None is the base type.
         output: type of the head, or of the embedding that is tied to it.
-        smallest: whether it is one of those below 3 bits, whose V and K with eight experts and in a 70B are no exceptions,
-            and whose down projections are counted as they come.
+        smallest: whether it is one of those below 3 bits, whose V and K with eight experts and in a 70B are no
+            exceptions, and whose down projections are counted as they come.
         experts: type of experts' matrices; None is that of others.
     """
 
@@ -182,7 +182,7 @@ _OUT_Q5_K = _of_eight_experts("Q5_K", lambda layer, model: None)
 
 
 def _below_3_bits(base: str, more: str, out: str | None = None, embedding: str | None = None) -> Preset:
-    """The presets IQ1 and IQ2: `more` for V and the first eighth of the down projections, `out` for attention outputs."""
+    """Presets IQ1 and IQ2: `more` for V and the first eighth of the down projections, `out` for attention outputs."""
     rules = {
         _V: _grouped_or_experts("Q4_K", more),
         _K: _of_eight_experts("Q4_K", lambda layer, model: None),

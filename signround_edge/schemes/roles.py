@@ -51,8 +51,8 @@ def columns_together(name: str, config: Any) -> int | None:
 def places_of(names: list[tuple[str, int]], config: Any) -> dict[str, Place]:
     """Parameter name → place, of all matrices of decoder blocks.
 
-    llama.cpp counts matrices that hold V as they come, and those of feed-forward networks, too, where there are no experts
-    (`llama_tensor_get_type_impl` in its llama-quant.cpp).
+    llama.cpp counts matrices that hold V as they come, and those of feed-forward networks, too, where there are no
+    experts (`llama_tensor_get_type_impl` in its llama-quant.cpp).
 
     Args:
         names: (parameter name, index of the block), in the order of blocks.

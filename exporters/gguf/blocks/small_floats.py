@@ -1,7 +1,7 @@
 """Layouts of the block types of 4-bit floats with 8-bit floats for scales: MXFP4 and NVFP4.
 
-Codes count the levels of e2m1 in their order, 0 to 14; a nibble is a sign above a magnitude. Nibble 8, minus zero, is read
-as zero and written as 0.
+Codes count the levels of e2m1 in their order, 0 to 14; a nibble is a sign above a magnitude. Nibble 8, minus zero, is
+read as zero and written as 0.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ _POWERS = np.array([81, 27, 9, 3, 1], dtype=np.uint16)
 class TQ10Layout(BlockLayout):
     """TQ1_0: 48 bytes of five values, 4 of four, each a number in base 3 scaled up to the whole byte, then fp16 d.
 
-    The first digit of a number n < 243 is (3·byte) >> 8 with byte = ⌈256·n / 243⌉; multiplying the byte by 3, modulo 256,
-    brings the next one to the top (`dequantize_row_tq1_0`).
+    The first digit of a number n < 243 is (3·byte) >> 8 with byte = ⌈256·n / 243⌉; multiplying the byte by 3, modulo
+    256, brings the next one to the top (`dequantize_row_tq1_0`).
     """
 
     name = "TQ1_0"

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from exporters.gguf.blocks.layout import BlockLayout, Bytes, Codes, UnitFields, fp16_bytes, fp16_values, side_by_side
@@ -25,12 +24,14 @@ def _threes(words: NDArray[Any]) -> Bytes:
 
 def _in_threes(values: Bytes) -> NDArray[np.uint16]:
     """The inverse of `_threes`."""
-    found: NDArray[np.uint16] = np.bitwise_or.reduce(values.reshape(len(values), -1, 4).astype(np.uint16) << _THREES, axis=-1)
+    found: NDArray[np.uint16] = np.bitwise_or.reduce(
+        values.reshape(len(values), -1, 4).astype(np.uint16) << _THREES, axis=-1
+    )
     return found
 
 
 class IQ1SLayout(BlockLayout):
-    """IQ1_S: d, low bytes of numbers, then for each 32 values a word of four high parts, sub-scale and sign of the shift."""
+    """IQ1_S: d, low bytes of numbers, then for each 32 values a word: four high parts, sub-scale, sign of the shift."""
 
     name = "IQ1_S"
 

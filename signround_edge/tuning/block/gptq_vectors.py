@@ -1,8 +1,9 @@
-"""GPTQ's start on grids whose codes are chosen several at a time: LDLQ with vectors (Tseng et al. 2024, arXiv 2402.04396).
+"""GPTQ's start where codes are chosen several at a time: LDLQ with vectors (Tseng et al. 2024, arXiv 2402.04396).
 
-As in `gptq`, but with groups of columns in the place of columns: H = Ũ·D·Ũᵀ, D of blocks of the size of a group and Ũ with
-identities on its diagonal. With the factor U of single columns and T its block of a group, those are U·T⁻¹ and T·D·Tᵀ. What
-a group has become when its turn comes goes to the vector that is nearest by the diagonal of its block of D.
+As in `gptq`, but with groups of columns in the place of columns: H = Ũ·D·Ũᵀ, D of blocks of the size of a group and Ũ
+with identities on its diagonal. With the factor U of single columns and T its block of a group, those are U·T⁻¹ and
+T·D·Tᵀ. What a group has become when its turn comes goes to the vector that is nearest by the diagonal of its block of
+D: the whole block gave no better ones, see docs/LOG.md.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ _KEPT = (1.0, 0.5, 0.25)
 
 
 def compensated_vectors(weight: Tensor, hessian: Tensor, grid: Grid, fields: Fields, damping: float) -> Tensor:
-    """The weight f32 [R, K] whose rounding to nearest on `fields` gives GPTQ's codes; arguments as of `gptq.compensated`.
+    """The weight f32 [R, K] whose rounding to nearest on `fields` gives GPTQ's codes; as `gptq.compensated`.
 
     A group whose vector by the diagonal of D is not the nearest one is moved towards it.
     """
-    rows, cols, size = *weight.shape, grid.group
+    size = grid.group
     groups = hessian.diagonal().view(-1, size).sum(1).argsort(descending=True, stable=True)
     order = (groups.unsqueeze(1) * size + torch.arange(size, device=groups.device)).flatten()
     found = column_factor(hessian, order, damping)

@@ -18,7 +18,9 @@ def spread_errors(
     size: int = 1,
     first: int = 0,
 ) -> None:
-    """Round columns, or groups of `size` of them, one after another; of halves of them, the errors of the first reach the second in one product.
+    """Round columns, or groups of `size` of them, one after another.
+
+    Of halves of them, the errors of the first reach the second in one product.
 
     Args:
         work: what the columns become, f32 [n, R].
@@ -47,10 +49,10 @@ def spread_errors(
 
 
 def column_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor] | None:
-    """(Ũ f32 [K, K], diagonal of D f32 [K]) of the damped hessian f32 [K, K] with rows and columns in an order, or None where there is none.
+    """(Ũ f32 [K, K], diagonal of D f32 [K]) of the damped hessian f32 [K, K] with rows and columns in an order.
 
-    Channels that never fired get a diagonal of 1. It is found in f32, of half the memory and time, and in f64 only
-    where that fails.
+    None where there are none. Channels that never fired get a diagonal of 1. They are found in f32, of half the memory
+    and time, and in f64 only where that fails.
     """
     last_first = order.flip(0)
     for dtype in (torch.float32, torch.float64):

@@ -34,6 +34,31 @@ def rounded(grid: Grid, weight: Tensor, fields: Fields) -> Tensor:
     return grid.pack_tensor(codes, fields).dequantize()
 
 
+@pytest.mark.parametrize("cols", [512, 768])  # halves of halves of the second are no multiples of 8
+@pytest.mark.parametrize("name", ["Q2_K", "IQ2_XXS", "IQ3_S", "IQ1_M"])
+def test_the_loss_is_that_of_the_sum_over_groups(name: str, cols: int) -> None:
+    """LDLQ said plainly, group after group, next to the recursion over halves."""
+    grid, damping = get_grid(name), 0.03
+    weight, products = matrix_and_products(cols=cols)
+    fields = stored_scales(grid, weight, products)
+    order = products.diagonal().view(-1, grid.group).sum(1).argsort(descending=True, stable=True)
+    order = (order.unsqueeze(1) * grid.group + torch.arange(grid.group)).flatten()
+    found = column_factor(products, order, damping)
+    assert found is not None
+    factor, rounded_so_far = found[0].double(), weight.double().clone()
+    for start in range(0, cols, grid.group):
+        before, now = order[:start], order[start : start + grid.group]
+        whole = factor[: start + grid.group, start : start + grid.group]
+        whole = whole @ torch.linalg.inv(whole[start:])
+        errors = (weight - rounded_so_far)[:, before]
+        became = weight.double()
+        became[:, now] += errors @ whole[:start]
+        rounded_so_far[:, now] = rounded(grid, became.float(), fields)[:, now].double()
+    plain = output_error(weight, rounded_so_far.float(), products)
+    ours = output_error(weight, rounded(grid, compensated(weight, products, grid, fields, damping), fields), products)
+    assert ours < 1.1 * plain  # groups of several values go by the diagonal of their part of D, which is better
+
+
 @pytest.mark.parametrize("damping", DAMPING)
 @pytest.mark.parametrize("name", ALL_GRIDS)
 def test_output_error_is_far_below_plain_rounding(name: str, damping: float) -> None:

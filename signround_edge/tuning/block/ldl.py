@@ -41,7 +41,7 @@ def spread_errors(
             else:
                 work[behind - first :].addmm_(factor[j:behind, behind:end].T, errors[j:behind])
         return
-    middle = first + len(work) // 2
+    middle = first + len(work) // (2 * size) * size  # groups stay whole
     before, behind = work[: middle - first], work[middle - first :]
     spread_errors(before, errors, factor, keep_error, size, first)
     behind.addmm_(factor[first:middle, middle:end].T, errors[first:middle])

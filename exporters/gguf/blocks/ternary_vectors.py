@@ -47,7 +47,7 @@ class IQ1SLayout(BlockLayout):
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         words = np.ascontiguousarray(units[:, 34:]).view("<u2")
         numbers = units[:, 2:34] | (_threes(words).astype(np.uint16) << 8)
-        fields = {
+        fields: UnitFields = {
             "sub_scale": ((words >> 12) & 7).astype(np.uint8),
             "sub_shift": (words >> 15).astype(np.uint8),
             "super_scale": fp16_values(units[:, :2]),
@@ -76,7 +76,7 @@ class IQ1MLayout(BlockLayout):
         high = ((units[:, 32:48, None] >> _NIBBLES) & 15).reshape(len(units), -1)
         words = np.ascontiguousarray(units[:, 48:]).view("<u2")
         scale = np.bitwise_or.reduce((words >> 12) << np.arange(0, 16, 4, dtype=np.uint16), axis=-1)
-        fields = {
+        fields: UnitFields = {
             "sub_scale": _threes(words),
             "sub_shift": high >> 3,
             "super_scale": fp16_values(scale.astype("<u2").view(np.uint8).reshape(-1, 2)),

@@ -39,7 +39,8 @@ def numbers_of(name: str, codes: Codes) -> NDArray[np.uint16]:
 def entries_of(name: str, numbers: NDArray[Any]) -> Bytes:
     """The entries of these numbers [U, entries], uint8 [U, 256]: places among the table's magnitudes."""
     entries = vector_grid(name).vectors.entries(torch.device("cpu")).to(torch.uint8).numpy()
-    return entries[numbers].reshape(len(numbers), -1)
+    found: Bytes = entries[numbers].reshape(len(numbers), -1)
+    return found
 
 
 def in_pieces(pack: Callable[[Codes, UnitFields], Bytes], codes: Codes, fields: UnitFields, unit_bytes: int) -> Bytes:
@@ -79,18 +80,17 @@ class VectorLayout(BlockLayout):
         if grid.vectors.even_signs:
             seven = signs & 127
             parity = seven ^ (seven >> 4)
-            parity ^= parity >> 2
-            signs = seven | (((parity ^ (parity >> 1)) & 1) << 7)
+            parity = parity ^ (parity >> 2)
+            signs = (seven | (((parity ^ (parity >> 1)) & 1) << 7)).astype(np.uint8)
         magnitude = entries_of(self.name, numbers)
         negative = np.unpackbits(np.ascontiguousarray(signs), axis=-1, bitorder="little").astype(bool)
-        codes = np.where(negative, grid.anchor - 1 - magnitude, grid.anchor + magnitude).astype(np.uint8)
+        codes: Codes = np.where(negative, grid.anchor - 1 - magnitude, grid.anchor + magnitude).astype(np.uint8)
         return codes, {"sub_scale": subs, "super_scale": fp16_values(units[:, :2])}
 
 
 def _nibble_pairs(subs: Bytes) -> Bytes:
     """Sub-scales [U, 2n] as [U, n]: the first of two in the low nibble."""
-    found: Bytes = subs[:, ::2] | (subs[:, 1::2] << 4)
-    return found
+    return (subs[:, ::2] | (subs[:, 1::2] << 4)).astype(np.uint8)
 
 
 def _from_nibble_pairs(data: Bytes) -> Bytes:

@@ -35,11 +35,11 @@ def spread_errors(
     if len(work) <= _COLUMNS_AT_ONCE:
         for j in range(first, end, size):
             keep_error(j)
-            behind = j + size
+            following = j + size
             if size == 1:
-                work[behind - first :].addr_(factor[j, behind:end], errors[j])
+                work[following - first :].addr_(factor[j, following:end], errors[j])
             else:
-                work[behind - first :].addmm_(factor[j:behind, behind:end].T, errors[j:behind])
+                work[following - first :].addmm_(factor[j:following, following:end].T, errors[j:following])
         return
     middle = first + len(work) // (2 * size) * size  # groups stay whole
     before, behind = work[: middle - first], work[middle - first :]

@@ -35,6 +35,7 @@ from runtime_tests.temporary import temporary_folder
 from runtime_tests.transports.interface import Transport
 from runtime_tests.transports.lookup import transport_to
 from signround_edge.errors import CheckFailed, UserError
+from signround_edge.evaluation.cache_types import CacheTypes, TakesCacheTypes
 from signround_edge.evaluation.metrics import Windows
 from signround_edge.evaluation.perplexity import TorchSession, text_windows
 from signround_edge.evaluation.torch_models import load_run_model, load_source_model
@@ -58,6 +59,7 @@ class _Job:
     transports: dict[str, Transport]
     report: VerifyReport
     binaries: LlamaBinaries | None
+    cache_types: CacheTypes | None
     stack: ExitStack
 
 
@@ -70,6 +72,7 @@ def verify(
     n_ctx: int = DEFAULT_CONTEXT,
     max_windows: int = DEFAULT_WINDOWS,
     llama_bin: Path | None = None,
+    cache_types: CacheTypes | None = None,
     log: Callable[[str], None] = print,
 ) -> VerifyReport:
     """Check artifacts of a run.
@@ -81,6 +84,7 @@ def verify(
         devices: names of device profiles.
         reference: Hugging Face folder of the original model, for fidelity.
         llama_bin: folder with llama-perplexity for the devices; it scores GGUF files too.
+        cache_types: of keys and values in llama.cpp, for files that are not in floats; controls have their own.
         log: called with one line of progress.
     Raises:
         UserError: an unknown device, a text that is too short, something that is no artifact at all. A damaged
@@ -91,6 +95,8 @@ def verify(
     profiles = [get_device(name) for name in dict.fromkeys(devices)]
     paths = list(dict.fromkeys(artifacts))
     formats = [artifact_format(path) for path in paths]
+    if cache_types is not None and "gguf" not in formats:
+        raise UserError("--cache-type-k and --cache-type-v are llama.cpp's; give a GGUF file, or leave them out")
     windows = text_windows(run.config_dir, text, n_ctx, max_windows)
     binaries = None if llama_bin is None else LlamaBinaries.find(llama_bin, windows)
     report = VerifyReport(str(run.path), str(text), None if reference is None else str(reference))
@@ -99,7 +105,7 @@ def verify(
         transports = {profile.name: transport_to(profile) for profile in profiles}
         for transport in transports.values():
             stack.callback(transport.close)
-        job = _Job(run, text, windows, profiles, transports, report, binaries, stack)
+        job = _Job(run, text, windows, profiles, transports, report, binaries, cache_types, stack)
         log("hashing the run, the artifacts and the text")
         report.evidence = _evidence(job, paths, reference)
         for path, format_ in zip(paths, formats, strict=True):
@@ -198,7 +204,9 @@ def _binary_trials(job: _Job, artifact: ArtifactReport, path: Path, expectation:
         trial.report.notes += expectation.notes
         trial.report.gate = "exact" if expectation.computes_in_floats else "quantized"
         trial.problem, trial.computes = expectation.problem, expectation.computes
-        trial.measure = partial(measure, profile, job.binaries, path, expectation.control_file, job.windows)
+        types = None if expectation.computes_in_floats else job.cache_types
+        trial.report.notes += [] if types is None else [types.text]
+        trial.measure = partial(measure, profile, job.binaries, path, expectation.control_file, job.windows, types)
         trials.append(trial)
     return trials
 
@@ -245,7 +253,7 @@ def _open(job: _Job, runtime: Runtime, trial: Trial, path: Path, expectation: Ex
     report.notes += expectation.notes
     report.reason = expectation.problem
     try:
-        session = _opened(runtime.open(path), job.stack)
+        session = _opened(_with_cache(job, runtime, report).open(path), job.stack)
         trial.artifact = Contender(session)
         note = expectation.tokenizer_note(session, job.windows, job.text)
         report.notes += [note] if note else []
@@ -266,6 +274,18 @@ def _open(job: _Job, runtime: Runtime, trial: Trial, path: Path, expectation: Ex
         report.reason = "; ".join(filter(None, [expectation.problem, str(error)]))
         trial.artifact = trial.control = None
     report.status = "fail"  # until `judge` says otherwise
+
+
+def _with_cache(job: _Job, runtime: Runtime, report: RuntimeReport) -> Runtime:
+    """The runtime with the types of keys and values that were asked for, where it takes them and the gate allows it."""
+    if job.cache_types is None:
+        return runtime
+    if isinstance(runtime, TakesCacheTypes) and report.gate != "exact":
+        cached: Runtime = runtime.with_cache(job.cache_types)
+        return cached
+    kept = "a file in floats is compared exactly" if report.gate == "exact" else f"{runtime.name} has no choice of it"
+    report.notes.append(f"KV cache as it is without --cache-type-k and --cache-type-v: {kept}")
+    return runtime
 
 
 def _opened(session: Session, stack: ExitStack) -> Session:

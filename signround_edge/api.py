@@ -245,6 +245,8 @@ def verify(
     llama_bin: StrPath | None = None,
     windows: int | None = None,
     n_ctx: int = 512,
+    cache_type_k: str | None = None,
+    cache_type_v: str | None = None,
     report: StrPath | None = None,
     progress: OnProgress = None,
 ) -> VerifyReport:
@@ -260,11 +262,13 @@ def verify(
         reference: the original model, to say how far the artifacts are from it.
         llama_bin: folder of llama.cpp binaries for the devices.
         windows: windows of `n_ctx` tokens to score at most.
+        cache_type_k, cache_type_v: of llama.cpp's cache: f16, q8_0 or q4_0.
         report: folder for certificate.json and certificate.html.
     """
     from runtime_tests.certificate.write import certificate_files, write_certificate
     from runtime_tests.verify import DEFAULT_WINDOWS
     from runtime_tests.verify import verify as check
+    from signround_edge.evaluation.cache_types import CacheTypes
     from signround_edge.model.source import resolve_model
 
     shown = _progress(progress)
@@ -284,6 +288,7 @@ def verify(
         n_ctx=n_ctx,
         max_windows=DEFAULT_WINDOWS if windows is None else windows,
         llama_bin=_path("--llama-bin", llama_bin),
+        cache_types=CacheTypes.of(cache_type_k, cache_type_v),
         log=shown.line,
     )
     for path in write_certificate(found, proof) if proof is not None else ():
@@ -305,6 +310,8 @@ def evaluate(
     reference: StrPath | None = None,
     windows: int | None = None,
     n_ctx: int = 512,
+    cache_type_k: str | None = None,
+    cache_type_v: str | None = None,
 ) -> Scores:
     """Perplexity of a model folder, a run directory or an artifact on its runtime, as `llama-perplexity` defines it.
 
@@ -312,11 +319,14 @@ def evaluate(
         text: UTF-8 text to score.
         reference: the full-precision model; with it also KL divergence and top-1 agreement.
         windows: windows of `n_ctx` tokens to score at most.
+        cache_type_k, cache_type_v: of llama.cpp's cache: f16, q8_0 or q4_0.
     """
+    from signround_edge.evaluation.cache_types import CacheTypes
     from signround_edge.evaluation.scoring import score
 
     original = None if reference is None else _text("--reference", reference)
-    return score(_text("path", path), path_of("--text", text), original, n_ctx, windows)
+    types = CacheTypes.of(cache_type_k, cache_type_v)
+    return score(_text("path", path), path_of("--text", text), original, n_ctx, windows, types)
 
 
 def _progress(given: OnProgress) -> Progress:

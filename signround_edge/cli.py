@@ -95,6 +95,8 @@ _run = click.argument("run", type=_PATH)
 _text = click.option("--text", type=_PATH, required=True, help="UTF-8 text to score.")
 _windows = click.option("--windows", type=int, default=None, help="Windows to score at most.")
 _n_ctx = click.option("--n-ctx", type=int, default=512, show_default=True, help="Tokens a window.")
+_cache_type_k = click.option("--cache-type-k", help="llama.cpp's cache of keys: f16, q8_0 or q4_0.")
+_cache_type_v = click.option("--cache-type-v", help="llama.cpp's cache of values: f16, q8_0 or q4_0.")
 _reference = click.option("--reference", default=None, help="The full-precision model to compare with.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else.")
 
@@ -254,11 +256,13 @@ def export(
 @click.option("--check", "certificate", type=_PATH, help="Re-check a certificate.json; run nothing.")
 @_windows
 @_n_ctx
+@_cache_type_k
+@_cache_type_v
 @_json
 def verify(
     run: Path | None, artifacts: tuple[Path, ...], text: Path | None, devices: tuple[str, ...], reference: str | None,
     llama_bin: Path | None, report: Path | None, certificate: Path | None, windows: int | None, n_ctx: int,
-    as_json: bool,
+    cache_type_k: str | None, cache_type_v: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Prove on the real runtime that ARTIFACTS hold RUN's weights exactly and behave like them."""
     if certificate is not None:
@@ -277,7 +281,7 @@ def verify(
         with terminal_progress("verifying") as progress, _interrupted_by_signals():
             result = api.verify(
                 run, artifacts, text, devices=devices, reference=reference, llama_bin=llama_bin, windows=windows,
-                n_ctx=n_ctx, report=report, progress=progress,
+                n_ctx=n_ctx, cache_type_k=cache_type_k, cache_type_v=cache_type_v, report=report, progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt:
         _say("interrupted; nothing was verified, and nothing is left running")
@@ -385,21 +389,33 @@ def analyze(run: Path, out: Path | None, as_json: bool) -> None:
 @_reference
 @_windows
 @_n_ctx
+@_cache_type_k
+@_cache_type_v
 @_json
 def evaluate(
     path: str, text: Path | None, tasks: str | None, task_dir: Path | None, limit: int | None, reference: str | None,
-    windows: int | None, n_ctx: int, as_json: bool,
+    windows: int | None, n_ctx: int, cache_type_k: str | None, cache_type_v: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Perplexity (with --reference also KL divergence) or zero-shot tasks of a model folder, run or artifact."""
     if (text is None) == (tasks is None):
         raise UserError("give either --text FILE for perplexity, or --tasks NAMES for zero-shot tasks")
     if tasks is not None:
+        if cache_type_k or cache_type_v:
+            raise UserError("--cache-type-k and --cache-type-v go with --text; leave them out")
         _evaluate_tasks(path, tasks, reference, task_dir, limit, as_json)
         return
     assert text is not None
     from signround_edge import api
+    from signround_edge.evaluation.cache_types import CacheTypes
 
-    scores = api.evaluate(path, text, reference=reference, windows=windows, n_ctx=n_ctx).to_json()
+    types = CacheTypes.of(cache_type_k, cache_type_v)
+    if types is not None:
+        _say(types.text)
+    found = api.evaluate(
+        path, text, reference=reference, windows=windows, n_ctx=n_ctx, cache_type_k=cache_type_k,
+        cache_type_v=cache_type_v,
+    )  # fmt: skip
+    scores = found.to_json()
     if as_json:
         _print_json(scores)
         return

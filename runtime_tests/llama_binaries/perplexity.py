@@ -10,6 +10,7 @@ from exporters.gguf.container.splits import model_files
 from runtime_tests.llama_binaries.hosts import Host, host_of
 from runtime_tests.llama_binaries.statistics import has_statistics, read_statistics
 from signround_edge.errors import UserError, last_lines
+from signround_edge.evaluation.cache_types import CacheTypes
 from signround_edge.evaluation.metrics import Scores, Windows
 
 RUNTIME = "llama-perplexity"
@@ -60,13 +61,20 @@ class LlamaBinaries:
 
 
 def measure(
-    profile: DeviceProfile, binaries: LlamaBinaries, model: Path, control: Path | None, windows: Windows, base: Path
+    profile: DeviceProfile,
+    binaries: LlamaBinaries,
+    model: Path,
+    control: Path | None,
+    windows: Windows,
+    cache_types: CacheTypes | None,
+    base: Path,
 ) -> tuple[Scores, Scores | None]:
     """Push everything to a device, run, and read the figures of the file and of its control.
 
     Args:
         model: the GGUF file, the first one of a split model.
         control: the same in F32; None where the file itself is that.
+        cache_types: of keys and values; the control has its own.
         base: what `KlBaseWriter` wrote for these windows.
     Raises:
         CannotStart: no such device is connected, another ABI, or a missing library.
@@ -79,17 +87,27 @@ def measure(
     with host:
         program, *_ = [host.push(file) for file in binaries.files()]
         logits = host.push(base)
-        parity = _run(host, program, model, logits, windows, in_floats=control is None)
-        return parity, None if control is None else _run(host, program, control, logits, windows, in_floats=True)
+        parity = _run(host, program, model, logits, windows, control is None, cache_types)
+        return parity, None if control is None else _run(host, program, control, logits, windows, True, None)
 
 
-def _run(host: Host, program: str, model: Path, base: str, windows: Windows, in_floats: bool) -> Scores:
+def _run(
+    host: Host,
+    program: str,
+    model: Path,
+    base: str,
+    windows: Windows,
+    in_floats: bool,
+    cache_types: CacheTypes | None,
+) -> Scores:
     count, n_ctx = windows.tokens.shape
     first, *_ = [host.push(part) for part in model_files(model)]
     command = [program, "-m", first, "--kl-divergence", "--kl-divergence-base", base]
     command += ["-c", str(n_ctx), "-b", str(n_ctx), "-ub", str(min(_MICRO_BATCH, n_ctx)), "-t", "1"]
     if in_floats:
         command += ["-fa", "off", "-ctk", "f32", "-ctv", "f32"]  # as in LlamaCppEngine
+    elif cache_types is not None:
+        command += ["-ctk", cache_types.k, "-ctv", cache_types.v, "-fa", "auto" if cache_types.v == "f16" else "on"]
     folder = program.rpartition("/")[0]
     for _ in range(_TRIES):
         done = host.run(command, {"LD_LIBRARY_PATH": folder, "DYLD_LIBRARY_PATH": folder}, SECONDS_A_WINDOW * count)

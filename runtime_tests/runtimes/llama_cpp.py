@@ -7,7 +7,7 @@ their own; it is not offered.)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from runtime_tests.transports.local import LocalTransport
 from runtime_tests.transports.reconnecting import ReconnectingWorker
 from runtime_tests.worker import llama_cpp_bindings
 from signround_edge.errors import UserError
+from signround_edge.evaluation.cache_types import CacheTypes
 from signround_edge.evaluation.metrics import FloatArray
 
 _CHUNK_BYTES = 4 << 20  # packed bytes that travel to the worker at once; larger replies find fresh memory each time
@@ -29,6 +30,12 @@ _CHUNK_BYTES = 4 << 20  # packed bytes that travel to the worker at once; larger
 
 class LlamaCppSession(WorkerSession):
     """A GGUF file loaded by llama.cpp: one thread, micro-batch of 512 (see `LlamaCppEngine`)."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Which types its cache has, where they are not llama.cpp's own."""
+        types = self.options
+        return [CacheTypes(types["cache_type_k"], types["cache_type_v"]).text] if types else []
 
     @property
     def bos(self) -> int | None:
@@ -59,10 +66,19 @@ class LlamaCppSession(WorkerSession):
 
 @dataclass(frozen=True)
 class LlamaCppRuntime(WorkerRuntime):
-    """llama.cpp on a CPU."""
+    """llama.cpp on a CPU.
+
+    Attributes:
+        cache_types: of keys and values; None: f16, and f32 for a file in F32.
+    """
 
     name = "llama.cpp"
     artifact_format = "gguf"
+    cache_types: CacheTypes | None = None
+
+    def with_cache(self, types: CacheTypes) -> LlamaCppRuntime:
+        """The same with other types of keys and values."""
+        return replace(self, cache_types=types)
 
     def unavailable(self) -> str | None:
         """Why it cannot run here, with the way out; None when it can."""
@@ -73,7 +89,9 @@ class LlamaCppRuntime(WorkerRuntime):
         """Load a GGUF file. Raises UserError when llama.cpp refuses it or dies of it."""
         if not artifact.is_file():
             raise UserError(f"{artifact} is not a file; give the .gguf file that `export` wrote")
-        return LlamaCppSession(self.name, self.transport, artifact, self.timeout, digest=self.digest)
+        types = self.cache_types
+        options = {} if types is None else {"cache_type_k": types.k, "cache_type_v": types.v}
+        return LlamaCppSession(self.name, self.transport, artifact, self.timeout, options, self.digest)
 
     def stored_tensors(self, artifact: Path) -> Iterator[StoredTensor]:
         """Every tensor through libggml's `to_float`: f32 [rows, values a row] (a vector is one row)."""

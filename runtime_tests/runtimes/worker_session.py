@@ -31,6 +31,7 @@ class WorkerSession(ReconnectingWorker):
 
     Attributes:
         vocab_size: width of the logits, where the file says it.
+        options: as given.
         facts: what the engine tells about the file.
         seconds: time that the device has computed for us.
         peak_memory_bytes: of the process that computes, where it can say it.
@@ -47,7 +48,7 @@ class WorkerSession(ReconnectingWorker):
     ) -> None:
         super().__init__(str(artifact), self._connect)
         self._runtime, self._transport, self._artifact, self._timeout = runtime, transport, artifact, timeout
-        self._options = options or {}
+        self.options = options or {}
         self._digest = digest
         self._computed: dict[bytes, FloatArray | Digest] = {}
         self._progress: tuple[float | None, str] = (None, "")  # for a person who watches a page
@@ -116,7 +117,7 @@ class WorkerSession(ReconnectingWorker):
         worker = self._transport.start(str(self._artifact), self._timeout)
         try:
             name = worker.push(self._artifact)
-            reply = worker.call("open", runtime=self._runtime, artifact=name, options=self._options)
+            reply = worker.call("open", runtime=self._runtime, artifact=name, options=self.options)
             self.facts = reply.header["facts"]
             self.vocab_size = self.facts["vocab_size"]
         except BaseException:

@@ -22,7 +22,8 @@ MICRO_BATCH = 512
 _CONTEXT_STEP = 256  # llama.cpp rounds contexts up to this
 _GGML_F32 = 0
 _LOAD_MODE_MMAP = 1
-_FLASH_ATTENTION_OFF = 0
+_FLASH_ATTENTION_OFF, _FLASH_ATTENTION_ON = 0, 1
+_CACHE_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # enum ggml_type
 _FILE_TYPE_F32 = b"0"  # LLAMA_FTYPE_ALL_F32
 _TYPE_COUNT = 43  # GGML_TYPE_COUNT of this build
 _MAX_VALUES = 1 << 31
@@ -37,11 +38,16 @@ class LlamaCppEngine:
     graph: flash attention and the f16 cache err by 1e-4, enough to send a token to another expert (KL 0.09 for that
     token), so there both are off.
 
+    Args:
+        cache_type_k, cache_type_v: of `_CACHE_TYPES`, both or neither: types of the cache instead of these. A quantized
+            V turns flash attention on, without which llama.cpp has none.
+
     Raises:
         UserError: llama.cpp refuses the file; the sentence holds its own words.
     """
 
-    def __init__(self, artifact: Path) -> None:
+    def __init__(self, artifact: Path, cache_type_k: str | None = None, cache_type_v: str | None = None) -> None:
+        self._cache_types = None if cache_type_k is None or cache_type_v is None else (cache_type_k, cache_type_v)
         self._lib: Any = c.load_library()
         self._context: int | None = None
         self._context_size = 0
@@ -176,7 +182,11 @@ class LlamaCppEngine:
         params.n_threads = params.n_threads_batch = 1
         if callback is not None:
             params.cb_eval = ctypes.cast(callback, ctypes.c_void_p)
-        if self._is_f32:
+        if self._cache_types is not None:
+            params.type_k, params.type_v = (_CACHE_TYPES[name] for name in self._cache_types)
+            if params.type_v != _CACHE_TYPES["f16"]:
+                params.flash_attn_type = _FLASH_ATTENTION_ON
+        elif self._is_f32:
             params.flash_attn_type = _FLASH_ATTENTION_OFF
             params.type_k = params.type_v = _GGML_F32
         self._context = self._lib.llama_init_from_model(self._model, params)

@@ -9,6 +9,7 @@ from typing import Any
 
 from signround_edge.arguments import read_text
 from signround_edge.errors import UserError
+from signround_edge.evaluation.cache_types import CacheTypes, TakesCacheTypes
 from signround_edge.evaluation.metrics import Scores
 from signround_edge.evaluation.perplexity import TorchSession, check_windows, evaluate, text_windows
 from signround_edge.evaluation.torch_models import load_run_model, load_source_model
@@ -18,7 +19,14 @@ from signround_edge.plugins import exporter_of, exporters, runtimes
 from signround_edge.run_directory import RunDirectory
 
 
-def score(path: str, text: Path, reference: str | None, n_ctx: int, max_windows: int | None) -> Scores:
+def score(
+    path: str,
+    text: Path,
+    reference: str | None,
+    n_ctx: int,
+    max_windows: int | None,
+    cache_types: CacheTypes | None = None,
+) -> Scores:
     """Scores of `path` on a text; an artifact runs on its own runtime, and then tokenizes with the reference's files.
 
     Raises:
@@ -27,20 +35,20 @@ def score(path: str, text: Path, reference: str | None, n_ctx: int, max_windows:
     check_windows(n_ctx, max_windows)
     read_text("--text", text)  # before a model is loaded
     reference_dir = None if reference is None else resolve_model(reference)
-    with opened(path, reference_dir) as (session, tokenizer_dir):
+    with opened(path, reference_dir, cache_types) as (session, tokenizer_dir):
         windows = text_windows(tokenizer_dir, text, n_ctx, max_windows)
         base = None if reference_dir is None else TorchSession(load_source_model(reference_dir))
         return evaluate(session, windows, base)
 
 
 @contextmanager
-def opened(path: str, reference_dir: Path | None) -> Iterator[tuple[Any, Path]]:
+def opened(path: str, reference_dir: Path | None, cache_types: CacheTypes | None = None) -> Iterator[tuple[Any, Path]]:
     """(session, folder of its tokenizer) of a model folder, a run directory or an artifact; closed at the end.
 
     Raises:
         UserError: as `score` says.
     """
-    session, tokenizer_dir = _open(path, reference_dir)
+    session, tokenizer_dir = _open(path, reference_dir, cache_types)
     try:
         yield session, tokenizer_dir
     finally:
@@ -49,12 +57,17 @@ def opened(path: str, reference_dir: Path | None) -> Iterator[tuple[Any, Path]]:
             close()
 
 
-def _open(path: str, reference_dir: Path | None) -> tuple[Any, Path]:
+def _open(path: str, reference_dir: Path | None, cache_types: CacheTypes | None) -> tuple[Any, Path]:
     local = Path(path)
+    in_torch = (local / "manifest.json").is_file() or not local.exists() or _is_model(local)
+    if cache_types is not None and in_torch:
+        raise UserError(
+            f"--cache-type-k and --cache-type-v are llama.cpp's, and {path} runs in torch; give a GGUF file"
+        )
     if (local / "manifest.json").is_file():
         run = RunDirectory.open(local)
         return TorchSession(load_run_model(run)), run.config_dir
-    if not local.exists() or _is_model(local):
+    if in_torch:
         folder = resolve_model(path)
         return TorchSession(load_source_model(folder)), folder
     artifact_format = exporter_of(local).name
@@ -66,6 +79,13 @@ def _open(path: str, reference_dir: Path | None) -> tuple[Any, Path]:
             reason = runtime.unavailable()
             if reason:
                 raise UserError(f"{path} needs the runtime {runtime.name}, which cannot run here: {reason}")
+            if cache_types is not None:
+                if not isinstance(runtime, TakesCacheTypes):
+                    raise UserError(
+                        f"--cache-type-k and --cache-type-v are llama.cpp's, and {path} runs on {runtime.name}; give a "
+                        "GGUF file"
+                    )
+                runtime = runtime.with_cache(cache_types)
             return runtime.open(local), tokenizer_dir
     raise UserError(f"{path}: no runtime for {artifact_format} is installed")
 

@@ -7,9 +7,17 @@ import re
 from difflib import get_close_matches
 
 from signround_edge.errors import UserError
-from signround_edge.formats.ggml_codebook import CodebookFp16, SuperCodebook
+from signround_edge.formats.ggml_codebook import (
+    IQ4_TABLE,
+    SIGN_TABLE,
+    CodebookFp16,
+    E4M3Scales,
+    E8M0Scales,
+    SuperCodebook,
+)
 from signround_edge.formats.ggml_k_quants import SuperAffine, SuperSymmetric
 from signround_edge.formats.ggml_legacy import AffineFp16, SymmetricFp16
+from signround_edge.formats.ggml_vectors import ShiftedVectorGrid, VectorGrid
 from signround_edge.formats.grid import BlockScales, Grid, QuantizedTensor, joined
 from signround_edge.formats.matmul_nbits import (
     ONNX_BITS,
@@ -28,13 +36,25 @@ _ROWS: tuple[Grid, ...] = (
     AffineFp16("Q5_1", bits=5),
     SymmetricFp16("Q8_0", bits=8, signed=True),
     SymmetricFp16("Q2_0", bits=2, block_size=64, anchor=1),
+    CodebookFp16("Q1_0", SIGN_TABLE, bits=1, block_size=128),
+    SymmetricFp16("TQ1_0", bits=2, block_size=256, anchor=1, codes=3, container=1.625),
+    SymmetricFp16("TQ2_0", bits=2, block_size=256, anchor=1),
     SuperAffine("Q2_K", bits=2, block_size=16, sub_bits=4, bits_per_weight=2.625),
     SuperSymmetric("Q3_K", bits=3, block_size=16, sub_bits=6, bits_per_weight=3.4375),
     SuperAffine("Q4_K", bits=4, block_size=32, sub_bits=6, bits_per_weight=4.5),
     SuperAffine("Q5_K", bits=5, block_size=32, sub_bits=6, bits_per_weight=5.5),
     SuperSymmetric("Q6_K", bits=6, block_size=16, sub_bits=8, bits_per_weight=6.5625),
-    CodebookFp16("IQ4_NL", bits=4),
+    CodebookFp16("IQ4_NL", IQ4_TABLE, bits=4),
     SuperCodebook("IQ4_XS", bits=4, block_size=32, sub_bits=6, bits_per_weight=4.25),
+    ShiftedVectorGrid("IQ1_S", block_size=32, shared=1, bits_per_weight=1.5625),
+    ShiftedVectorGrid("IQ1_M", block_size=8, shared=2, bits_per_weight=1.75),
+    VectorGrid("IQ2_XXS", even_signs=True, block_size=32, unit=0.125, bits_per_weight=2.0625),
+    VectorGrid("IQ2_XS", even_signs=True, block_size=16, unit=0.125, bits_per_weight=2.3125),
+    VectorGrid("IQ2_S", even_signs=False, block_size=16, unit=0.125, bits_per_weight=2.5625),
+    VectorGrid("IQ3_XXS", even_signs=True, block_size=32, unit=0.25, bits_per_weight=3.0625),
+    VectorGrid("IQ3_S", even_signs=False, block_size=32, unit=1, bits_per_weight=3.4375),
+    E8M0Scales("MXFP4", block_size=32, row_multiple=32),
+    E4M3Scales("NVFP4", block_size=16, row_multiple=64),
     *(matmul_nbits_grid(bits, g) for bits in ONNX_BITS for g in ONNX_BLOCKS if (bits, g) not in ((4, 32), (8, 32))),
     *(matmul_nbits_grid(bits, g, asymmetric=True) for bits in ONNX_BITS for g in ONNX_BLOCKS),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from signround_edge.formats.grid import FP16_MAX, QuantizedTensor
+from signround_edge.formats.grid import QuantizedTensor
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -24,15 +24,12 @@ def lies_on_grid(weight: Tensor, stored: QuantizedTensor) -> bool:
 
 
 def lost_weights(weight: Tensor, stored: QuantizedTensor) -> tuple[int, int]:
-    """How many of weight f32 [R, K] fp16 scales cannot hold.
+    """How many of weight f32 [R, K] the format's scales cannot hold.
 
     Returns:
-        (those that became zero as their scale is too small for fp16, those that were cut off as it is too large).
+        (those that became zero as their scale is too small to be stored, those that were cut off as it is too large).
     """
-    scales = [field for field in stored.fields.values() if field.is_floating_point()]
-    none, most = (scales[0] == 0), (scales[0].abs() >= FP16_MAX)
-    for other in scales[1:]:
-        none, most = none & (other == 0), most | (other.abs() >= FP16_MAX)
+    none, most = stored.grid.scales_at_their_limits(stored.fields)
     zeroed = cut = 0
     if bool(none.any()):
         zeroed = int((_grouped(weight, none) != 0).sum())

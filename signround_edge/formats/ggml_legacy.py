@@ -1,4 +1,4 @@
-"""Grids of llama.cpp's single-scale block types: Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
+"""Grids of llama.cpp's single-scale block types: Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, TQ1_0, TQ2_0.
 
 Source of the arithmetic: `dequantize_row_q4_0` and its siblings in ggml-quants.c.
 """
@@ -13,10 +13,10 @@ from signround_edge.formats.scale_search import in_row_chunks, search_affine, se
 
 
 class SymmetricFp16(Grid):
-    """w = d·(q − anchor), one fp16 d per block (Q2_0, Q4_0, Q5_0, Q8_0). Field: scale fp16 [R, B].
+    """w = d·(q − anchor), one fp16 d per block (Q2_0, Q4_0, Q5_0, Q8_0, TQ1_0, TQ2_0). Field: scale fp16 [R, B].
 
     The anchor is the middle code, 2^(bits−1), unless given; signed codes have theirs at 0. A code is stored in
-    `container` bits: as many as it has, unless given.
+    `container` bits: as many as it has, unless given. There are `codes` of them, 2^bits unless given.
     """
 
     affine = False
@@ -28,13 +28,14 @@ class SymmetricFp16(Grid):
         block_size: int = 32,
         signed: bool = False,
         anchor: int | None = None,
-        container: int | None = None,
+        container: float | None = None,
+        codes: int | None = None,
     ) -> None:
         half = 1 << (bits - 1)
         self.name = name
         self.block_size = self.row_multiple = block_size
         self.code_min = -half if signed else 0
-        self.code_max = self.code_min + 2 * half - 1
+        self.code_max = self.code_min + (codes or 2 * half) - 1
         self.anchor = self.code_min + half if anchor is None else anchor
         self.code_dtype = torch.int8 if signed else torch.uint8
         self.bits_per_weight = (container or bits) + 16 / block_size

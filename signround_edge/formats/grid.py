@@ -95,7 +95,9 @@ class Grid(ABC):
         affine: whether there is a minimum (or zero point) besides the scale.
         integer_zero: whether affine codes have an integer zero point in the place of a minimum.
         even: whether levels are evenly spaced, which makes them the code offsets themselves.
+        group: how many neighbouring values have their codes chosen together; 1 where each has its own.
         fp16_scales: whether the scale of every block is an fp16 value, not a product of two stored ones.
+        positive_scales: whether scales are stored without a sign.
         minimum_at_most_zero: whether the minimum of a block cannot be positive.
         field_ranges: inclusive range of each integer field that does not use all values of its dtype.
         bits_per_weight: stored bits a weight, scale fields included.
@@ -111,7 +113,9 @@ class Grid(ABC):
     affine: bool
     integer_zero: bool = False
     even: bool = True
+    group: int = 1
     fp16_scales: bool = True
+    positive_scales: bool = False
     minimum_at_most_zero: bool = False
     field_ranges: Mapping[str, tuple[int, int]] = MappingProxyType({})
     bits_per_weight: float
@@ -142,6 +146,18 @@ class Grid(ABC):
     def field_shapes(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name → (shape, dtype) of each stored scale field of a [rows, cols] tensor."""
 
+    def scales_at_their_limits(self, fields: Fields) -> tuple[Tensor, Tensor]:
+        """Which blocks (or super-blocks) have no scale but zero, and which the largest that there is: bool [R, n]."""
+        scales = [field for field in fields.values() if field.is_floating_point()]
+        none, most = (scales[0] == 0), (scales[0].abs() >= FP16_MAX)
+        for other in scales[1:]:
+            none, most = none & (other == 0), most | (other.abs() >= FP16_MAX)
+        return none, most
+
+    def codes_problem(self, codes: Tensor) -> str | None:
+        """What is wrong with codes [R, K], each in its range, beside one another, in a few words; None: nothing."""
+        return None
+
     def levels(self, offsets: Tensor) -> Tensor:
         """How many scales above the minimum (or above zero) the weight of each code offset is.
 
@@ -152,6 +168,15 @@ class Grid(ABC):
     def offsets_of_levels(self, levels: Tensor) -> Tensor:
         """The inverse of `levels`."""
         return levels
+
+    def nearest_offsets(self, positions: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The nearest codes less the anchor to real-valued positions f32 [R, B, S], which are overwritten.
+
+        Args:
+            weights: of the squared differences of the values of a group, f32 [group]; where each value has a code of
+                its own they change nothing.
+        """
+        return positions.round_().clamp_(*self.offset_range)
 
     def nearest_levels(self, levels: Tensor) -> Tensor:
         """The nearest level of a code to real-valued levels f32 [R, B, S], which are overwritten."""
@@ -189,7 +214,7 @@ class Grid(ABC):
         offsets = self.offsets(blocks, fields)
         if shift is not None:
             offsets += shift
-        return offsets.round_().clamp_(*self.offset_range)
+        return self.nearest_offsets(offsets)
 
     def dequantize_blocks(self, codes: Tensor, fields: Fields) -> Tensor:
         """Weights f32 [R, B, S] of codes (float or integer, [R, B, S]), bit for bit what runtimes compute."""
@@ -287,7 +312,7 @@ class QuantizedTensor:
         """What is wrong with the range of codes: all of `problem` that has to read them."""
         if _leaves(self.codes, self.grid.code_min, self.grid.code_max):
             return f"codes leave the range {self.grid.code_min}..{self.grid.code_max}"
-        return None
+        return self.grid.codes_problem(self.codes)
 
     def form_problem(self) -> str | None:
         """What is wrong with shapes, dtypes or scale fields."""

@@ -47,7 +47,7 @@ def extreme_scales(grid: Grid, blocks: Tensor) -> BlockScales:
     if grid.affine:
         low, high = _range(grid, blocks)
         return BlockScales((high - low) / (grid.code_max - grid.code_min), low)
-    return BlockScales(_extremes(blocks) / _end_levels(grid)[0])
+    return BlockScales(_extremes(grid, blocks) / abs(_end_levels(grid)[0]) * (1 if grid.positive_scales else -1))
 
 
 def _range(grid: Grid, blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,18 +62,27 @@ def _end_levels(grid: Grid) -> tuple[float, float]:
     return low, high
 
 
-def _extremes(blocks: Tensor) -> Tensor:
-    """The signed value of largest magnitude of each block [R, B]."""
+def _extremes(grid: Grid, blocks: Tensor) -> Tensor:
+    """The signed value of largest magnitude of each block [R, B]; its magnitude where scales have no sign."""
+    if grid.positive_scales:
+        return blocks.abs().amax(dim=-1)
     where = blocks.abs().argmax(dim=-1, keepdim=True)
     return blocks.gather(-1, where).squeeze(-1)
 
 
-def search_symmetric(grid: Grid, blocks: Tensor, importance: Tensor) -> BlockScales:
-    """Best scale per block for ŵ = s·(q − anchor); both signs of s are tried. Shapes as in `Grid.search`."""
-    extreme = _extremes(blocks)
+def search_symmetric(
+    grid: Grid, blocks: Tensor, importance: Tensor, factors: tuple[float, ...] | None = None
+) -> BlockScales:
+    """Best scale per block for ŵ = s·(q − anchor); both signs of s are tried. Shapes as in `Grid.search`.
+
+    Args:
+        factors: candidate scales relative to the one that maps the extreme value onto the end of the levels.
+    """
+    extreme = _extremes(grid, blocks)
     low, high = _end_levels(grid)
     ends = (low, high) if -low != high else (high,)
-    factors = FACTORS_OF_8_BITS if grid.code_max - grid.code_min == 255 else SYMMETRIC_FACTORS
+    if factors is None:
+        factors = FACTORS_OF_8_BITS if grid.code_max - grid.code_min == 255 else SYMMETRIC_FACTORS
     candidates = (BlockScales(extreme * (factor / end)) for end in ends for factor in factors)
     return _best(grid, blocks, importance, candidates, refit_symmetric(blocks, importance))[0]
 

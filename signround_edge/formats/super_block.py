@@ -37,6 +37,10 @@ class SuperBlockGrid(Grid):
     def scales_of(self, fields: Fields) -> BlockScales:
         """The scales that `store` turns into these very fields."""
 
+    def sub_multiples(self, fields: Fields) -> Tensor:
+        """How many super-scales the scale of every sub-block is, f32 [R, B]."""
+        return fields["sub_scale"].float()
+
     def _sub_codes(self, values: Tensor, super_scale: Tensor, low: int, high: int) -> Tensor:
         """Real scales or minimums [R, B] as integer multiples of their fp16 super-scale [R, super-blocks]."""
         return (values * safe_reciprocal(self.per_block(super_scale))).round().clamp(low, high)

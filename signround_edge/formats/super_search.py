@@ -88,20 +88,20 @@ def _search(grid: SuperBlockGrid, blocks: Tensor, importance: Tensor) -> BlockSc
             error = grid.per_super(weighted_error(grid, blocks, importance, fields, levels)).sum(-1)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
-            best = {name: _choose(grid, better, fields[name], best[name]) for name in best}
+            best = {name: choose(better, fields[name], best[name]) for name in best}
             fitted = refit(levels)
-            scales = BlockScales(fitted.scale, fitted.minimum, *_refit_supers(grid, blocks, importance, levels, fields))
+            scales = BlockScales(fitted.scale, fitted.minimum, *refit_supers(grid, blocks, importance, levels, fields))
     return grid.scales_of(_try_neighbours(grid, blocks, importance, best))
 
 
-def _choose(grid: SuperBlockGrid, better: Tensor, new: Tensor, old: Tensor) -> Tensor:
+def choose(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """A field of the super-blocks that are better, whether it has one value a super-block or one a sub-block."""
     if new.shape != better.shape:
-        better = better.repeat_interleave(grid.blocks_per_super, dim=-1)
+        better = better.repeat_interleave(new.shape[-1] // better.shape[-1], dim=-1)
     return torch.where(better, new, old)
 
 
-def _refit_supers(
+def refit_supers(
     grid: SuperBlockGrid, blocks: Tensor, importance: Tensor, levels: Tensor, fields: Fields
 ) -> tuple[Tensor, Tensor | None]:
     """Least squares of w on d·a − e·b over each super-block, with a = sc·level, b = mn: (d, e), f32 [R, supers]."""
@@ -109,7 +109,7 @@ def _refit_supers(
     def total(values: Tensor) -> Tensor:
         return grid.per_super(values.sum(-1)).sum(-1)
 
-    a = levels * fields["sub_scale"].float().unsqueeze(-1)
+    a = levels * grid.sub_multiples(fields).unsqueeze(-1)
     aa, aw = total(importance * a * a), total(importance * a * blocks)
     if "sub_minimum" not in fields:
         return aw * safe_reciprocal(aa), None

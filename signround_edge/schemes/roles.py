@@ -14,7 +14,10 @@ _ROLES = (
     ("attn_kv_b", Role.ATTENTION_V),
     ("attn_v", Role.ATTENTION_V),
     ("attn_k.", Role.ATTENTION_K),
+    ("attn_q.", Role.ATTENTION_Q),
     ("attn_output", Role.ATTENTION_OUTPUT),
+    ("ffn_up", Role.FFN_UP),
+    ("ffn_gate", Role.FFN_GATE),
     ("ffn_down", Role.FFN_DOWN),
 )
 
@@ -48,8 +51,8 @@ def columns_together(name: str, config: Any) -> int | None:
 def places_of(names: list[tuple[str, int]], config: Any) -> dict[str, Place]:
     """Parameter name → place, of all matrices of decoder blocks.
 
-    llama.cpp counts matrices that hold V as they come, and down projections, too, where there are no experts
-    (`llama_tensor_get_type_impl` in its llama-quant.cpp).
+    llama.cpp counts matrices that hold V as they come, and those of feed-forward networks, too, where there are no
+    experts (`llama_tensor_get_type_impl` in its llama-quant.cpp).
 
     Args:
         names: (parameter name, index of the block), in the order of blocks.
@@ -58,17 +61,21 @@ def places_of(names: list[tuple[str, int]], config: Any) -> dict[str, Place]:
     roles = {name: role_of(known[name]) for name, _ in names}
     if config.model_type.startswith(_SPLIT_KEYS_AND_VALUES):
         roles |= {name: Role.OTHER for name in roles if name.endswith("kv_b_proj.weight")}
-    counted = {Role.ATTENTION_V} if model_traits(config).experts > 1 else {Role.ATTENTION_V, Role.FFN_DOWN}
-    numbers: dict[Role, list[str | None]] = {role: [] for role in counted}
+    feed_forward = {Role.FFN_UP, Role.FFN_GATE, Role.FFN_DOWN}
+    counted = {Role.ATTENTION_V} if model_traits(config).experts > 1 else {Role.ATTENTION_V, *feed_forward}
+    numbers: dict[Role, dict[str | None, int]] = {role: {} for role in {Role.ATTENTION_V, *feed_forward}}
     for name, role in roles.items():
-        if role in counted and known[name] not in numbers[role]:
-            numbers[role].append(known[name])
-    return {
-        name: Place(role, numbers[role].index(known[name]), len(numbers[role]) if role is Role.ATTENTION_V else None)
-        if (role := roles[name]) in counted
-        else Place(role, index)
-        for name, index in names
-    }
+        if role in numbers:
+            numbers[role].setdefault(known[name], len(numbers[role]))
+
+    def place(name: str, index: int) -> Place:
+        role = roles[name]
+        number = numbers[role][known[name]] if role in numbers else index
+        layers = len(numbers[role]) if role is Role.ATTENTION_V else None
+        expert = split_expert(name)[1] is not None
+        return Place(role, number if role in counted else index, layers, number, expert)
+
+    return {name: place(name, index) for name, index in names}
 
 
 def role_of(gguf_name: str | None) -> Role:

@@ -166,7 +166,7 @@ def parse_scheme(text: str) -> Scheme:
         )
     schemes = [_parse_one(name) for name in names]
     grids = {s.preset.base if "*" in s.preset.base else get_grid(s.preset.base).name for s in schemes}
-    mixed = next((s.text for s in schemes if s.preset.rules and len(schemes) > 1), None)
+    mixed = next((s.text for s in schemes if (s.preset.rules or s.preset.experts) and len(schemes) > 1), None)
     if mixed is not None:
         raise UserError(f"--scheme {text}: {mixed} mixes several grids, so no other format can share its run")
     if len(grids) > 1:

@@ -15,6 +15,7 @@ from signround_edge.schemes.scheme import PRESET_ALIASES, after_fallback, fallba
 from tests.docs.documents import code_spans, section, table_rows, text_of
 
 PAGE = text_of("docs/formats.md")
+BLOCK_TYPES = 30  # rows of the first table of that section
 WIDE = 4096  # values a row, which every block divides
 
 
@@ -35,7 +36,7 @@ def test_gguf_schemes() -> None:
     for scheme, base, others, embedding, head in table_rows(section(PAGE, "## GGUF schemes")):
         name, *aliases = (text.removeprefix("gguf:") for text in code_spans(scheme))
         preset = GGUF_PRESETS[name]
-        assert [preset.base, bool(preset.rules)] == [base, bool(others)]
+        assert [preset.base, bool(preset.rules or preset.experts)] == [base, bool(others)]
         assert preset.format_of(Place(Role.EMBEDDING), traits, WIDE) == embedding
         assert preset.format_of(Place(Role.OUTPUT), traits, WIDE) == head
         found[name] = aliases
@@ -53,7 +54,7 @@ def test_onnx_schemes() -> None:
 
 def test_block_types() -> None:
     seen = set()
-    for name, block, multiple, codes, bits, otherwise in table_rows(section(PAGE, "## Block types"))[:18]:
+    for name, block, multiple, codes, bits, otherwise in table_rows(section(PAGE, "## Block types"))[:BLOCK_TYPES]:
         for grid in grids_named(name):
             n = grid.block_size
             assert [text.replace("*N*", str(n)) for text in (block, multiple)] == [str(n), str(grid.row_multiple)]
@@ -69,7 +70,7 @@ def test_block_types() -> None:
 
 
 def test_bits_a_weight_in_onnx_files() -> None:
-    rows = table_rows(section(PAGE, "## Block types"))[18:]
+    rows = table_rows(section(PAGE, "## Block types"))[BLOCK_TYPES:]
     assert [row[0] for row in rows] == [str(bits) for bits in ONNX_BITS]
     for bits, *cells in rows:
         for block, cell in zip(ONNX_BLOCKS, cells, strict=True):
@@ -90,7 +91,7 @@ def test_what_one_run_can_feed() -> None:
     runs = re.search(r"Runs of\s(.*?) can be exported", text, re.DOTALL)
     assert runs is not None
     uniform = {f"gguf:{name}": preset for name, preset in GGUF_PRESETS.items() if not preset.rules}
-    types = {scheme: (p.base, p.output, p.embedding or p.base) for scheme, p in uniform.items()}
+    types = {scheme: (p.base, p.output, p.embedding or p.base, p.experts or p.base) for scheme, p in uniform.items()}
     assert code_spans(runs[1]) == [scheme for scheme, names in types.items() if all(map(has_form, names))]
-    formless = set(re.findall(r"I?Q\d_\w+", text.partition("Types with")[2]))
+    formless = set(re.findall(r"I?Q\d_\w+|\w+FP4", text.partition("Types with")[2]))
     assert formless == {name for name in GRIDS if not has_form(name)}

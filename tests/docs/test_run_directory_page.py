@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from signround_edge.formats import ALIASES, GRIDS, get_grid
-from signround_edge.formats.ggml_codebook import TABLE
+from signround_edge.formats.ggml_codebook import E2M1_TABLE, IQ4_TABLE
+from signround_edge.formats.ggml_vectors import VectorGrid
 from signround_edge.formats.grid import Grid
 from signround_edge.formats.matmul_nbits import ONNX_BLOCKS
 from signround_edge.manifest import Manifest
@@ -46,7 +47,7 @@ def ranges_in(cell: str, grid: Grid) -> dict[str, tuple[int, int]]:
     found = {}
     for names, low, high in re.findall(r"([^\[;]*) \[[^\]]*\], (-?\d+) to (2\^bits − 1|-?\d+)", cell):
         last = grid.code_max if "bits" in high else int(high)
-        integers = [name for name in re.findall(r"`(\w+)`", names) if name.startswith(("sub", "zero"))]
+        integers = [name for name in re.findall(r"`(\w+)`", names) if name.startswith(("sub", "zero", "scale_code"))]
         found |= {name: (int(low), last) for name in integers}
     return found
 
@@ -75,16 +76,30 @@ def test_the_weight_is_what_the_formula_says(row: list[str]) -> None:
         values = {field: spread(value, K) for field, value in tensor.fields.items()}
         bits = re.match(r"w(\d)", name)
         formula = row[3].replace("2^(bits−1)", str(1 << int(bits[1]) - 1) if bits else "")
-        formula = formula.replace("·", "*").replace("−", "-")
-        weight = eval(formula, {"code": tensor.codes.float(), "table": Table(), **values})
+        formula = formula.replace("·", "*").replace("−", "-").replace("^", "**")
+        weight = eval(formula, {"code": tensor.codes.float(), **TABLES, **values})
         torch.testing.assert_close(weight, tensor.dequantize(), rtol=0, atol=0)
 
 
 class Table:
     """The levels of codes that come as floats."""
 
+    def __init__(self, levels: torch.Tensor) -> None:
+        self.levels = levels.float()
+
     def __getitem__(self, codes: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(TABLE, dtype=torch.float32)[codes.long()]
+        return self.levels[codes.long()]
+
+
+def levels_shown(name: str) -> list[int]:
+    """The levels that the page lists as `name`."""
+    shown = re.search(rf"`{name}`\s+is\s+(?:llama\.cpp's )?(?:`\w+`(?: in order)?: )?([-\d,\s]+)\.", PAGE)
+    assert shown is not None, name
+    return [int(level) for level in shown[1].split(",")]
+
+
+TABLES = {name: Table(torch.tensor(levels_shown(name))) for name in ("table", "e2m1", "iq2", "iq3")}
+TABLES["e4m3"] = Table(torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn))
 
 
 def spread(field: torch.Tensor, columns: int) -> torch.Tensor:
@@ -92,9 +107,13 @@ def spread(field: torch.Tensor, columns: int) -> torch.Tensor:
     return field.float().repeat_interleave(columns // field.shape[1], dim=1)
 
 
-def test_the_table_of_levels() -> None:
-    shown = PAGE.partition("`kvalues_iq4nl`: ")[2].partition(". ")[0]
-    assert [int(level) for level in shown.split(", ")] == list(TABLE)
+def test_the_tables_of_levels() -> None:
+    assert levels_shown("table") == list(IQ4_TABLE)
+    assert levels_shown("e2m1") == list(E2M1_TABLE)
+    for name, grid in (("iq2", "IQ2_XXS"), ("iq2", "IQ2_S"), ("iq3", "IQ3_XXS")):
+        vectors = get_grid(grid)
+        assert isinstance(vectors, VectorGrid)
+        assert levels_shown(name) == list(vectors.table)
 
 
 def test_fields_of_the_manifest() -> None:

@@ -11,6 +11,8 @@ from signround_edge.formats.fidelity import lies_on_grid, lost_weights
 from signround_edge.formats.grid import QuantizedTensor
 
 R, K = 16, 512
+# Powers of two hold every weight, but those next to the limits of f32; NVFP4's scales end at both sides, too.
+FP16_SCALES = [name for name in GRIDS if name != "MXFP4"]
 
 
 def rounded(name: str, weight: Tensor) -> QuantizedTensor:
@@ -53,7 +55,7 @@ def test_other_weights_lie_on_no_grid_and_are_not_lost(name: str, dtype: torch.d
     assert lost_weights(weight, stored) == (0, 0)
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", FP16_SCALES)
 def test_weights_too_small_for_an_fp16_scale_are_counted(name: str) -> None:
     weight = torch.randn(R, K, generator=torch.Generator().manual_seed(2)) * 0.05
     weight[:4] *= 1e-10
@@ -64,7 +66,7 @@ def test_weights_too_small_for_an_fp16_scale_are_counted(name: str) -> None:
     assert not lies_on_grid(weight, stored)
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", FP16_SCALES)
 def test_a_weight_too_large_for_an_fp16_scale_is_counted(name: str) -> None:
     weight = torch.randn(R, K, generator=torch.Generator().manual_seed(3)) * 0.05
     weight[3, 7], weight[9, 300] = 1e12, -1e12

@@ -12,7 +12,8 @@ from signround_edge.formats import GRIDS, Grid, get_grid
 from signround_edge.formats.grid import Fields
 from signround_edge.tuning.block.compute import compute_context
 from signround_edge.tuning.block.drift import correct_drift
-from signround_edge.tuning.block.gptq import DAMPING, compensated, unit_factor
+from signround_edge.tuning.block.gptq import DAMPING, compensated
+from signround_edge.tuning.block.ldl import column_factor
 from signround_edge.tuning.block.sign_step import position_unit
 from signround_edge.tuning.block.start import find_start, initial_scales
 from signround_edge.tuning.block.tune import TunedUnit, tune_unit
@@ -31,6 +32,31 @@ def stored_scales(grid: Grid, weight: Tensor, products: Tensor) -> Fields:
 def rounded(grid: Grid, weight: Tensor, fields: Fields) -> Tensor:
     codes = grid.round_codes(grid.blocked(weight), fields)
     return grid.pack_tensor(codes, fields).dequantize()
+
+
+@pytest.mark.parametrize("cols", [512, 768])  # halves of halves of the second are no multiples of 8
+@pytest.mark.parametrize("name", ["Q2_K", "IQ2_XXS", "IQ3_S", "IQ1_M"])
+def test_the_loss_is_that_of_the_sum_over_groups(name: str, cols: int) -> None:
+    """LDLQ said plainly, group after group, next to the recursion over halves."""
+    grid, damping = get_grid(name), 0.03
+    weight, products = matrix_and_products(cols=cols)
+    fields = stored_scales(grid, weight, products)
+    order = products.diagonal().view(-1, grid.group).sum(1).argsort(descending=True, stable=True)
+    order = (order.unsqueeze(1) * grid.group + torch.arange(grid.group)).flatten()
+    found = column_factor(products, order, damping)
+    assert found is not None
+    factor, rounded_so_far = found[0].double(), weight.double().clone()
+    for start in range(0, cols, grid.group):
+        before, now = order[:start], order[start : start + grid.group]
+        whole = factor[: start + grid.group, start : start + grid.group]
+        whole = whole @ torch.linalg.inv(whole[start:])
+        errors = (weight - rounded_so_far)[:, before]
+        became = weight.double()
+        became[:, now] += errors @ whole[:start]
+        rounded_so_far[:, now] = rounded(grid, became.float(), fields)[:, now].double()
+    plain = output_error(weight, rounded_so_far.float(), products)
+    ours = output_error(weight, rounded(grid, compensated(weight, products, grid, fields, damping), fields), products)
+    assert ours < 1.1 * plain  # groups of several values go by the diagonal of their part of D, which is better
 
 
 @pytest.mark.parametrize("damping", DAMPING)
@@ -80,9 +106,9 @@ def test_channels_that_never_fire_and_repeated_ones_do_no_harm() -> None:
     products[7] = products[:, 7] = 0
     products[9], products[:, 9] = products[8], products[:, 8]  # not of full rank
     products[9, 9] = products[8, 8]
-    factor = unit_factor(products, torch.arange(len(products)), 0.01)
-    assert factor is not None
-    assert bool(factor.isfinite().all())
+    found = column_factor(products, torch.arange(len(products)), 0.01)
+    assert found is not None
+    assert all(bool(part.isfinite().all()) for part in found)
     assert bool(compensated(weight, products, grid, stored_scales(grid, weight, products), 0.03).isfinite().all())
 
 

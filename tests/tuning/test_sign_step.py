@@ -15,6 +15,7 @@ from signround_edge.tuning.schedule import V_TRAVEL
 from signround_edge.tuning.settings import TuningSettings
 
 GRIDS = ["Q4_0", "Q4_1", "Q8_0", "w4g64", "w4g128-asym", "Q6_K", "Q4_K"]
+VECTORS = ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S"]
 POSITIONS = ["fixed", "follow"]
 
 
@@ -80,7 +81,7 @@ def test_step_follows_the_sign_of_autograd(name: str, positions: str) -> None:
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("name", [*GRIDS, "IQ4_NL"])
+@pytest.mark.parametrize("name", [*GRIDS, "IQ4_NL", "MXFP4", "NVFP4", "Q1_0", "TQ1_0", *VECTORS])
 def test_forward_weight_is_the_dequantized_codes_bit_for_bit(name: str, positions: str) -> None:
     state, gradient = make_state(name, positions)
     out = torch.empty(gradient.shape)
@@ -116,6 +117,19 @@ def test_fixed_positions_keep_the_codes_and_the_zero_point_while_scales_move(nam
     if state.grid.integer_zero:
         assert state.beta is None
         assert torch.equal(before.fields["zero_point"], after.fields["zero_point"])
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_v_moves_to_other_vectors_of_the_table(name: str) -> None:
+    state, gradient = make_state(name, shrink=1)
+    state.shift = torch.zeros(state.v.shape)
+    before, settings = state.quantized(), TuningSettings(steps=3, lr=0.2, tune_scales=False)
+    for step in range(3):
+        fused_step(state, gradient, torch.empty(gradient.shape), step, settings)
+    after = state.quantized()
+    assert after.problem() is None
+    assert 0.05 < float((after.codes != before.codes).float().mean()) < 0.9
+    assert float(((after.dequantize() - before.dequantize()) * gradient).sum()) < 0
 
 
 @pytest.mark.parametrize("optimizer", ["signsgd", "adam"])

@@ -141,6 +141,22 @@ def test_codes_move_against_the_gradient(name: str) -> None:
     assert float((matrix.value() * gradient).sum()) < float((tensor.dequantize() * gradient).sum())
 
 
+@pytest.mark.parametrize("name", ["IQ2_XS", "IQ3_S", "IQ1_M"])
+def test_codes_of_vectors_start_where_they_are_and_move_against_the_gradient(name: str) -> None:
+    grid, generator = get_grid(name), torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 512, generator=generator)
+    tensor = grid.quantize(weight, grid.search(grid.blocked(weight), torch.ones(1)))
+    other = grid.quantize(weight + 0.3 * torch.randn(weight.shape, generator=generator), grid.scales_of(tensor.fields))
+    positions = starting_positions(other, weight)
+    assert torch.equal(grid.nearest_offsets(positions.clone()) + grid.anchor, grid.blocked(other.codes).float())
+    matrix = TunedMatrix(tensor, False, weight)
+    gradient = torch.randn(weight.shape, generator=generator)
+    for _ in range(10):
+        matrix.receive(gradient, 0.1)
+    assert matrix.stored().problem() is None
+    assert float((matrix.value() * gradient).sum()) < float((tensor.dequantize() * gradient).sum())
+
+
 def test_interrupted_and_resumed_gives_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch, whole_model: RunDirectory, tmp_path: Path, tiny_llama: Path, calibration_text: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Layouts of the block types with one scale (and minimum) a block: Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL."""
+"""Layouts of the block types with one scale (and minimum) a block: Q1_0, Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL."""
 
 from __future__ import annotations
 
@@ -75,3 +75,16 @@ class Q20Layout(BlockLayout):
     def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
         codes = (units[:, 2:, None] >> BIT_PAIRS) & 3
         return codes.reshape(-1, 64), {"scale": fp16_values(units[:, :2])}
+
+
+class Q10Layout(BlockLayout):
+    """Q1_0: fp16 d, then a bit a code, eight neighbours to a byte."""
+
+    name = "Q1_0"
+
+    def pack_units(self, codes: Codes, fields: UnitFields) -> Bytes:
+        return side_by_side(len(codes), [fp16_bytes(fields["scale"]), np.packbits(codes, bitorder="little")])
+
+    def unpack_units(self, units: Bytes) -> tuple[Codes, UnitFields]:
+        codes = np.unpackbits(np.ascontiguousarray(units[:, 2:]), axis=-1, bitorder="little")
+        return codes, {"scale": fp16_values(units[:, :2])}

@@ -7,11 +7,18 @@ import torch
 
 from exporters.gguf.blocks.k_quants import IQ4XSLayout, Q2KLayout, Q3KLayout, Q6KLayout, Q45KLayout
 from exporters.gguf.blocks.layout import BlockLayout, Bytes
-from exporters.gguf.blocks.legacy import Q20Layout, Q80Layout, SingleScaleLayout
+from exporters.gguf.blocks.legacy import Q10Layout, Q20Layout, Q80Layout, SingleScaleLayout
+from exporters.gguf.blocks.small_floats import SmallFloatLayout
+from exporters.gguf.blocks.ternary import TQ10Layout, TQ20Layout
+from exporters.gguf.blocks.ternary_vectors import IQ1MLayout, IQ1SLayout
+from exporters.gguf.blocks.vectors import IQ2SLayout, IQ2XSLayout, IQ2XXSLayout, IQ3SLayout, IQ3XXSLayout
 from signround_edge.errors import UserError
 from signround_edge.formats import QuantizedTensor, get_grid
 
 _ROWS: tuple[BlockLayout, ...] = (
+    Q10Layout(),
+    TQ10Layout(),
+    TQ20Layout(),
     Q20Layout(),
     SingleScaleLayout("Q4_0", bits=4, fields=("scale",)),
     SingleScaleLayout("Q4_1", bits=4, fields=("scale", "minimum")),
@@ -19,12 +26,21 @@ _ROWS: tuple[BlockLayout, ...] = (
     SingleScaleLayout("Q5_1", bits=5, fields=("scale", "minimum")),
     SingleScaleLayout("IQ4_NL", bits=4, fields=("scale",)),
     Q80Layout(),
+    SmallFloatLayout("MXFP4", run=16),
+    SmallFloatLayout("NVFP4", run=8),
     Q2KLayout(),
     Q3KLayout(),
     Q45KLayout("Q4_K", bits=4),
     Q45KLayout("Q5_K", bits=5),
     Q6KLayout(),
     IQ4XSLayout(),
+    IQ1SLayout(),
+    IQ1MLayout(),
+    IQ2XXSLayout(),
+    IQ2XSLayout(),
+    IQ2SLayout(),
+    IQ3XXSLayout(),
+    IQ3SLayout(),
 )
 
 LAYOUTS: dict[str, BlockLayout] = {layout.name: layout for layout in _ROWS}

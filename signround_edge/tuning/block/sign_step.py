@@ -65,6 +65,8 @@ class RoundingState:
         v: rounding shift int16 [R, B, S] in units of 2⁻¹⁶, one zero seen as so many until the first step.
         alpha, beta: factors of scale and minimum, f32 [R, B]; beta is None where the minimum is not tuned.
         moments: Adam moments per tuned tensor name; empty with SignSGD.
+        codes: those of the last step, in the grid's dtype [R, B, S], where choosing them is slow: on grids of vectors;
+            None before the first step and on other grids.
         travel: the first rate of V times the number of steps, unless the settings give a rate.
     """
 
@@ -77,6 +79,7 @@ class RoundingState:
     beta: Tensor | None
     moments: dict[str, AdamMoments]
     travel: float = V_TRAVEL
+    codes: Tensor | None = None
 
     @classmethod
     def start(
@@ -116,6 +119,7 @@ class RoundingState:
             some(self.beta),
             {k: AdamMoments(m.first[part], m.second[part]) for k, m in self.moments.items()},
             self.travel,
+            some(self.codes),
         )
 
     @property
@@ -133,6 +137,7 @@ class RoundingState:
     @shift.setter
     def shift(self, shift: Tensor) -> None:
         self.v = shift.div(_V_UNIT).round_().clamp_(*_INT16).to(torch.int16)
+        self.codes = None
 
     def offsets(self, fields: Fields) -> Tensor:
         """u less the anchor f32 [R, B, S]; on `fields` where positions follow the scales."""
@@ -150,13 +155,21 @@ class RoundingState:
 
     def quantized(self) -> QuantizedTensor:
         """Codes and fields of the current state."""
-        codes = torch.empty(self.v.shape, dtype=self.grid.code_dtype, device=self.v.device)
         fields = self.fields()
-        for part in row_chunks(self.v):
-            state = self.rows(part)
-            code = state.offsets(field_rows(fields, part)).add_(state.v.float(), alpha=_V_UNIT).round_()
-            codes[part] = code.clamp_(*self.grid.offset_range).add_(self.grid.anchor).to(codes.dtype)
+        codes = self.codes_on(fields) if self.codes is None else self.codes.clone()
         return self.grid.pack_tensor(codes, fields)
+
+    def codes_on(self, fields: Fields) -> Tensor:
+        """Codes of the current positions [R, B, S]; on `fields` where those follow the scales."""
+        codes = torch.empty(self.v.shape, dtype=self.grid.code_dtype, device=self.v.device)
+
+        def choose(part: slice) -> None:
+            state = self.rows(part)
+            position = state.offsets(field_rows(fields, part)).add_(state.v.float(), alpha=_V_UNIT)
+            codes[part] = self.grid.nearest_offsets(position).add_(self.grid.anchor).to(codes.dtype)
+
+        over_chunks(choose, row_chunks(self.v), self.v.is_cuda)
+        return codes
 
 
 def position_unit(grid: Grid) -> float:
@@ -170,6 +183,9 @@ def _fixed_positions(grid: Grid, blocks: Tensor, fields: Fields) -> Tensor:
     for part in row_chunks(blocks):
         offsets = grid.offsets(blocks[part], field_rows(fields, part))
         units = offsets.div(unit).round_()
+        if grid.group > 1:  # choosing vectors knows no such ties
+            found[part] = units.clamp_(*_INT16).to(torch.int16)
+            continue
         # What lies next to a tie may have been put on it, which goes to the even code: one unit back.
         crossed = units.mul(unit).round_().sub_(offsets.round_()).sign_()
         found[part] = units.sub_(crossed).clamp_(*_INT16).to(torch.int16)
@@ -194,6 +210,8 @@ def fused_step(
         compiled: one kernel by torch.compile (the way on GPUs) instead of cache-sized chunks of rows (on CPUs).
     """
     state.v = state.v.contiguous()
+    if state.grid.group > 1 and state.codes is None:
+        state.codes = state.codes_on(state.fields())
     if settings.optimizer == "adam" and not state.moments:
         tuned = {"v": state.v, "alpha": state.alpha, "beta": state.beta}
         state.moments = {
@@ -239,6 +257,8 @@ def _update(
     code = offset.add(units, alpha=_V_UNIT).round_()
     clipped = code.clamp(*grid.offset_range)
     inside = torch.eq(code, clipped, out=torch.empty_like(code))  # 1.0 or 0.0; nine times as fast as a bool cast to f32
+    if state.codes is not None:
+        clipped = state.codes.float().sub_(grid.anchor)
     if settings.tune_scales:
         slope = torch.linalg.vecdot(_slope_of_scale(state, clipped, offset, inside, zero), gradient)
         _descend(state, "alpha", state.alpha, slope.mul_(state.initial.scale), lr_scale, step)
@@ -283,7 +303,9 @@ def _write_weight(state: RoundingState, offset: Tensor, units: Tensor, out: Tens
     grid, fields = state.grid, state.fields()
     if state.weights is not None:
         offset = grid.offsets(state.weights, fields)
-    rounded = offset.add_(units, alpha=_V_UNIT).round_().clamp_(*grid.offset_range)
+    rounded = grid.nearest_offsets(offset.add_(units, alpha=_V_UNIT))
+    if state.codes is not None:
+        state.codes.copy_(rounded + grid.anchor)
     grid.blocked(out).copy_(grid.from_offsets(rounded, fields))
 
 

@@ -81,7 +81,7 @@ class TunedMatrix:
         scale, _ = grid.affine_view(fields)
         low, high = grid.offset_range
         positions.sub_((gradient * scale.unsqueeze(-1)).sign_(), alpha=rate).clamp_(low - _HALF, high + _HALF)
-        self.tensor = grid.pack_tensor(positions.round() + grid.anchor, self.tensor.fields)
+        self.tensor = grid.pack_tensor(grid.nearest_offsets(positions.clone()) + grid.anchor, self.tensor.fields)
 
 
 class FloatShift:
@@ -118,11 +118,15 @@ def starting_positions(tensor: QuantizedTensor, original: Tensor) -> Tensor:
 
     Where the code is the nearest one it is the weight's own position. Where block-wise tuning chose another, the
     position is mirrored at the boundary that V made it cross: a weight that crossed by a little is as near to crossing
-    back. V itself is not stored.
+    back. V itself is not stored. Values whose codes are chosen together are at their codes where others were nearer.
     """
     grid = tensor.grid
     codes = grid.blocked(tensor.codes).float() - grid.anchor
     away = grid.offsets(grid.blocked(original), tensor.fields) - codes
     distance = away.abs()
     inside = torch.where(distance <= 0.5, distance, (1 - distance).clamp_min(0)).clamp_max(_HALF)
-    return codes + inside * away.sign()
+    found = codes + inside * away.sign()
+    if grid.group == 1:
+        return found
+    other = (grid.nearest_offsets(found.clone()) != codes).view(len(codes), -1, grid.group).any(-1)
+    return torch.where(other.repeat_interleave(grid.group, dim=1).view(codes.shape), codes, found)

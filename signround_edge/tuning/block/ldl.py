@@ -1,0 +1,68 @@
+"""The factors of LDLQ (Chee et al. 2023, arXiv 2307.13304), and how errors go from columns to those behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_COLUMNS_AT_ONCE = 16  # within such a group errors go from column to column
+
+
+def spread_errors(
+    work: Tensor,
+    errors: Tensor,
+    factor: Tensor,
+    keep_error: Callable[[int], None],
+    size: int = 1,
+    first: int = 0,
+) -> None:
+    """Round columns, or groups of `size` of them, one after another.
+
+    Of halves of them, the errors of the first reach the second in one product.
+
+    Args:
+        work: what the columns become, f32 [n, R].
+        errors: of all columns, f32 [K, R].
+        factor: f32 [K, K].
+        keep_error: puts the error of a column, or of the group that begins with it, into `errors` when its turn has
+            come.
+        size: columns a group.
+        first: number of the first of these columns among all.
+    """
+    end = first + len(work)
+    if len(work) <= _COLUMNS_AT_ONCE:
+        for j in range(first, end, size):
+            keep_error(j)
+            following = j + size
+            if size == 1:
+                work[following - first :].addr_(factor[j, following:end], errors[j])
+            else:
+                work[following - first :].addmm_(factor[j:following, following:end].T, errors[j:following])
+        return
+    middle = first + len(work) // (2 * size) * size  # groups stay whole
+    before, behind = work[: middle - first], work[middle - first :]
+    spread_errors(before, errors, factor, keep_error, size, first)
+    behind.addmm_(factor[first:middle, middle:end].T, errors[first:middle])
+    spread_errors(behind, errors, factor, keep_error, size, middle)
+
+
+def column_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor] | None:
+    """(Ũ f32 [K, K], diagonal of D f32 [K]) of the damped hessian f32 [K, K] with rows and columns in an order.
+
+    None where there are none. Channels that never fired get a diagonal of 1. They are found in f32, of half the memory
+    and time, and in f64 only where that fails.
+    """
+    last_first = order.flip(0)
+    for dtype in (torch.float32, torch.float64):
+        damped = hessian[last_first][:, last_first].to(dtype)
+        diagonal = damped.diagonal()
+        diagonal[diagonal == 0] = 1
+        diagonal += damping * diagonal.mean()
+        # H in reverse order is L·Lᵀ; put into order again, L is upper triangular.
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed and lower.isfinite().all():
+            diagonal = lower.diagonal().clone()
+            return lower.div_(diagonal).flip(0, 1).float(), diagonal.square_().flip(0).float()
+    return None

@@ -11,7 +11,8 @@ from benchmarks.gpu.bench import Bench, PreparedBlock
 from benchmarks.gpu.parts import Row
 from benchmarks.gpu.timing import timed
 from signround_edge.tuning.block.drift import Corrected, correct_drift
-from signround_edge.tuning.block.gptq import DAMPING, compensated, unit_factor
+from signround_edge.tuning.block.gptq import DAMPING, compensated
+from signround_edge.tuning.block.ldl import column_factor
 from signround_edge.tuning.block.loss import held_out_loss
 from signround_edge.tuning.block.start import initial_scales
 from signround_edge.tuning.block.unit import Matrix
@@ -69,7 +70,7 @@ def _of_matrix(bench: Bench, block: PreparedBlock, matrix: Matrix, hessian: Tens
     def factor() -> None:
         order = hessian.diagonal().argsort(descending=True)
         for damping in DAMPING:
-            unit_factor(hessian, order, damping)
+            column_factor(hessian, order, damping)
 
     factor()  # the first call of the solver sets it up
     return {

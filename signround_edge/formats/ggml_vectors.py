@@ -10,6 +10,8 @@ Rounding goes to the nearest vector of the table, V moves the position that is r
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,11 @@ class VectorGrid(Codebook, SuperBlockGrid):
         self.unit = unit
         self.sub_max = (1 << sub_bits) - 1
         self.field_ranges = {"sub_scale": (0, self.sub_max)}
+
+    @property
+    def codes_a_value(self) -> float:
+        signs = 0.0 if self.vectors.signed else 7 / 8 if self.vectors.even_signs else 1.0
+        return 2.0 ** (signs + math.log2(self.vectors.count) / self.vectors.size)
 
     def nearest_offsets(self, positions: Tensor, weights: Tensor | None = None) -> Tensor:
         centred = positions.add_(self._middle).reshape(-1, self.group)

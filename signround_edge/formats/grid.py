@@ -205,6 +205,11 @@ class Grid(ABC):
         return ratio.add_(zero.unsqueeze(-1)) if self.affine else ratio
 
     @property
+    def codes_a_value(self) -> float:
+        """How many codes a value has to choose among; the mean where several are chosen together."""
+        return self.code_max - self.code_min + 1
+
+    @property
     def offset_range(self) -> tuple[int, int]:
         """The inclusive range of codes less the anchor."""
         return self.code_min - self.anchor, self.code_max - self.anchor

@@ -58,6 +58,11 @@ class VectorTable:
         return int(_TABLES[self.name].grid_shape[1])
 
     @property
+    def count(self) -> int:
+        """Entries."""
+        return int(_TABLES[self.name].grid_shape[0])
+
+    @property
     def group(self) -> int:
         """Values that are chosen together."""
         return 8 if self.even_signs else self.size

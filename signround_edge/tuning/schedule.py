@@ -10,7 +10,7 @@ from signround_edge.tuning.settings import TuningSettings
 V_TRAVEL = 0.7
 
 
-def travel_from_gptq(settings: TuningSettings, codes: int, left: float, distinct: int) -> float:
+def travel_from_gptq(settings: TuningSettings, codes: float, left: float, distinct: int) -> float:
     """The first rate of V times the number of steps where V starts from GPTQ's codes.
 
     It is 1.2 for 16 codes and 800 samples in all steps, if GPTQ's codes were no better than the nearest. It goes with
@@ -19,7 +19,7 @@ def travel_from_gptq(settings: TuningSettings, codes: int, left: float, distinct
     the root of their number, as what is true of these samples alone falls with it. See docs/LOG.md.
 
     Args:
-        codes: how many the grid has.
+        codes: how many a value has to choose among.
         left: loss of GPTQ's codes over that of the nearest ones, both without what the block inherits.
         distinct: the samples that are trained on.
     """

@@ -126,7 +126,7 @@ def find_start(unit: Unit, settings: TuningSettings, autocast: torch.autocast) -
         if loss < best * (1 - _RISK if found else 1):
             left = (loss - inherited) / (rounded - inherited) if inherited < loss else 1.0
             for tried in candidate.values():
-                tried.travel = travel_from_gptq(settings, _codes(tried.grid), left, samples)
+                tried.travel = travel_from_gptq(settings, tried.grid.codes_a_value, left, samples)
             found, tensors, best = candidate, codes, loss
     candidates.clear()
     unit.install(tensors, dtype)
@@ -140,10 +140,6 @@ def _of_every_matrix(work: Callable[[tuple[int, Matrix]], Found], matrices: list
     if len(matrices) < 2 * torch.get_num_threads() or largest > _SMALL:
         return [work(pair) for pair in numbered]
     return over_chunks(work, numbered, matrices[0].weight.is_cuda)
-
-
-def _codes(grid: Grid) -> int:
-    return grid.code_max - grid.code_min + 1
 
 
 def _gptq_targets(

@@ -73,6 +73,7 @@ def measure(
     use_blocked_attention(decoder.model, device)
     shell = open_shell(weights, tokens)
     total = 2 * len(decoder.blocks) + 1
+    tied = decoder.head._parameters["weight"] is decoder.embedding._parameters["weight"]
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="hidden-", dir=scratch) as folder:
         run = _Pass(weights, shell, tokens, device, progress, Path(folder), batch)
@@ -80,8 +81,9 @@ def measure(
         weights.load(decoder.head, f"{name_of(decoder.model, decoder.head)}.", torch.device("cpu"))
         head = HeadPass(shell, seed)
         slopes, labels = head.run(tokens, last.hidden, run.parts)
+        of_head = head.found()
         progress.parts(len(decoder.blocks) + 1, total)
-        if decoder.head is not decoder.embedding and not decoder.tied_parameters():
+        if not tied:
             unload_parameters(decoder.head)
         state = Backward(slopes)
         matrices: dict[str, MatrixSensitivity] = {}
@@ -94,7 +96,7 @@ def measure(
         name: LookupSensitivity(outputs, torch.bincount(tokens.flatten(), minlength=rows).float()[:rows] / tokens.numel())
         for name, (outputs, rows) in found.items()
     }
-    return Measured(matrices, head.found(), lookups, labels)
+    return Measured(matrices, of_head, lookups, labels)
 
 
 def _forward(run: _Pass, total: int) -> tuple[list[Stream], dict[str, Tensor], Stream]:

@@ -33,19 +33,21 @@ class MatrixSensitivity:
 
 @dataclass(frozen=True)
 class HeadSensitivity:
-    """Of the output head: exact at the logits, for some tokens and rows.
+    """Of the output head: Fisher's matrix at the logits as it is, diag(p) − p·pᵀ, for some tokens and rows.
 
     Attributes:
         inputs: E[x²] f32 [in features].
         sample: what the head read of some tokens, f32 [tokens, in features].
         rows: numbers of the rows that stand for all, int64 [n].
-        fisher: p·(1 − p) of these rows' tokens, each times how many rows it stands for, f32 [tokens, n].
+        probabilities: of these rows' tokens, each for all that it stands for, f32 [tokens, n]; 1 together.
+        slopes: ∂logit/∂output, f32 [tokens, n], or [1, 1] where it is one number for all.
     """
 
     inputs: Tensor
     sample: Tensor
     rows: Tensor
-    fisher: Tensor
+    probabilities: Tensor
+    slopes: Tensor
 
 
 @dataclass(frozen=True)

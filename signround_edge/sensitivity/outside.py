@@ -26,7 +26,7 @@ class HeadPass:
         self.shell = shell
         self._generator = torch.Generator().manual_seed(seed)
         self._inputs: Tensor | None = None
-        self._fisher: Tensor | None = None
+        self._likely: Tensor | None = None
         self._tokens = 0
         self._kept: list[Tensor] = []
 
@@ -52,19 +52,19 @@ class HeadPass:
 
     def _some(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         leaf = hidden.clone().requires_grad_()
-        inputs, logits, fisher = self._logits(leaf)
+        inputs, logits, _ = self._logits(leaf)
         probabilities = logits.detach().softmax(-1)
         labels = drawn_from(probabilities, self._generator)
         slope = probabilities.scatter_add(1, labels[:, None], torch.full((len(labels), 1), -1.0))
         (found,) = torch.autograd.grad(logits, leaf, slope)
-        squares, total = inputs.square().sum(0), fisher.sum(0)
+        squares, total = inputs.square().sum(0), probabilities.sum(0)
         self._inputs = squares if self._inputs is None else self._inputs + squares
-        self._fisher = total if self._fisher is None else self._fisher + total
+        self._likely = total if self._likely is None else self._likely + total
         self._tokens += len(hidden)
         return found, labels
 
     def _logits(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(what the head reads [n, in], logits [n, vocabulary], p·(1 − p)·(∂logit/∂output)² of the head's outputs)."""
+        """(what the head reads [n, in], logits [n, vocabulary], the head's outputs, of which these are made)."""
         seen: list[Tensor] = []
 
         def keep(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -76,35 +76,41 @@ class HeadPass:
         finally:
             hook.remove()
         inputs, output = seen
-        # What follows the head (a cap, a multiplier) sees each logit by itself.
-        (slope,) = torch.autograd.grad(logits.sum(), output, retain_graph=True)
-        probabilities = logits.detach().softmax(-1)
-        fisher = probabilities * (1 - probabilities) * slope.reshape(probabilities.shape).square()
-        return inputs.detach().reshape(len(hidden), -1), logits, fisher
+        return inputs.detach().reshape(len(hidden), -1), logits, output
 
     def found(self) -> HeadSensitivity:
         """Of all tokens so far."""
         assert self._inputs is not None
-        assert self._fisher is not None
-        rows, stands_for = _standing_for_all(self._fisher)
-        read, fisher = [], []
+        assert self._likely is not None
+        rows, stands_for = _standing_for_all(self._likely)
+        read, likely, slopes = [], [], []
         for some in torch.cat(self._kept)[:_TOKENS].split(_AT_ONCE):
-            inputs, _, of_rows = self._logits(some.clone().requires_grad_())
+            inputs, logits, output = self._logits(some.clone().requires_grad_())
+            # What follows the head (a cap, a multiplier) sees each logit by itself.
+            (slope,) = torch.autograd.grad(logits.sum(), output)
+            of_rows = logits.detach().softmax(-1)[:, rows] * stands_for
             read.append(inputs)
-            fisher.append(of_rows[:, rows] * stands_for)
-        return HeadSensitivity(self._inputs / self._tokens, torch.cat(read), rows, torch.cat(fisher))
+            likely.append(of_rows / of_rows.sum(1, keepdim=True))
+            slopes.append(slope.reshape(len(some), -1)[:, rows])
+        slope = torch.cat(slopes)
+        slope = slope[:1, :1].clone() if bool((slope == slope[0, 0]).all()) else slope
+        return HeadSensitivity(self._inputs / self._tokens, torch.cat(read), rows, torch.cat(likely), slope)
 
 
-def _standing_for_all(fisher: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of rows, ascending, and how many each stands for: the most likely tokens' own, and some of the others."""
-    if len(fisher) <= _ROWS:
-        return torch.arange(len(fisher)), torch.ones(len(fisher))
-    order = fisher.argsort(descending=True)
-    likely, others = order[: _ROWS // 2], order[_ROWS // 2 :]
+def _standing_for_all(likely: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of rows, ascending, and how many each stands for: the most likely tokens' own, and some of the others.
+
+    Args:
+        likely: sums of each token's probabilities, f32 [vocabulary].
+    """
+    if len(likely) <= _ROWS:
+        return torch.arange(len(likely)), torch.ones(len(likely))
+    order = likely.argsort(descending=True)
+    first, others = order[: _ROWS // 2], order[_ROWS // 2 :]
     some = others[:: -(-len(others) // (_ROWS // 2))]
-    weight = fisher[others].sum() / fisher[some].sum().clamp_min(torch.finfo(torch.float32).tiny)
-    rows = torch.cat([likely, some])
-    stands_for = torch.cat([torch.ones(len(likely)), weight.expand(len(some))])
+    weight = likely[others].sum() / likely[some].sum().clamp_min(torch.finfo(torch.float32).tiny)
+    rows = torch.cat([first, some])
+    stands_for = torch.cat([torch.ones(len(first)), weight.expand(len(some))])
     ascending = rows.argsort()
     return rows[ascending], stands_for[ascending]
 

@@ -43,7 +43,7 @@ def head_cost(found: HeadSensitivity, weight: Tensor, grid: Grid) -> float:
 def lookup_cost(found: LookupSensitivity, weight: Tensor, grid: Grid) -> float:
     """Of a table f32 [rows, features] that is looked up by token: each row counts as often as it is looked up."""
     order = found.frequencies.argsort(descending=True)
-    rows = order[: _LOOKUP_ROWS]
+    rows = order[:_LOOKUP_ROWS]
     frequencies = found.frequencies[rows]
     errors = _errors(weight[rows], grid, torch.ones(weight.shape[1])).square_()
     return 0.5 * float(frequencies @ (errors @ found.outputs)) / max(float(frequencies.sum()), _TINY)

@@ -38,9 +38,7 @@ class Costs:
     def of(self, wanted: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
         """Parameter name → type → cost, for the types wanted."""
         costs = self.store.costs
-        missing = {
-            name: [kind for kind in kinds if kind not in costs.get(name, {})] for name, kinds in wanted.items()
-        }
+        missing = {name: [kind for kind in kinds if kind not in costs.get(name, {})] for name, kinds in wanted.items()}
         missing = {name: kinds for name, kinds in missing.items() if kinds}
         entries = {entry.name: entry for entry in self.plan.tensors}
         for number, (name, kinds) in enumerate(missing.items()):

@@ -93,7 +93,9 @@ def measure(
             progress.parts(total - index, total)
         found = lookup_slopes(shell, tokens, state, run.parts)
     lookups = {
-        name: LookupSensitivity(outputs, torch.bincount(tokens.flatten(), minlength=rows).float()[:rows] / tokens.numel())
+        name: LookupSensitivity(
+            outputs, torch.bincount(tokens.flatten(), minlength=rows).float()[:rows] / tokens.numel()
+        )
         for name, (outputs, rows) in found.items()
     }
     return Measured(matrices, of_head, lookups, labels)
@@ -137,13 +139,15 @@ def _backward(
     return {name: _sensitivity(module, inputs.get(name), found.get(name)) for name, module in modules.items()}
 
 
-def _sensitivity(
-    module: nn.Module, inputs: Tensor | None, found: tuple[Tensor, Tensor] | None
-) -> MatrixSensitivity:
+def _sensitivity(module: nn.Module, inputs: Tensor | None, found: tuple[Tensor, Tensor] | None) -> MatrixSensitivity:
     """Of a matrix; where no token came to it (an expert's), no error costs anything."""
     rows, cols = out_in(module).shape
     inputs = torch.ones(cols) if inputs is None else inputs
-    return MatrixSensitivity(torch.zeros(rows), inputs, inputs) if found is None else MatrixSensitivity(found[0], inputs, found[1])
+    return (
+        MatrixSensitivity(torch.zeros(rows), inputs, inputs)
+        if found is None
+        else MatrixSensitivity(found[0], inputs, found[1])
+    )
 
 
 def _on_disk(stream: Stream, path: Path) -> Stream:

@@ -122,9 +122,7 @@ def drawn_from(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(sums, drawn).squeeze(1).clamp_max(sums.shape[1] - 1)
 
 
-def lookup_slopes(
-    shell: Shell, tokens: Tensor, state: Backward, parts: list[slice]
-) -> dict[str, tuple[Tensor, int]]:
+def lookup_slopes(shell: Shell, tokens: Tensor, state: Backward, parts: list[slice]) -> dict[str, tuple[Tensor, int]]:
     """Parameter name → (E[g²] f32 [features] of a row that is looked up, rows), of every table by token.
 
     Args:

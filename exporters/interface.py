@@ -113,9 +113,9 @@ class KnowsItsSize(Protocol):
     """An exporter that can say how large the file of a run will be, to the byte, without the run's codes."""
 
     def tensor_bytes(self, run: RunDirectory, options: ExportOptions) -> dict[tuple[str, ...], int]:
-        """Parameters that are in one tensor of the file → its bytes, padding included; {} where only all of it is known.
+        """Parameters that are in one tensor of the file → its bytes, padding included.
 
-        Parameters in one tensor have one type.
+        Parameters in one tensor have one type. {} where only the bytes of all are known.
         """
         ...
 

@@ -230,7 +230,7 @@ def plan(
             raise UserError("--device says how much memory there is, and --memory does too; give one of them")
         memory = api.device_memory(device)
     if out is not None:
-        check_output("-o", out, {"--calibration": calibration and Path(calibration), "--from-run": from_run})
+        check_output("-o", out, {"--from-run": from_run, "--text": text})
     with terminal_progress("measuring") as progress:
         found = api.plan(
             model, target_size=target_size, target_bpw=target_bpw, memory=memory, memory_of=device, format=target,

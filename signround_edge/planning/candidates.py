@@ -1,4 +1,4 @@
-"""Which types a tensor may have in a file: those that its rows allow, that nothing better replaces, and no pin forbids."""
+"""Which types a tensor may have: those that its rows allow, that nothing better replaces, and that no pin forbids."""
 
 from __future__ import annotations
 
@@ -101,12 +101,13 @@ def types_of(
 
 def check_wishes(wishes: Sequence[Wish], names: Sequence[str], model_type: str) -> None:
     """UserError for a pattern that fits no matrix."""
-    known = [(name, gguf_name(name, model_type) or name) for name in names]
+    known: list[tuple[str, ...]] = [(name, gguf_name(name, model_type) or name) for name in names]
     for wish in wishes:
         if not any(wish.pattern.search(one) for pair in known for one in pair):
             near = ", ".join(nearest_names(wish.pattern.pattern, known))
             raise UserError(
-                f"{wish.text}: no matrix of this model has a name that fits {wish.pattern.pattern!r}; near it are {near}"
+                f"{wish.text}: no matrix of this model has a name that fits {wish.pattern.pattern!r}; near it are "
+                f"{near}"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def frontier(groups: Sequence[Sequence[Option]]) -> list[tuple[int, float]]:
     steps = [
         ((b.cost - a.cost) / (b.nbytes - a.nbytes), b.nbytes - a.nbytes, b.cost - a.cost)
         for hull in hulls
-        for a, b in zip(hull, hull[1:], strict=False)
+        for a, b in itertools.pairwise(hull)
     ]
     points = [(size, cost)]
     for _, more, less in sorted(steps):

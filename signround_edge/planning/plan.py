@@ -269,9 +269,7 @@ class _Problem:
         found = self.costs.of(wanted)
         predicted = sum(sum(own.values()) for own in found.values())
         if predicted <= 0:
-            raise UserError(
-                "--from-run: no error is predicted of this run, so there is nothing to correct; leave it out"
-            )
+            raise UserError("--from-run: no error is predicted of this run, so nothing can be corrected; leave it out")
         return finished.kl / predicted
 
     def _fit(self, budget: int) -> tuple[list[Option], int]:

@@ -1,4 +1,4 @@
-"""What an exporter says of sizes, with its options at their defaults; exporters are found through their entry points."""
+"""What an exporter, found through its entry point, says of sizes with its options at their defaults."""
 
 from __future__ import annotations
 

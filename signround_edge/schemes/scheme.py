@@ -93,9 +93,10 @@ class Scheme:
         """
         for override in self.overrides:
             if not any(override.pattern.search(name) for known in names for name in known):
+                near = ", ".join(nearest_names(override.pattern.pattern, names))
                 raise UserError(
                     f"--tensor-type {override.text}: no matrix of this model has a name that fits "
-                    f"{override.pattern.pattern!r}; near it are {', '.join(nearest_names(override.pattern.pattern, names))}"
+                    f"{override.pattern.pattern!r}; near it are {near}"
                 )
 
     def with_overrides(self, texts: tuple[str, ...]) -> Scheme:

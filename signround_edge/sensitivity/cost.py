@@ -1,8 +1,8 @@
 """What a type would cost the model on a tensor: ½·tr(G·δ·H·δᵀ), in nats a token of KL divergence.
 
 δ is of the codes that tuning would start from. In the blocks these are GPTQ's, whose δ·H·δᵀ is Σ_j D_j·e_j² of the
-errors e of single roundings (`conditional_variances`); e is taken of the weights rounded to nearest on the scales of the
-search, which GPTQ keeps. Embeddings and heads are rounded to nearest, and cost what that does.
+errors e of single roundings (`conditional_variances`); e is taken of the weights rounded to nearest on the scales of
+the search, which GPTQ keeps. Embeddings and heads are rounded to nearest, and cost what that does.
 """
 
 from __future__ import annotations

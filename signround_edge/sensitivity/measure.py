@@ -1,7 +1,7 @@
 """The pass over the original model: forward through the blocks, then backward, one block in memory at a time.
 
 The slopes are those of the log-likelihood of labels that are drawn from the model's own distribution, so that E[g·gᵀ]
-is Fisher's matrix, which is the curvature of the KL divergence from the model (Martens 2020, arXiv 1412.1193, section 5).
+is Fisher's matrix: the curvature of the KL divergence from the model (Martens 2020, arXiv 1412.1193, section 5).
 What enters each block is kept in a file; each block is run forward again from there when its turn backward comes.
 """
 
@@ -143,11 +143,8 @@ def _sensitivity(module: nn.Module, inputs: Tensor | None, found: tuple[Tensor, 
     """Of a matrix; where no token came to it (an expert's), no error costs anything."""
     rows, cols = out_in(module).shape
     inputs = torch.ones(cols) if inputs is None else inputs
-    return (
-        MatrixSensitivity(torch.zeros(rows), inputs, inputs)
-        if found is None
-        else MatrixSensitivity(found[0], inputs, found[1])
-    )
+    outputs, conditional = (torch.zeros(rows), inputs.clone()) if found is None else found
+    return MatrixSensitivity(outputs, inputs, conditional)
 
 
 def _on_disk(stream: Stream, path: Path) -> Stream:

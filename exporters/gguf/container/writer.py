@@ -125,7 +125,7 @@ def _grouped(tensors: list[PlannedTensor], max_bytes: int | None) -> list[list[P
 
 def padded_bytes(tensor: PlannedTensor) -> int:
     """Bytes that a tensor takes in the file, padding included."""
-    return tensor.nbytes + -tensor.nbytes % GGUF_DEFAULT_ALIGNMENT
+    return tensor.nbytes + -tensor.nbytes % int(GGUF_DEFAULT_ALIGNMENT)
 
 
 def head_bytes(writer: GGUFWriter, tensors: Iterable[PlannedTensor]) -> int:

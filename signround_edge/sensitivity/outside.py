@@ -15,7 +15,6 @@ from signround_edge.tuning.calibration.shell import Shell
 
 # Tokens and rows of the head that stand for all; of a head of 49,152 rows the costs differ by 1 % from those of all.
 _TOKENS, _ROWS = 1024, 4096
-_AT_ONCE = 512  # tokens
 
 
 class HeadPass:
@@ -25,6 +24,7 @@ class HeadPass:
         """The head must be loaded."""
         self.shell = shell
         self._generator = torch.Generator().manual_seed(seed)
+        self._at_once = 1  # tokens: as many as are in a sample, for which the model surely has positions
         self._inputs: Tensor | None = None
         self._likely: Tensor | None = None
         self._tokens = 0
@@ -38,13 +38,13 @@ class HeadPass:
             hidden: what leaves the last block, f32 [samples, seqlen, hidden]; of several streams [.., streams, hidden].
         """
         slopes, labels = torch.empty_like(hidden), torch.empty_like(tokens)
-        step = max(1, tokens.numel() // _TOKENS)
+        step, self._at_once = max(1, tokens.numel() // _TOKENS), tokens.shape[1]
         for part in parts:
             flat = hidden[part].flatten(0, 1)
             drawn = labels[part].flatten()
             found = slopes[part].flatten(0, 1)
-            for start in range(0, len(flat), _AT_ONCE):
-                some = slice(start, start + _AT_ONCE)
+            for start in range(0, len(flat), self._at_once):
+                some = slice(start, start + self._at_once)
                 found[some], drawn[some] = self._some(flat[some])
             self._kept.append(flat[::step].clone())
             slopes[part], labels[part] = found.view_as(slopes[part]), drawn.view_as(labels[part])
@@ -84,7 +84,7 @@ class HeadPass:
         assert self._likely is not None
         rows, stands_for = _standing_for_all(self._likely)
         read, likely, slopes = [], [], []
-        for some in torch.cat(self._kept)[:_TOKENS].split(_AT_ONCE):
+        for some in torch.cat(self._kept)[:_TOKENS].split(self._at_once):
             inputs, logits, output = self._logits(some.clone().requires_grad_())
             # What follows the head (a cap, a multiplier) sees each logit by itself.
             (slope,) = torch.autograd.grad(logits.sum(), output)

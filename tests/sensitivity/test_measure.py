@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +46,11 @@ CONFIGS = {
 
 
 @pytest.fixture(params=list(CONFIGS))
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Tensor, Measured]]:
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Tensor, Measured]:
     model = save_random_model(CONFIGS[request.param], tmp_path / "model")
     tokens = torch.randint(3, 128, (6, 24), generator=torch.Generator().manual_seed(1))
     device = torch.device("cpu")
-    yield model, tokens, measure(ModelWeights.open(model), tokens, device, 0, SILENT, tmp_path / "scratch", batch=4)
+    return model, tokens, measure(ModelWeights.open(model), tokens, device, 0, SILENT, tmp_path / "scratch", batch=4)
 
 
 def autograd(folder: Path, tokens: Tensor, labels: Tensor, names: set[str]) -> dict[str, Tensor]:

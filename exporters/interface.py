@@ -109,6 +109,21 @@ class KnowsItsWay(Protocol):
         ...
 
 
+class KnowsItsSize(Protocol):
+    """An exporter that can say how large the file of a run will be, to the byte, without the run's codes."""
+
+    def tensor_bytes(self, run: RunDirectory, options: ExportOptions) -> dict[tuple[str, ...], int]:
+        """Parameters that are in one tensor of the file → its bytes, padding included.
+
+        Parameters in one tensor have one type. {} where only the bytes of all are known.
+        """
+        ...
+
+    def file_bytes(self, run: RunDirectory, options: ExportOptions) -> int | None:
+        """Bytes of all that a runtime reads: the file, or the folder but for notes about it. None: not known before."""
+        ...
+
+
 def options_for(target: str, known: Mapping[str, Exporter], given: Mapping[str, object]) -> ExportOptions:
     """The options of one exporter, made of what a command was given.
 

@@ -1,7 +1,7 @@
 """signround-edge: SignRound-tuned 2- to 8-bit weights, exact on the grids of GGUF and ONNX Runtime.
 
 What a program imports is here, in the words of the command line, and loaded when it is first used: `quantize`,
-`export`, `verify`, `inspect`, `evaluate`; `RunDirectory`, `TuningSettings`, `RECIPES`, `Progress`; `UserError`,
+`plan`, `export`, `verify`, `inspect`, `evaluate`; `RunDirectory`, `TuningSettings`, `RECIPES`, `Progress`; `UserError`,
 `CheckFailed`. docs/api.md has the whole chain as one program.
 """
 
@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from signround_edge.api import evaluate, export, inspect, quantize, verify
+    from signround_edge.api import evaluate, export, inspect, plan, quantize, verify
     from signround_edge.errors import CheckFailed, UserError
     from signround_edge.progress import Progress
     from signround_edge.run_directory import RunDirectory
@@ -30,6 +30,7 @@ __all__ = [
     "evaluate",
     "export",
     "inspect",
+    "plan",
     "quantize",
     "verify",
 ]
@@ -41,7 +42,7 @@ _MODULES = {
     "UserError": "errors",
     "Progress": "progress",
     "RunDirectory": "run_directory",
-} | dict.fromkeys(("evaluate", "export", "inspect", "quantize", "verify"), "api")
+} | dict.fromkeys(("evaluate", "export", "inspect", "plan", "quantize", "verify"), "api")
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from signround_edge import arguments
 from signround_edge.arguments import bytes_of, of_kind, path_of, several
 from signround_edge.errors import UserError
 from signround_edge.outputs import check_output
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from runtime_tests.report.report import VerifyReport
     from signround_edge.evaluation.metrics import Scores
     from signround_edge.inspection import Inspection
+    from signround_edge.planning.plan import Finished, FoundPlan
     from signround_edge.run_directory import RunDirectory
+    from signround_edge.schemes.scheme import Scheme
     from signround_edge.tuning.ranks import Ranks
     from signround_edge.tuning.settings import TuningSettings
 
@@ -32,9 +35,10 @@ OnProgress = Progress | Callable[[str], None] | None
 
 def quantize(
     model: StrPath,
-    scheme: str,
+    scheme: str | None,
     out: StrPath,
     *,
+    plan: StrPath | None = None,
     calibration: StrPath | None = None,
     settings: TuningSettings | None = None,
     tensor_type: str | Sequence[str] = (),
@@ -56,6 +60,7 @@ def quantize(
         model: a Hugging Face folder, or a name such as "org/model" to download.
         scheme: "gguf:q4_k_m", "onnx:w4g128-asym", …; a comma joins those of one grid.
         out: run directory to write.
+        plan: plan.json of this model, instead of a scheme.
         calibration: text file, JSON lines or the name of a dataset; None takes the shipped speeches.
         settings: all that decides the result besides; `RECIPES` has named ones.
         tensor_type: "PATTERN=TYPE" for matrices by name, such as "ffn_down=Q6_K"; the first that matches counts.
@@ -76,7 +81,6 @@ def quantize(
     """
     from exporters.gguf.imatrix.importance import importance_files
     from signround_edge.model.source import resolve_model
-    from signround_edge.schemes.scheme import parse_scheme
     from signround_edge.tuning.cost.estimate import Limits
     from signround_edge.tuning.quantize import quantize as tune
     from signround_edge.tuning.settings import TuningSettings
@@ -84,15 +88,14 @@ def quantize(
     with _ranks() as ranks:
         target = path_of("-o (out)", out)
         shown = _progress(progress) if ranks is None or ranks.first else SILENT
-        of_kind("--scheme", scheme, str, "a text such as gguf:q4_k_m")
         chosen = TuningSettings() if settings is None else settings
         of_kind("settings", chosen, TuningSettings, 'TuningSettings, such as RECIPES["fast"]')
-        parsed = parse_scheme(scheme).with_overrides(several("--tensor-type", tensor_type))
-        parsed = parsed.with_outside_types(token_embedding_type, output_tensor_type)
+        parsed = _scheme(scheme, plan, tensor_type, token_embedding_type, output_tensor_type)
         text = None if calibration is None else _text("--calibration", calibration)
         given, saved = _path("--imatrix", imatrix), _path("--save-imatrix", save_imatrix)
         folder = resolve_model(_text("model", model))
         inputs = {"the model": folder, "--calibration": _path("--calibration", text), "--imatrix": given}
+        inputs["--plan"] = _path("--plan", plan)
         check_output("-o", target, inputs)
         if saved is not None:
             check_output("--save-imatrix", saved, {**inputs, "-o": target})
@@ -118,8 +121,36 @@ def quantize(
             sink,
             source_check,
             ranks,
-            Limits(bytes_of("--max-memory", max_memory), bytes_of("--max-gpu-memory", max_gpu_memory)),
+            Limits(
+                None if max_memory is None else bytes_of("--max-memory", max_memory),
+                None if max_gpu_memory is None else bytes_of("--max-gpu-memory", max_gpu_memory),
+            ),
         )
+
+
+def _scheme(
+    scheme: str | None,
+    plan: StrPath | None,
+    tensor_type: str | Sequence[str],
+    embedding: str | None,
+    head: str | None,
+) -> Scheme:
+    """What a run is to be quantized to: a scheme with types by name, or a plan, which has every type."""
+    from signround_edge.schemes.planned_types import PlannedTypes
+    from signround_edge.schemes.scheme import parse_scheme, planned_scheme
+
+    if (scheme is None) == (plan is None):
+        raise UserError("give either --scheme, such as gguf:q4_k_m, or --plan, a file that `plan` wrote")
+    types = several("--tensor-type", tensor_type)
+    if plan is not None:
+        flags = {"--tensor-type": types, "--token-embedding-type": embedding, "--output-tensor-type": head}
+        given = next((flag for flag, value in flags.items() if value), None)
+        if given is not None:
+            raise UserError(f"--plan has a type for every matrix, so {given} has no say; pin it in `plan` instead")
+        return planned_scheme(PlannedTypes.read(path_of("--plan", plan)))
+    of_kind("--scheme", scheme, str, "a text such as gguf:q4_k_m")
+    assert scheme is not None
+    return parse_scheme(scheme).with_overrides(types).with_outside_types(embedding, head)
 
 
 @contextlib.contextmanager
@@ -202,7 +233,7 @@ def export(
     split_flag = "--max-shard-size" if format == "onnx" else "--split-max-size"  # two names of one option
     given = {
         "template": _path("--template", template), "dtype": dtype, "log": shown.line,
-        "split_max_bytes": bytes_of(split_flag, split_max_size),
+        "split_max_bytes": None if split_max_size is None else bytes_of(split_flag, split_max_size),
         "accuracy_level": accuracy_level, "scale_dtype": scale_dtype,
         "operators": operators, "ort_format": ort_format or None, "layout": layout,
         "io_dtype": io_dtype, "no_cache": no_cache or None,
@@ -294,6 +325,110 @@ def verify(
     for path in write_certificate(found, proof) if proof is not None else ():
         shown.line(f"wrote {path}")
     return found
+
+
+def plan(
+    model: StrPath,
+    *,
+    target_size: str | int | None = None,
+    target_bpw: float | None = None,
+    memory: str | int | None = None,
+    memory_of: str | None = None,
+    format: str = "gguf",
+    context: int = 4096,
+    pin: str | Sequence[str] = (),
+    at_least: str | Sequence[str] = (),
+    types: str | None = None,
+    calibration: StrPath | None = None,
+    samples: int = 32,
+    seqlen: int = 256,
+    from_run: StrPath | RunDirectory | None = None,
+    text: StrPath | None = None,
+    cache: StrPath | None = None,
+    device: str = "auto",
+    progress: OnProgress = None,
+) -> FoundPlan:
+    """Types for every tensor of a model under a budget of bytes, of the least predicted KL divergence once tuned.
+
+    Args:
+        target_size: bytes of the file: 1_500_000_000, "1.5G" or "800M".
+        target_bpw: bits a weight, over all tensors.
+        memory: bytes for file, cache and buffers together.
+        memory_of: name of the device whose memory that is, for messages.
+        format: "gguf" or "onnx".
+        context: tokens that the runtime's cache is to hold.
+        pin, at_least: "PATTERN=TYPE" for matrices by name: this type, or one of at least as many bits a weight.
+        types: the types to choose from, such as "Q3_K,Q4_K,Q6_K"; None: all of the format.
+        calibration: text file, JSON lines or the name of a dataset; None takes the shipped speeches.
+        samples, seqlen: how much of it.
+        from_run: a finished run of the model, whose measured KL divergence corrects the prediction.
+        text: what to measure it on; None takes the shipped speeches that calibration has not seen.
+        cache: folder of what is measured once for a model; None: see docs/plan.md.
+        device: "auto", "cpu" or "cuda", for the pass through the model.
+    """
+    from signround_edge.demo import calibration_text_path
+    from signround_edge.model.source import resolve_model
+    from signround_edge.model.tokenizer import load_tokenizer
+    from signround_edge.planning.budget import Budget
+    from signround_edge.planning.candidates import parse_wish
+    from signround_edge.planning.plan import Request, find_plan
+    from signround_edge.planning.sizes import ExporterSizes
+    from signround_edge.sensitivity.store import default_cache
+    from signround_edge.tuning.calibration.text import calibration_tokens
+    from signround_edge.tuning.quantize import chosen_device
+
+    shown = _progress(progress)
+    if [target_size, target_bpw, memory].count(None) != 2:
+        raise UserError(
+            "give one of --target-size, --target-bpw, --device and --memory: it says how large the file may be"
+        )
+    sizes = ExporterSizes(format)
+    if target_size is not None:
+        budget = Budget(size=bytes_of("--target-size", str(target_size)), asked=f"--target-size {target_size}")
+    elif target_bpw is not None:
+        if not 0 < target_bpw <= 32:
+            raise UserError(f"--target-bpw {target_bpw} must be above 0 and at most 32")
+        budget = Budget(bits_per_weight=float(target_bpw), asked=f"--target-bpw {target_bpw}")
+    else:
+        asked = f"--memory {memory}" if memory_of is None else f"--device {memory_of}"
+        budget = Budget(memory=bytes_of("--memory", str(memory)), asked=asked)
+    for flag, value, low in (("--context", context, 1), ("--samples", samples, 1), ("--seqlen", seqlen, 2)):
+        arguments.at_least(flag, value, low)
+    wishes = [parse_wish(one, True, format) for one in several("--pin", pin)]
+    wishes += [parse_wish(one, False, format) for one in several("--at-least", at_least)]
+    folder = resolve_model(_text("model", model))
+    named = str(calibration_text_path()) if calibration is None else _text("--calibration", calibration)
+    tokens = calibration_tokens(named, load_tokenizer(folder), samples, seqlen)
+    finished = None if from_run is None else _finished(_run(from_run), folder, text, shown)
+    request = Request(format, budget, context, tuple(wishes), types, Path(named).name)
+    where = default_cache() if cache is None else path_of("--cache", cache)
+    return find_plan(folder, request, sizes, tokens, where, chosen_device(device), shown, finished)
+
+
+def device_memory(name: str) -> str:
+    """Bytes that an app may take on a device, by its profile; UserError where the profile does not say."""
+    from devices import get_device
+
+    megabytes = get_device(name).memory_budget_mb
+    if megabytes is None:
+        raise UserError(f"--device {name}: its profile has no memory_budget_mb; add one, or give --memory 2G")
+    return f"{megabytes}M"
+
+
+def _finished(run: RunDirectory, model: Path, text: StrPath | None, progress: Progress) -> Finished:
+    """A run's types, and its KL divergence from the model on a text that tuning has not seen."""
+    from signround_edge.demo import evaluation_text_path
+    from signround_edge.evaluation.scoring import score
+    from signround_edge.model.source import SourceModel
+    from signround_edge.planning.plan import Finished
+
+    if run.manifest.source["files"] != SourceModel.open(model).hashes():
+        raise UserError(f"--from-run {run.path} is of another model; give a run of {model}")
+    scored = evaluation_text_path() if text is None else path_of("--text", text)
+    kl = score(str(run.path), scored, str(model), 512, 16).kld_mean
+    assert kl is not None
+    progress.line(f"{run.path}: KL divergence {kl:.4g} on {scored.name}")
+    return Finished({t.name: t.format for t in run.manifest.tensors if t.format is not None}, kl)
 
 
 def inspect(path: StrPath) -> Inspection:

@@ -34,11 +34,9 @@ def check_seed(value: Any) -> None:
         raise UserError(f"--seed {value} must be at least 0 and at most {HIGHEST_SEED}")
 
 
-def bytes_of(flag: str, size: str | int | None) -> int | None:
-    """500M, 4G or a plain number of bytes: M is 10^6, G is 10^9, and K 10^3; UserError for anything else."""
-    if size is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)", str(size).strip().upper())
+def bytes_of(flag: str, size: str | int) -> int:
+    """500M, 1.5GB or a plain number of bytes: M is 10^6, G is 10^9, and K 10^3; UserError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", str(size).strip().upper())
     count = 0 if match is None else round(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]])
     if count <= 0:
         raise UserError(f"{flag} {size} is not a size; give for example 500M or 4G")

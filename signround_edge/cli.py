@@ -103,7 +103,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 
 @main.command()
 @_model
-@click.option("--scheme", required=True, help="gguf:q4_k_m, onnx:w4g128-asym, …; a comma joins those of one grid.")
+@click.option("--scheme", help="gguf:q4_k_m, onnx:w4g128-asym, …; a comma joins those of one grid.  [this or --plan]")
+@click.option("--plan", type=_PATH, help="A type for every matrix, as `plan` found them.  [this or --scheme]")
 @click.option("--tensor-type", multiple=True, help="PATTERN=TYPE for matrices by name: ffn_down=Q6_K. Repeatable.")
 @click.option("--token-embedding-type", help="Type of the token embedding: w4g32, Q6_K (default by the scheme).")
 @click.option("--output-tensor-type", help="Type of the output head (default by the scheme; onnx: w8g32).")
@@ -157,7 +158,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 )
 @click.option("--float-fallback", is_flag=True, help="Keep matrices that no block size divides in 16-bit floats.")
 def quantize(
-    model: str, scheme: str, tensor_type: tuple[str, ...], token_embedding_type: str | None,
+    model: str, scheme: str | None, plan: Path | None, tensor_type: tuple[str, ...], token_embedding_type: str | None,
     output_tensor_type: str | None, out: Path, calibration: str | None, recipe: str, device: str,
     gpus: int | None, imatrix: Path | None, save_imatrix: Path | None, resume: bool, source_check: str,
     float_fallback: bool, max_memory: str | None, max_gpu_memory: str | None, **settings: Any,
@@ -178,7 +179,7 @@ def quantize(
                 return
         with terminal_progress("tuning") if place.rank == 0 else contextlib.nullcontext() as progress:
             api.quantize(
-                model, scheme, out, calibration=calibration, settings=chosen, tensor_type=tensor_type,
+                model, scheme, out, plan=plan, calibration=calibration, settings=chosen, tensor_type=tensor_type,
                 token_embedding_type=token_embedding_type, output_tensor_type=output_tensor_type, imatrix=imatrix,
                 save_imatrix=save_imatrix, float_fallback=float_fallback, device=device, resume=resume,
                 source_check=source_check, max_memory=max_memory, max_gpu_memory=max_gpu_memory, progress=progress,
@@ -193,6 +194,62 @@ def quantize(
         raise
     if place.rank == 0:
         _say(f"wrote {out}")
+
+
+@main.command()
+@_model
+@click.option("--target-size", help="Bytes of the file: 1.5G, 800M.  [one of these four]")
+@click.option("--target-bpw", type=float, help="Bits a weight, over all tensors.")
+@click.option("--device", help="A device profile's memory, for file, cache and buffers.")
+@click.option("--memory", help="Memory for file, cache and buffers: 2G.")
+@click.option("--format", "target", default="gguf", show_default=True, help="gguf or onnx.")
+@click.option("--context", type=int, default=4096, show_default=True, help="Tokens that the cache is to hold.")
+@click.option("--pin", multiple=True, help="PATTERN=TYPE: matrices by name have this type. Repeatable.")
+@click.option("--at-least", multiple=True, help="PATTERN=TYPE: they have at least as many bits. Repeatable.")
+@click.option("--types", help="Types to choose from: Q3_K,Q4_K,Q6_K (default: all of the format).")
+@click.option("-o", "--out", type=_PATH, help="plan.json to write, for `quantize --plan`; plan.svg beside it.")
+@click.option("--calibration", default=None, help="Text file, JSON lines or dataset name (default: shipped speeches).")
+@click.option("--samples", type=int, default=32, show_default=True, help="Samples that weights are judged on.")
+@click.option("--seqlen", type=int, default=256, show_default=True, help="Tokens a sample.")
+@click.option("--from-run", type=_PATH, help="A finished run of MODEL, which corrects the prediction.")
+@click.option("--text", type=_PATH, help="UTF-8 text to measure that run on (default: shipped speeches).")
+@click.option("--cache", type=_PATH, help="Folder of what is measured once for a model.")
+@click.option("--compute", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where to measure.")
+@_json
+def plan(
+    model: str, target_size: str | None, target_bpw: float | None, device: str | None, memory: str | None, target: str,
+    context: int, pin: tuple[str, ...], at_least: tuple[str, ...], types: str | None, out: Path | None,
+    calibration: str | None, samples: int, seqlen: int, from_run: Path | None, text: Path | None, cache: Path | None,
+    compute: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Find a type for every tensor of MODEL under a budget of bytes, and say what it is expected to cost."""
+    from signround_edge import api
+    from signround_edge.outputs import check_output
+    from signround_edge.planning.picture import picture
+    from signround_edge.terminal.plan import render
+    from signround_edge.terminal.progress import terminal_progress
+
+    if device is not None:
+        if memory is not None:
+            raise UserError("--device says how much memory there is, and --memory does too; give one of them")
+        memory = api.device_memory(device)
+    if out is not None:
+        check_output("-o", out, {"--from-run": from_run, "--text": text})
+    with terminal_progress("measuring") as progress:
+        found = api.plan(
+            model, target_size=target_size, target_bpw=target_bpw, memory=memory, memory_of=device, format=target,
+            context=context, pin=pin, at_least=at_least, types=types, calibration=calibration, samples=samples,
+            seqlen=seqlen, from_run=from_run, text=text, cache=cache, device=compute, progress=progress,
+        )  # fmt: skip
+    if out is not None:
+        found.planned.save(out)
+        out.with_suffix(".svg").write_text(picture(found), encoding="utf-8")
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _render(render(found))
+    if out is not None:
+        _say(f"wrote {out} and {out.with_suffix('.svg').name}: `signround-edge quantize {model} --plan {out} -o RUN`")
 
 
 @main.command()

@@ -50,6 +50,18 @@ class GgufExporter:
 
         return export(run, out, GgufOptions.of(options))
 
+    def tensor_bytes(self, run: RunDirectory, options: ExportOptions) -> dict[tuple[str, ...], int]:
+        """Parameters that are in one tensor of the file → its bytes, padding included."""
+        from exporters.gguf.export import tensor_bytes
+
+        return tensor_bytes(run, GgufOptions.of(options))
+
+    def file_bytes(self, run: RunDirectory, options: ExportOptions) -> int:
+        """Bytes of the file, to the byte."""
+        from exporters.gguf.export import file_bytes
+
+        return file_bytes(run, GgufOptions.of(options))
+
     def way(self, config: Mapping[str, Any], parameters: Sequence[str]) -> str:
         """Built in; UserError for models that need a template."""
         from exporters.gguf.families.architecture import refuse_what_differs

@@ -51,6 +51,16 @@ class OnnxExporter:
 
         return export_folder(run, out, OnnxOptions.of(options))
 
+    def tensor_bytes(self, run: RunDirectory, options: ExportOptions) -> dict[tuple[str, ...], int]:
+        """{}: matrices may be stacked in the graph, and only the bytes of all files are known."""
+        return {}
+
+    def file_bytes(self, run: RunDirectory, options: ExportOptions) -> int | None:
+        """Bytes of all files of the folder but card and sidecar; None where the graph would be traced."""
+        from exporters.onnx.footprint import file_bytes
+
+        return file_bytes(run, OnnxOptions.of(options))
+
     def way(self, config: Mapping[str, Any], parameters: Sequence[str]) -> str:
         """By the builder or by tracing; a mixture of experts is traced, with all of them (`routes.traced_experts`)."""
         from exporters.onnx.builder_classes import builder_class

@@ -55,7 +55,7 @@ class VectorGrid(Codebook, SuperBlockGrid):
     @property
     def codes_a_value(self) -> float:
         signs = 0.0 if self.vectors.signed else 7 / 8 if self.vectors.even_signs else 1.0
-        return 2.0 ** (signs + math.log2(self.vectors.count) / self.vectors.size)
+        return math.exp2(signs + math.log2(self.vectors.count) / self.vectors.size)
 
     def nearest_offsets(self, positions: Tensor, weights: Tensor | None = None) -> Tensor:
         centred = positions.add_(self._middle).reshape(-1, self.group)

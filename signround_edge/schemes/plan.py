@@ -19,6 +19,7 @@ from signround_edge.model.weights import ModelWeights
 from signround_edge.run_directory import dtype_name
 from signround_edge.schemes.gguf_names import gguf_name
 from signround_edge.schemes.gguf_presets import Place, Role
+from signround_edge.schemes.planned_types import PlannedTypes
 from signround_edge.schemes.roles import columns_together, model_traits, places_of, stays_in_floats
 from signround_edge.schemes.scheme import Scheme, after_fallback
 
@@ -118,10 +119,17 @@ def make_plan(weights: ModelWeights, scheme: Scheme, float_fallback: bool) -> Pl
             known_as = (name, gguf_name(name, config.model_type) or name)
             known_names.append(known_as)
             cols = entry.shape[0] if entry.transposed else entry.shape[1]
-            asked, together = scheme.asked_for(known_as, place, traits, cols), columns_together(name, config)
-            _choose_format(entry, asked, after_fallback(asked, cols, scheme.targets, together), scheme, float_fallback)
+            if scheme.planned is not None:
+                entry.format = scheme.planned.types.get(name)
+                entry.fallback_from = None if entry.format else scheme.preset.base
+            else:
+                asked, together = scheme.asked_for(known_as, place, traits, cols), columns_together(name, config)
+                fitting = after_fallback(asked, cols, scheme.targets, together)
+                _choose_format(entry, asked, fitting, scheme, float_fallback)
         tensors.append(entry)
     scheme.check_overrides(known_names)
+    if scheme.planned is not None:
+        _check_planned(tensors, scheme.planned)
     _check_experts(tensors)
     parts = [part_of_block(i) for i in range(len(decoder.blocks))] + [OUTSIDE]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -143,6 +151,20 @@ def _choose_format(entry: TensorEntry, asked: Grid, grid: Grid | None, scheme: S
         )
     entry.format = None if grid is None else grid.name
     entry.fallback_from = None if entry.format == asked.name else asked.name
+
+
+def _check_planned(tensors: list[TensorEntry], planned: PlannedTypes) -> None:
+    """UserError for a type whose blocks do not divide a matrix, or of a matrix that the model has not."""
+    quantized = {entry.name for entry in tensors if entry.format is not None}
+    unknown = sorted(set(planned.types) - quantized)
+    if unknown:
+        raise UserError(f"--plan names {unknown[0]}, which is no matrix of this model; make it again with `plan`")
+    for entry in tensors:
+        if entry.format is not None and entry.out_in_shape[-1] % get_grid(entry.format).row_multiple:
+            raise UserError(
+                f"--plan gives {entry.name} the type {entry.format}, whose blocks do not divide its rows of "
+                f"{entry.out_in_shape[-1]} values; make it again with `plan`"
+            )
 
 
 def _check_experts(tensors: list[TensorEntry]) -> None:

@@ -12,6 +12,7 @@ from signround_edge.formats import ALIASES, GRIDS, get_grid
 from signround_edge.formats.grid import Grid
 from signround_edge.formats.matmul_nbits import ONNX_BITS, ONNX_BLOCKS, has_matmul_nbits_form
 from signround_edge.schemes.gguf_presets import GGUF_FALLBACK, GGUF_PRESETS, ModelTraits, Place, Preset, Role
+from signround_edge.schemes.planned_types import PlannedTypes
 
 _WHERE_ALL_ARE = "docs/formats.md lists all, such as gguf:q4_k_m and onnx:w4g128-asym"
 
@@ -53,6 +54,7 @@ class Scheme:
         preset: the format of each role.
         overrides: types by name; the first that matches counts.
         embedding, head: the type asked for the token embedding and the output head; None leaves them to the preset.
+        planned: types by exact name, which nothing else has a say in; None but for plans.
     """
 
     text: str
@@ -61,6 +63,7 @@ class Scheme:
     overrides: tuple[TensorType, ...] = ()
     embedding: Grid | None = None
     head: Grid | None = None
+    planned: PlannedTypes | None = None
 
     @property
     def override_texts(self) -> list[str]:
@@ -90,9 +93,10 @@ class Scheme:
         """
         for override in self.overrides:
             if not any(override.pattern.search(name) for known in names for name in known):
+                near = ", ".join(nearest_names(override.pattern.pattern, names))
                 raise UserError(
                     f"--tensor-type {override.text}: no matrix of this model has a name that fits "
-                    f"{override.pattern.pattern!r}; near it are {', '.join(_nearest(override.pattern.pattern, names))}"
+                    f"{override.pattern.pattern!r}; near it are {near}"
                 )
 
     def with_overrides(self, texts: tuple[str, ...]) -> Scheme:
@@ -180,6 +184,11 @@ def parse_scheme(text: str) -> Scheme:
     return Scheme(",".join(names), targets, first.preset)
 
 
+def planned_scheme(planned: PlannedTypes) -> Scheme:
+    """The scheme of a plan."""
+    return Scheme(planned.scheme, (planned.target,), Preset("Q8_0", output="Q8_0"), planned=planned)
+
+
 def _parse_one(name: str) -> Scheme:
     target, _, rest = name.partition(":")
     if target == "gguf" and name in known_schemes():
@@ -207,7 +216,7 @@ def _what_onnx_has(rest: str) -> str:
     return f"write onnx:w<bits>g<block size>[-asym] with {bits} bits and blocks of {blocks}, or onnx:w<bits>"
 
 
-def _nearest(pattern: str, names: list[tuple[str, ...]]) -> list[str]:
+def nearest_names(pattern: str, names: list[tuple[str, ...]]) -> list[str]:
     """The parts of names ("ffn_down", "down_proj") that are spelt most like a pattern, at most three."""
     parts = {part for known in names for name in known for part in name.split(".")[:-1] if not part.isdigit()}
     return nearest(pattern, parts)

@@ -88,7 +88,7 @@ def quantize(
     """
     return_large_tensors()
     ranks = ranks or ALONE
-    torch_device = _device(device, ranks)
+    torch_device = chosen_device(device, ranks)
     progress = progress if ranks.first else SILENT
     weights = ModelWeights.open(model)
     decoder = weights.decoder
@@ -99,6 +99,9 @@ def quantize(
             "--granularity block"
         )
     use_cached_rms_norm(decoder.model, torch_device)
+    files = weights.source.hashes()
+    if scheme.planned is not None:
+        scheme.planned.check_model(files)
     plan = make_plan(weights, scheme, float_fallback)
     for line in [*weights.notes(), *listing(plan)]:
         progress.line(line)
@@ -133,7 +136,7 @@ def quantize(
         targets=list(scheme.targets),
         source={
             "model": model_name(model),
-            "files": weights.source.hashes(),
+            "files": files,
             **({} if weights.outer_type is None else {"inside": weights.outer_type}),
         },
         settings={
@@ -143,6 +146,7 @@ def quantize(
             "calibration_bos": added_bos(tokenizer),
             "calibration_sha256": tokens_hash(tokens),
             "imatrix_sha256": None if imatrix is None else imatrix.sha256,
+            **({} if scheme.planned is None else {"plan": scheme.planned.summary()}),
         },
         versions=versions(torch_device),
         parts=plan.parts,
@@ -169,7 +173,8 @@ def quantize(
     return RunDirectory.open(out)
 
 
-def _device(name: str, ranks: Ranks) -> torch.device:
+def chosen_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device that a name means for one of the processes; UserError where there is none."""
     if name not in DEVICES:
         raise UserError(f"--device {name} is unknown; known are {', '.join(DEVICES)}")
     if name == "cuda" and not torch.cuda.is_available():

@@ -30,6 +30,7 @@ MODEL, GPT2 = "path/or/org/model", "path/or/org/gpt2"
 TEXTS = {"texts.txt": 40_000, "held-out.txt": 4_000}  # name → characters of the shipped speeches
 FASTER = {
     "quantize": {"--steps": "2", "--samples": "4", "--seqlen": "32", "--start": "nearest"},
+    "plan": {"--samples": "2", "--seqlen": "32", "--types": "Q2_K,Q4_K,Q8_0", "--cache": "cache"},
     "verify": {"--windows": "1", "--n-ctx": "64"},
     "evaluate": {"--windows": "1", "--n-ctx": "64"},
 }

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFWriter
 from numpy.typing import NDArray
 
 from exporters.gguf.blocks.ggml_types import GgmlType
@@ -122,12 +123,30 @@ def _grouped(tensors: list[PlannedTensor], max_bytes: int | None) -> list[list[P
     return groups
 
 
-def _write_one(writer: GGUFWriter, tensors: list[PlannedTensor], partial: Path) -> None:
-    """One of the files."""
+def padded_bytes(tensor: PlannedTensor) -> int:
+    """Bytes that a tensor takes in the file, padding included."""
+    return tensor.nbytes + -tensor.nbytes % int(GGUF_DEFAULT_ALIGNMENT)
+
+
+def head_bytes(writer: GGUFWriter, tensors: Iterable[PlannedTensor]) -> int:
+    """Bytes of all that is in front of the tensors' data. The writer is used up."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "head.gguf"
+        _describe(writer, tensors)
+        _write_head(writer, path)
+        return path.stat().st_size
+
+
+def _describe(writer: GGUFWriter, tensors: Iterable[PlannedTensor]) -> None:
     for tensor in tensors:
         # float32 as dtype: gguf takes the shape as logical then; raw_dtype is what is stored.
         number: Any = tensor.ggml_type.number  # gguf-py wants its enum, which lacks some types, and only writes it
         writer.add_tensor_info(tensor.name, tensor.shape, np.float32, tensor.nbytes, raw_dtype=number)
+
+
+def _write_one(writer: GGUFWriter, tensors: list[PlannedTensor], partial: Path) -> None:
+    """One of the files."""
+    _describe(writer, tensors)
     _write_head(writer, partial)
     alignment = writer.data_alignment
     with partial.open("r+b", buffering=0) as out:

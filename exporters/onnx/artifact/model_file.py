@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,10 +23,11 @@ class _DataFiles:
         model: path of model.onnx.
         most: bytes of a file at most; a larger tensor has a file of its own. None for no limit.
         ending: of a data file's name, before its number.
+        empty: whether holes are written in the place of data, which take no room.
     """
 
-    def __init__(self, model: Path, most: int | None, ending: str) -> None:
-        self.model, self.most, self.ending = model, most, ending
+    def __init__(self, model: Path, most: int | None, ending: str, empty: bool) -> None:
+        self.model, self.most, self.ending, self.empty = model, most, ending, empty
         self._count = 0
         self._file = self._open()
 
@@ -39,7 +41,11 @@ class _DataFiles:
             self._count += 1
             self._file, start = self._open(), 0
         self._file.write(b"\0" * (start - self._file.tell()))
-        tensor.tofile(self._file)  # without another copy in memory
+        if self.empty:
+            self._file.truncate(start + tensor.nbytes)
+            self._file.seek(0, os.SEEK_END)
+        else:
+            tensor.tofile(self._file)  # without another copy in memory
         return _external(value, Path(self._file.name).name, start, self._file.tell() - start, self.model)
 
     def close(self) -> None:
@@ -51,11 +57,19 @@ class _DataFiles:
         return self.model.with_name(f"{self.model.name}{self.ending}{number}").open("wb")
 
 
-def write_model(model: ir.Model, path: Path, max_shard_bytes: int | None = None, ending: str = ".data") -> None:
-    """Write the model at `path` and its data beside it; initializers marked SHARES_BYTES point at another's data."""
+def write_model(
+    model: ir.Model, path: Path, max_shard_bytes: int | None = None, ending: str = ".data", empty: bool = False
+) -> None:
+    """Write the model at `path` and its data beside it; initializers marked SHARES_BYTES point at another's data.
+
+    Args:
+        max_shard_bytes: split the data into files of at most so many bytes.
+        ending: of the name of the data's file.
+        empty: leave the data out: files of the same lengths, full of holes.
+    """
     initializers = model.graph.initializers
     shared = [v for v in initializers.values() if SHARES_BYTES in v.meta]
-    files = _DataFiles(path, max_shard_bytes, ending)
+    files = _DataFiles(path, max_shard_bytes, ending, empty)
     try:
         for value in initializers.values():
             if SHARES_BYTES in value.meta:

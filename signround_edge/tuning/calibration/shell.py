@@ -115,6 +115,14 @@ class Shell:
             output: Tensor = model(input_ids=placeholders, use_cache=False).logits[0]
         return output.float()
 
+    def traced(self, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
+        """What enters block 0 for tokens [n, seqlen], and how each block is called, with the graph of their slopes."""
+        recorded: list[BlockCall] = []
+        seen: list[Tensor] = []
+        with contextlib.suppress(_StopForward), self._recording(recorded, None, seen):
+            self.decoder.model(input_ids=tokens, use_cache=False)
+        return seen[0], recorded
+
     def _pass(self, tokens: Tensor, inject: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the model with recorders for blocks: (input of block 0, input of the head).
 

@@ -1,0 +1,1 @@
+"""`plan`: types for every tensor under a budget of bytes."""

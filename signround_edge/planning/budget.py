@@ -1,0 +1,48 @@
+"""How many bytes a file may have: given as a size, as bits a weight, or left by a device's memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from signround_edge.errors import UserError
+from signround_edge.planning.memory import Needs
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Exactly one of the first three.
+
+    Attributes:
+        size: bytes of the file.
+        bits_per_weight: of all tensors' data.
+        memory: bytes for file, cache and buffers together.
+        asked: as the user gave it, for messages.
+    """
+
+    size: int | None = None
+    bits_per_weight: float | None = None
+    memory: int | None = None
+    asked: str = ""
+
+    def file_bytes(self, weights: int, head: int, needs: Needs) -> int:
+        """What the file may have.
+
+        Args:
+            weights: parameters of the model.
+            head: bytes of the file that are no tensor's.
+            needs: of the runtime.
+        """
+        if self.size is not None:
+            return self.size
+        if self.bits_per_weight is not None:
+            return head + int(self.bits_per_weight * weights / 8)
+        assert self.memory is not None
+        left = self.memory - needs.total
+        if left <= 0:
+            raise UserError(
+                f"{self.asked}: the context alone takes {needs.total / 1e6:.1f} MB (cache {needs.cache / 1e6:.1f}, "
+                f"buffers {needs.buffers / 1e6:.1f}) of {self.memory / 1e6:.1f} MB; give a smaller --context"
+            )
+        return left

@@ -1,0 +1,331 @@
+"""`plan`: from a model and a budget to a type for every tensor, and what that is expected to cost."""
+
+from __future__ import annotations
+
+import functools
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from signround_edge.errors import UserError
+from signround_edge.formats import get_grid
+from signround_edge.model.cache_shape import cache_shape
+from signround_edge.model.source import model_name
+from signround_edge.model.weights import ModelWeights
+from signround_edge.planning.budget import Budget
+from signround_edge.planning.candidates import Wish, allowed_types, check_wishes, types_of
+from signround_edge.planning.knapsack import Option, frontier, least_bytes, most_bytes, solve
+from signround_edge.planning.memory import Needs, needs_of
+from signround_edge.planning.problem import Group, Types, bytes_by_type, grouped
+from signround_edge.planning.untuned_run import UntunedRun, untuned_run
+from signround_edge.progress import Progress
+from signround_edge.schemes.gguf_presets import GGUF_PRESETS
+from signround_edge.schemes.plan import Plan, make_plan
+from signround_edge.schemes.planned_types import PlannedTypes
+from signround_edge.schemes.scheme import parse_scheme
+from signround_edge.sensitivity.costs import Costs
+from signround_edge.sensitivity.measure import measure
+from signround_edge.sensitivity.store import Store
+
+# All matrices in 8 bits: what has a type at all, and blocks for nearly all rows.
+_EVERYTHING = {"gguf": "gguf:q8_0", "onnx": "onnx:w8g32"}
+_REFERENCES = {
+    "gguf": tuple(f"gguf:{name}" for name in GGUF_PRESETS),
+    "onnx": ("onnx:w2g32-asym", "onnx:w2g128-asym", "onnx:w4g32-asym", "onnx:w4g64-asym", "onnx:w4g128-asym",
+             "onnx:w8g32-asym", "onnx:w8g128-asym"),
+}  # fmt: skip
+_TRIES = 8  # until an exporter that tells only the sum of bytes agrees
+
+
+class Sizes(Protocol):
+    """What of an exporter is needed: see `KnowsItsSize`; its options at their defaults."""
+
+    def tensor_bytes(self, run: UntunedRun) -> dict[tuple[str, ...], int]: ...
+
+    def file_bytes(self, run: UntunedRun) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    Attributes:
+        target: "gguf" or "onnx".
+        context: tokens that the runtime's cache is to hold.
+        wishes: pins and least types.
+        types: the types to choose from, joined by commas; None: all of the target.
+        calibration: what the sensitivity is measured on, for people.
+        seed: of the labels.
+    """
+
+    target: str
+    budget: Budget
+    context: int
+    wishes: tuple[Wish, ...] = ()
+    types: str | None = None
+    calibration: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run of the model: its types, and the KL divergence that was measured."""
+
+    types: Types
+    kl: float
+
+
+@dataclass(frozen=True)
+class FoundPlan:
+    """A plan and what stands beside it.
+
+    Attributes:
+        planned: what plan.json holds.
+        groups: with all their options.
+        chosen: the options of the groups.
+        fixed: bytes of the file that no choice changes.
+        frontier, presets: (bytes, predicted KL), of mixtures and by name of schemes.
+        neighbours: bytes more (or less, negative) → predicted KL.
+        needs: of a runtime besides the file.
+        exact: whether the file's bytes are known to the byte.
+    """
+
+    planned: PlannedTypes
+    groups: list[Group]
+    chosen: list[Option]
+    fixed: int
+    frontier: list[tuple[int, float]]
+    presets: dict[str, tuple[int, float]]
+    neighbours: dict[int, float]
+    needs: Needs
+    exact: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `plan --json`: plan.json, and what stands beside it."""
+        return {
+            **self.planned.to_json(),
+            "cache_bytes": self.needs.cache,
+            "buffer_bytes": self.needs.buffers,
+            "exact": self.exact,
+            "neighbours": [{"bytes": more, "predicted_kl": kl} for more, kl in self.neighbours.items()],
+            "presets": [{"scheme": n, "bytes": size, "predicted_kl": kl} for n, (size, kl) in self.presets.items()],
+            "frontier": [{"bytes": size, "predicted_kl": kl} for size, kl in self.frontier],
+        }
+
+
+def find_plan(
+    model: Path,
+    request: Request,
+    sizes: Sizes,
+    tokens: Tensor,
+    cache: Path,
+    device: torch.device,
+    progress: Progress,
+    finished: Finished | None = None,
+) -> FoundPlan:
+    """The types of least predicted KL divergence under a budget.
+
+    Args:
+        sizes: of the target's exporter.
+        tokens: calibration samples, int64 [samples, seqlen].
+        cache: folder of what earlier plans have measured.
+        finished: corrects the factor between prediction and measurement.
+    Raises:
+        UserError: a budget below the smallest or beyond the largest file, or a wish that nothing fits.
+    """
+    weights, target = ModelWeights.open(model), request.target
+    config: Any = weights.decoder.model.config
+    for line in weights.notes():
+        progress.line(line)
+    files = weights.source.hashes()
+    store = Store.open(cache, files, tokens, request.seed)
+    if not store.is_measured:
+        progress.line(f"measuring what each tensor matters, on {tokens.numel():,} tokens; kept in {store.folder}")
+    measured = store.measured(
+        # Of modules of its own: the pass leaves them loaded, and a head that is tied would no longer be.
+        lambda: measure(ModelWeights.open(model), tokens, device, request.seed, progress, store.folder)
+    )
+    base = make_plan(weights, parse_scheme(_EVERYTHING[target]), float_fallback=True)
+    allowed = allowed_types(target, request.types)
+    kinds = {
+        entry.name: types_of(entry, target, allowed, request.wishes, config, request.types is not None)
+        for entry in base.tensors
+        if entry.format is not None or entry.fallback_from is not None
+    }
+    check_wishes(request.wishes, list(kinds), config.model_type)
+    kinds = {name: own for name, own in kinds.items() if own}
+    costs = Costs(weights, base, measured, store, progress)
+    with tempfile.TemporaryDirectory() as folder:
+        problem = _Problem(weights, base, kinds, costs, sizes, files, Path(folder) / "run", target)
+        return problem.solved(request, finished)
+
+
+class _Problem:
+    """Groups, their options, and the file's bytes of any choice."""
+
+    def __init__(
+        self,
+        weights: ModelWeights,
+        base: Plan,
+        kinds: dict[str, tuple[str, ...]],
+        costs: Costs,
+        sizes: Sizes,
+        files: dict[str, str],
+        folder: Path,
+        target: str,
+    ) -> None:
+        self.weights, self.base, self.costs, self.sizes, self.files = weights, base, costs, sizes, files
+        self.target, self.entries = target, {entry.name: entry for entry in base.tensors}
+        self.scheme = f"{target}:plan"
+        whole_run = untuned_run(weights, base, self.scheme, files, folder)
+        together = sizes.tensor_bytes(whole_run)
+        groups = {names: _shared(names, kinds) for names in grouped(kinds, together)}
+        largest = {name: max(own, key=_bits) for names, own in groups.items() for name in names}
+        kept: dict[str, str | None] = {name: largest.get(name) for name in base_formats(base)}
+        self.run = whole_run.with_types(kept)
+        stored = bytes_by_type(groups, self.entries, lambda types: sizes.tensor_bytes(self.run.with_types(types)))
+        cost = costs.of({name: own for names, own in groups.items() for name in names})
+        self.groups = [
+            Group(
+                names,
+                sum(math.prod(self.entries[name].shape) for name in names),
+                tuple(Option(k, stored[names][k], sum(cost[name][k] for name in names)) for k in own),
+            )
+            for names, own in groups.items()
+        ]
+        whole = sizes.file_bytes(self.run)
+        self.exact = whole is not None
+        in_groups = sum(stored[names][largest[names[0]]] for names in groups)
+        self.fixed = (whole if whole is not None else self._floats() + in_groups) - in_groups
+
+    @functools.cached_property
+    def options(self) -> list[tuple[Option, ...]]:
+        """Of the groups."""
+        return [group.options for group in self.groups]
+
+    def _floats(self) -> int:
+        kept = [entry for entry in self.run.manifest.tensors if entry.format is None]
+        return sum(4 * math.prod(entry.shape) for entry in kept)
+
+    def solved(self, request: Request, finished: Finished | None) -> FoundPlan:
+        """The plan."""
+        weights = sum(math.prod(entry.shape) for entry in self.base.tensors)
+        config: Any = self.weights.decoder.model.config
+        needs = needs_of(cache_shape(config), self.target, request.context)
+        head = self.fixed - self._floats()
+        budget = request.budget.file_bytes(weights, head, needs)
+        least, most = least_bytes(self.options) + self.fixed, most_bytes(self.options) + self.fixed
+        if budget < least:
+            raise UserError(
+                f"{request.budget.asked}: {budget:,} bytes for the file are too few; the smallest file of this model "
+                f"with these types has {least:,}"
+            )
+        if budget > most:
+            raise UserError(
+                f"{request.budget.asked}: {budget:,} bytes for the file are more than any types of this model take; "
+                f"the largest file has {most:,}: give that, or `quantize` with {self._largest()}"
+            )
+        factor = 1.0 if finished is None else self._factor(finished)
+        chosen, size = self._fit(budget)
+        planned = PlannedTypes(
+            target=self.target,
+            model=model_name(self.weights.source.path),
+            files=self.files,
+            types=self._types(chosen),
+            file_bytes=size,
+            budget_bytes=budget,
+            bits_per_weight=8 * (size - head) / weights,
+            predicted_kl=factor * sum(option.cost for option in chosen),
+            factor=factor,
+            settings={
+                "asked": request.budget.asked, "context": request.context, "calibration": request.calibration,
+                "wishes": [wish.text for wish in request.wishes], "types": request.types, "seed": request.seed,
+            },
+        )  # fmt: skip
+        return FoundPlan(
+            planned,
+            self.groups,
+            chosen,
+            self.fixed,
+            [(size + self.fixed, factor * cost) for size, cost in frontier(self.options)],
+            {name: (size, factor * cost) for name, (size, cost) in self._presets().items()},
+            {more: factor * cost for more, cost in self._neighbours(budget, least, most).items()},
+            needs,
+            self.exact,
+        )
+
+    def _largest(self) -> str:
+        return "--scheme gguf:q8_0" if self.target == "gguf" else "--scheme onnx:w8g32"
+
+    def _factor(self, finished: Finished) -> float:
+        """Measured over predicted."""
+        wanted = {name: [kind] for name, kind in finished.types.items() if name in self.entries}
+        found = self.costs.of(wanted)
+        predicted = sum(sum(own.values()) for own in found.values())
+        if predicted <= 0:
+            raise UserError("--from-run: no error is predicted of this run, so nothing can be corrected; leave it out")
+        return finished.kl / predicted
+
+    def _fit(self, budget: int) -> tuple[list[Option], int]:
+        """The best options whose file has at most `budget` bytes, and its bytes."""
+        room = budget - self.fixed
+        for _ in range(_TRIES):
+            chosen = solve(self.options, room)
+            size = self.sizes.file_bytes(self.run.with_types(self._types(chosen)))
+            if size is None:
+                return chosen, self.fixed + sum(option.nbytes for option in chosen)
+            if size <= budget:
+                return chosen, size
+            room -= size - budget
+            if room < least_bytes(self.options):
+                break
+        raise UserError(f"no types were found whose file has at most {budget:,} bytes; give a little more")
+
+    def _types(self, chosen: list[Option]) -> dict[str, str]:
+        """Parameter name → type of chosen options."""
+        return {name: option.kind for group, option in zip(self.groups, chosen, strict=True) for name in group.names}
+
+    def _neighbours(self, budget: int, least: int, most: int) -> dict[int, float]:
+        step = 10**6 if budget >= 5 * 10**7 else max(1, budget // 50)
+        found = {}
+        for more in (-step, step):
+            if least <= budget + more <= most:
+                found[more] = sum(option.cost for option in solve(self.options, budget + more - self.fixed))
+        return found
+
+    def _presets(self) -> dict[str, tuple[int, float]]:
+        """Scheme → (bytes, cost), of those whose types are all among the groups' options."""
+        found = {}
+        for text in _REFERENCES[self.target]:
+            plan = make_plan(self.weights, parse_scheme(text), float_fallback=True)
+            kinds = {entry.name: entry.format for entry in plan.tensors}
+            if self.target == "onnx":  # its embeddings and heads are symmetric; the same bytes
+                kinds = {name: "w8g32-asym" if kind == "Q8_0" else kind for name, kind in kinds.items()}
+            own = [group.option(kinds[group.names[0]]) for group in self.groups]
+            known = [option for option in own if option is not None]
+            if len(known) == len(own):
+                found[text] = self.fixed + sum(o.nbytes for o in known), sum(o.cost for o in known)
+        return found
+
+
+def _shared(names: tuple[str, ...], kinds: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The types that all of a group may have."""
+    found = tuple(kind for kind in kinds[names[0]] if all(kind in kinds[name] for name in names))
+    if not found:
+        raise UserError(f"{names[0]} and {names[-1]} are one tensor in the file, and no type is allowed for both")
+    return found
+
+
+def base_formats(plan: Plan) -> dict[str, str]:
+    """Parameter name → type, of those that have one."""
+    return {entry.name: entry.format for entry in plan.tensors if entry.format is not None}
+
+
+def _bits(kind: str) -> float:
+    return get_grid(kind).bits_per_weight

@@ -1,0 +1,72 @@
+"""The table of what each type costs on each tensor of a model; what it lacks is computed and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from signround_edge.formats import get_grid
+from signround_edge.formats.threads import over_chunks
+from signround_edge.manifest import TensorEntry
+from signround_edge.model.weights import ModelWeights
+from signround_edge.progress import Progress
+from signround_edge.schemes.plan import Plan
+from signround_edge.sensitivity.cost import head_cost, lookup_cost, matrix_cost
+from signround_edge.sensitivity.measured import Measured
+from signround_edge.sensitivity.store import Store
+
+
+@dataclass
+class Costs:
+    """Costs of types on tensors, in nats a token.
+
+    Attributes:
+        plan: of any run of the model: it says which tensor is the head and which is looked up by token.
+        measured: as `measure` found it.
+        store: where costs are kept.
+    """
+
+    weights: ModelWeights
+    plan: Plan
+    measured: Measured
+    store: Store
+    progress: Progress = field(repr=False)
+
+    def of(self, wanted: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
+        """Parameter name → type → cost, for the types wanted."""
+        costs = self.store.costs
+        missing = {name: [kind for kind in kinds if kind not in costs.get(name, {})] for name, kinds in wanted.items()}
+        missing = {name: kinds for name, kinds in missing.items() if kinds}
+        entries = {entry.name: entry for entry in self.plan.tensors}
+        for number, (name, kinds) in enumerate(missing.items()):
+            weight = self._weight(entries[name])
+
+            def cost(kind: str, name: str = name, weight: Tensor = weight) -> float:
+                return self._cost(name, weight, kind)
+
+            with torch.no_grad():
+                found = over_chunks(cost, kinds)
+            costs.setdefault(name, {}).update(zip(kinds, found, strict=True))
+            if number % 50 == 49:
+                self.store.keep_costs()
+            self.progress.parts(number + 1, len(missing))
+        if missing:
+            self.store.keep_costs()
+        return {name: {kind: costs[name][kind] for kind in kinds} for name, kinds in wanted.items()}
+
+    def _weight(self, entry: TensorEntry) -> Tensor:
+        weight = self.weights.tensor(entry.name)
+        return weight.T if entry.transposed else weight
+
+    def _cost(self, name: str, weight: Tensor, kind: str) -> float:
+        grid, total = get_grid(kind), 0.0
+        if name in self.measured.matrices:
+            return matrix_cost(self.measured.matrices[name], weight, grid)
+        if name in self.measured.lookups:
+            total += lookup_cost(self.measured.lookups[name], weight, grid)
+        if name == self.plan.head:
+            total += head_cost(self.measured.head, weight, grid)
+        return total

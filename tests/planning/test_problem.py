@@ -1,0 +1,60 @@
+"""Which tensors share a type, and what a runtime needs besides the file."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+
+from signround_edge.api import device_memory
+from signround_edge.errors import UserError
+from signround_edge.model.cache_shape import cache_shape
+from signround_edge.planning.memory import needs_of
+from signround_edge.planning.problem import grouped
+
+SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}
+
+
+def test_experts_of_a_layer_and_tensors_of_one_tensor_share_a_type() -> None:
+    experts = [f"model.layers.{i}.mlp.experts.{e}.up_proj.weight" for i in (0, 1) for e in (0, 1, 2)]
+    q, k, v = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv")
+    found = grouped([*experts, q, k, v], [(q, k), ("model.norm.weight",)])
+    assert found == [tuple(experts[:3]), tuple(experts[3:]), (q, k), (v,)]
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        (transformers.LlamaConfig(**SIZES, num_hidden_layers=3), 3 * 64 * 1000),
+        (transformers.LlamaConfig(**SIZES, num_hidden_layers=3, head_dim=32), 3 * 128 * 1000),
+        (transformers.MistralConfig(**SIZES, num_hidden_layers=3, sliding_window=10), 3 * 64 * 10),
+        (
+            transformers.Gemma3TextConfig(
+                **SIZES, num_hidden_layers=2, head_dim=16, sliding_window=10,
+                layer_types=["sliding_attention", "full_attention"],
+            ),
+            64 * (10 + 1000),
+        ),
+        (
+            transformers.Qwen3NextConfig(
+                **SIZES, num_hidden_layers=2, head_dim=16, layer_types=["linear_attention", "full_attention"]
+            ),
+            64 * 1000,
+        ),
+        (
+            transformers.DeepseekV3Config(**SIZES, num_hidden_layers=2, kv_lora_rank=32, qk_rope_head_dim=8),
+            2 * 40 * 1000,
+        ),
+    ],
+    ids=["llama", "head size", "window everywhere", "window in some layers", "linear attention", "latent"],
+)  # fmt: skip
+def test_the_cache_is_of_keys_and_values_that_are_kept(config: transformers.PretrainedConfig, values: int) -> None:
+    shape = cache_shape(config)
+    assert needs_of(shape, "gguf", 1000).cache == 2 * values
+    assert needs_of(shape, "onnx", 1000).cache == 4 * values
+    assert needs_of(shape, "gguf", 1000).buffers > 512 * 100 * 4
+
+
+def test_a_devices_memory_is_its_profiles() -> None:
+    assert device_memory("pixel-8") == "2000M"
+    with pytest.raises(UserError, match="--device cpu-x86: its profile has no memory_budget_mb; add one, or give"):
+        device_memory("cpu-x86")

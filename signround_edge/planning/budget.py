@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from signround_edge.errors import UserError
 from signround_edge.planning.memory import Needs
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-
 
 @dataclass(frozen=True)
 class Budget:

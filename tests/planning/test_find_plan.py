@@ -131,7 +131,7 @@ def test_a_finished_run_corrects_the_factor(
         ({"target_bpw": 1.5}, "--target-bpw 1.5: .* are too few"),
         ({"memory": "10M"}, r"--memory 10M: the context alone takes 1\d\.\d MB .* give a smaller --context"),
         ({}, "give one of --target-size, --target-bpw, --device and --memory"),
-        ({"target_size": "big"}, "--target-size big is not a size; give for example 800M or 1.5G"),
+        ({"target_size": "big"}, "--target-size big is not a size; give for example 500M or 4G"),
         ({"target_size": "3M", "pin": "attn_v"}, "--pin 'attn_v' is not of the form PATTERN=TYPE"),
         ({"target_size": "3M", "pin": "atn_v=Q8_0"}, "--pin atn_v=Q8_0: no matrix .*; near it are attn_v"),
         ({"target_size": "3M", "pin": "attn_v=w4g32-asym"}, "GGUF has no type w4g32-asym; it has Q4_0"),

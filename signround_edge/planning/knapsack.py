@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,16 +81,17 @@ def _solve(groups: Sequence[Sequence[Option]], budget: int) -> list[Option]:
     costs = np.array([option.cost for _, option in flat])
     rows = np.array([number for number, _ in flat])
     choice = csr_array((np.ones(len(flat)), (rows, np.arange(len(flat)))), shape=(len(groups), len(flat)))
-    found = milp(
-        costs / (costs.max() or 1),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(choice, 1, 1),
-            LinearConstraint((extra / unit)[None, :], -np.inf, (budget - least) // unit),
-        ],
-        options={"mip_rel_gap": 1e-6, "time_limit": 60},
-    )
+    with stdout_to_stderr():
+        found = milp(
+            costs / (costs.max() or 1),
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(choice, 1, 1),
+                LinearConstraint((extra / unit)[None, :], -np.inf, (budget - least) // unit),
+            ],
+            options={"mip_rel_gap": 1e-6, "time_limit": 60},
+        )
     assert found.x is not None, found.message
     values: NDArray[np.float64] = found.x
     chosen: list[Option] = []
@@ -94,6 +99,21 @@ def _solve(groups: Sequence[Sequence[Option]], budget: int) -> list[Option]:
         own = np.flatnonzero(rows == number)
         chosen.append(flat[int(own[values[own].argmax()])][1])
     return chosen
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Within, what C code prints goes to stderr: HiGHS leaves lines of its own now and then, and stdout is for JSON."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(TypeError, OSError):  # Windows has no library that is named by None
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def frontier(groups: Sequence[Sequence[Option]]) -> list[tuple[int, float]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from signround_edge import api
 from signround_edge.errors import UserError
@@ -18,6 +19,8 @@ from signround_edge.planning.plan import FoundPlan
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.planned_types import PlannedTypes
 from signround_edge.tuning.settings import TuningSettings
+from tests.support import SIZES as SMALL
+from tests.support import TOKENS, save_random_model
 
 SETTINGS = TuningSettings(steps=0, samples=2, seqlen=32)
 TYPES = {"gguf": "Q2_K,Q3_K,Q4_K,Q6_K", "onnx": "w2g32-asym,w4g32-asym,w8g32-asym"}
@@ -142,6 +145,24 @@ def test_a_finished_run_corrects_the_factor(
 def test_bad_input_gets_one_sentence(options: dict[str, Any], message: str, tiny_llama: Path, cache: Path) -> None:
     with pytest.raises(UserError, match=message):
         plan(tiny_llama, cache, **options)
+
+
+def test_a_mixture_of_experts_keeps_its_bytes_too(tiny_llama: Path, tmp_path: Path) -> None:
+    config = transformers.Qwen3MoeConfig(
+        **{**SMALL, "vocab_size": 3072}, **TOKENS, head_dim=16, moe_intermediate_size=64, num_experts=4,
+        num_experts_per_tok=2, decoder_sparse_step=1, norm_topk_prob=True,
+    )  # fmt: skip
+    model = save_random_model(config, tmp_path / "model", tokenizer_from=tiny_llama)
+    found = plan(model, tmp_path / "cache", target_size=300_000, types="Q2_0,Q4_0,Q5_0,Q8_0", samples=1, seqlen=16)
+    found.planned.save(tmp_path / "plan.json")
+    run = api.quantize(
+        model, None, tmp_path / "run", plan=tmp_path / "plan.json", settings=SETTINGS, source_check="off"
+    )
+    written = api.export(run, "gguf", tmp_path / "model.gguf").path.stat().st_size
+    assert written == found.planned.file_bytes <= 300_000
+    experts = {kind for name, kind in found.planned.types.items() if "layers.0.mlp.experts" in name and "up" in name}
+    assert len(experts) == 1
+    assert len(set(found.planned.types.values())) > 1
 
 
 def test_wishes_are_kept(tiny_llama: Path, cache: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import random
+import sys
 
 import pytest
 
-from signround_edge.planning.knapsack import Option, frontier, least_bytes, most_bytes, solve
+from signround_edge.planning.knapsack import Option, frontier, least_bytes, most_bytes, solve, stdout_to_stderr
 
 
 def groups_of(seed: int) -> list[list[Option]]:
@@ -58,3 +60,12 @@ def test_no_mixture_lies_below_the_frontier() -> None:
         on_line = cost + (less - cost) * (middle - size) / (more - size)
         assert best_by_trial(groups, middle) >= on_line - 1e-9
         assert best_by_trial(groups, size) == pytest.approx(cost, rel=1e-5)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="C's own library has no name there")
+def test_what_the_solver_prints_stays_out_of_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    library = ctypes.CDLL(None)
+    with stdout_to_stderr():
+        library.printf(b"HighsMipSolverData::something\n")
+    library.fflush(None)
+    assert capfd.readouterr() == ("", "HighsMipSolverData::something\n")

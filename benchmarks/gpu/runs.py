@@ -24,6 +24,7 @@ from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.block.sign_step import RoundingState, fused_step
 from signround_edge.tuning.block.start import initial_scales
+from signround_edge.tuning.cost.record import COSTS_FILE
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
 
@@ -88,7 +89,8 @@ def same_bytes(bench: Bench) -> Iterator[Row]:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {str(f.relative_to(folder)): sha256_of(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != COSTS_FILE]
+    return {str(file.relative_to(folder)): sha256_of(file) for file in files}
 
 
 def not_finite(bench: Bench) -> Iterator[Row]:

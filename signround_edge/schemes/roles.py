@@ -83,6 +83,11 @@ def role_of(gguf_name: str | None) -> Role:
     return next((role for part, role in _ROLES if part in (gguf_name or "")), Role.OTHER)
 
 
+def is_attention_output(name: str, model_type: str) -> bool:
+    """Whether a decoder block's matrix of this parameter name is attention's output projection."""
+    return role_of(gguf_name(name, model_type)) is Role.ATTENTION_OUTPUT
+
+
 def writes_to_stream(name: str, model_type: str) -> bool:
     """Whether a decoder block's matrix of this parameter name is an output or down projection, and not an expert's."""
     if split_expert(name)[1] is not None:

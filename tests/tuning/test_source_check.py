@@ -91,7 +91,7 @@ def test_without_the_check_that_is_said(model: Path, tmp_path: Path, calibration
 
 
 def test_weights_read_from_disk_block_by_block_tell_the_same(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_check, "_free_bytes", lambda: 200_000)  # a third of the model
+    monkeypatch.setattr(source_check, "free_memory", lambda: 200_000)  # a third of the model
     tokens = torch.randint(0, 3072, (4, 16), generator=torch.Generator().manual_seed(0))
     weights = ModelWeights.open(model)
     found = check_source(weights, tokens, CPU, "auto")

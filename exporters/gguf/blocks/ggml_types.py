@@ -43,5 +43,6 @@ BY_NUMBER = {row.number: row for row in _ROWS}
 # Preset of llama-quantize ("q4_k_m", "f16") → its number in `enum llama_ftype` (llama.h), a file's general.file_type.
 FILE_TYPES = {t.name.removeprefix("ALL_").removeprefix("MOSTLY_").lower(): int(t) for t in LlamaFileType}
 FILE_TYPES["q2_0"] = 41  # not in gguf-py 0.19
+FILE_TYPES["mxfp4"] = FILE_TYPES["mxfp4_moe"]  # llama.cpp has no other for files of this type
 
 F32, F16, BF16, Q4_0 = (BY_NAME[name] for name in ("F32", "F16", "BF16", "Q4_0"))

@@ -20,7 +20,7 @@ from typing import Any
 from signround_edge.model.decoder import Decoder
 from signround_edge.model.experts import split_expert, stacks
 from signround_edge.schemes.plan import Plan
-from signround_edge.schemes.roles import writes_to_stream
+from signround_edge.schemes.roles import is_attention_output, writes_to_stream
 from signround_edge.tuning.block.gptq import DAMPING
 from signround_edge.tuning.settings import TuningSettings
 
@@ -110,7 +110,6 @@ def block_shapes(plan: Plan, decoder: Decoder) -> list[BlockShape]:
     config: Any = decoder.model.config
     entries = {entry.name: entry for entry in plan.tensors}
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    width = int(getattr(config, "head_dim", 0) or (config.hidden_size // heads if heads else 0))
     chosen = next((int(k) for name in _CHOSEN if isinstance(k := getattr(config, name, None), int)), 1)
     streams = int(getattr(config, "altup_num_inputs", 1) or 1)
     found = []
@@ -130,7 +129,9 @@ def block_shapes(plan: Plan, decoder: Decoder) -> list[BlockShape]:
             matrices.append(
                 MatrixShape(rows, cols, str(entries[name].format), shares.get(name, 1.0), source, corrected)
             )
-        found.append(BlockShape(tuple(matrices), config.hidden_size * streams, heads, heads * width))
+        # The output projection reads all heads; layers may differ, or have none.
+        width = next((entries[n].out_in_shape[1] for n in names if is_attention_output(n, str(config.model_type))), 0)
+        found.append(BlockShape(tuple(matrices), config.hidden_size * streams, heads if width else 0, width))
     return found
 
 

@@ -122,7 +122,7 @@ class Program:
         windows = Windows(np.zeros((4, 64), dtype=np.int32))
         model, base = self._folder / "model.gguf", self._folder / "base"
         binaries = LlamaBinaries.find(self._folder, windows)
-        return measure(get_device("cpu-x86"), binaries, model, None, windows, base)[0]
+        return measure(get_device("cpu-x86"), binaries, model, None, windows, None, base)[0]
 
 
 @pytest.mark.parametrize("silent", [0, 1, 4])

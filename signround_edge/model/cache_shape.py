@@ -28,6 +28,7 @@ class CacheShape:
 def cache_shape(config: Any) -> CacheShape:
     """Of a transformers config of a language model. Layers that keep a state of fixed size count nothing."""
     settings = config.to_dict()
+    settings |= {name: settings[own] for name, own in config.attribute_map.items() if own in settings}
     layers = int(config.num_hidden_layers)
     kinds = settings.get("layer_types") or settings.get("layers_block_type") or ["full_attention"] * layers
     shared = int(settings.get("num_kv_shared_layers") or 0)  # of Gemma 3n and 4: the last ones read earlier keys
@@ -49,7 +50,9 @@ def _values(settings: dict[str, Any]) -> int:
     latent = settings.get("kv_lora_rank")
     if latent:
         return int(latent) + int(settings.get("qk_rope_head_dim") or 0)
-    heads = int(settings["num_attention_heads"])
+    heads = int(settings.get("num_attention_heads") or 0)
+    if not heads:  # of Mamba
+        return 0
     key_heads = int(settings.get("num_key_value_heads") or settings.get("num_kv_heads") or heads)
     size = int(settings.get("head_dim") or int(settings["hidden_size"]) // heads)
     return 2 * key_heads * size

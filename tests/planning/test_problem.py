@@ -25,6 +25,9 @@ def test_experts_of_a_layer_and_tensors_of_one_tensor_share_a_type() -> None:
     ("config", "values"),
     [
         (transformers.LlamaConfig(**SIZES, num_hidden_layers=3), 3 * 64 * 1000),
+        (transformers.GPT2Config(n_embd=64, n_head=4, n_layer=3, vocab_size=100), 3 * 128 * 1000),
+        (transformers.BloomConfig(hidden_size=64, n_head=4, n_layer=3, vocab_size=100), 3 * 128 * 1000),
+        (transformers.Mamba2Config(hidden_size=64, num_hidden_layers=3, num_heads=8, head_dim=16, vocab_size=100), 0),
         (transformers.LlamaConfig(**SIZES, num_hidden_layers=3, head_dim=32), 3 * 128 * 1000),
         (transformers.MistralConfig(**SIZES, num_hidden_layers=3, sliding_window=10), 3 * 64 * 10),
         (

@@ -15,7 +15,7 @@ _FULL = [
 ]
 
 
-@pytest.mark.parametrize(("first", "cases", "really", "schemes"), [(10_000, 30, 1, "q4_0"), *_FULL])
+@pytest.mark.parametrize(("first", "cases", "really", "schemes"), [(10_000, 12, 1, "q4_0"), *_FULL])
 def test_damaged_files_end_in_one_sentence(first: int, cases: int, really: int, schemes: str) -> None:
     numbers = {"first": first, "cases": cases, "really": really, "schemes": schemes}
     flags = [str(part) for name, value in numbers.items() for part in (f"--{name}", value)]

@@ -48,7 +48,10 @@ def test_experts_of_a_layer_and_tensors_of_one_tensor_share_a_type() -> None:
             2 * 40 * 1000,
         ),
     ],
-    ids=["llama", "gpt2", "bloom", "mamba2", "head size", "window everywhere", "window in some layers", "linear attention", "latent"],
+    ids=[
+        "llama", "gpt2", "bloom", "mamba2", "head size", "window everywhere", "window in some layers", "linear attention",
+        "latent",
+    ],
 )  # fmt: skip
 def test_the_cache_is_of_keys_and_values_that_are_kept(config: transformers.PretrainedConfig, values: int) -> None:
     shape = cache_shape(config)

@@ -179,6 +179,7 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
     assert_same_files(tmp_path / "run", whole_model.path)
 
 
+@pytest.mark.full
 def test_parts_left_by_a_kill_after_the_manifest_are_removed_on_resume(
     monkeypatch: pytest.MonkeyPatch, whole_model: RunDirectory, tmp_path: Path, tiny_llama: Path, calibration_text: Path
 ) -> None:

@@ -51,10 +51,13 @@ def model_of(byte_level_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     return make
 
 
+_SLOW = ("iq1_s", "iq1_m")  # llama-quantize takes a quarter of a minute for either
+
+
 @needs_llama_quantize
 @pytest.mark.parametrize(
     ("name", "preset"),
-    [("llama", preset) for preset in GGUF_PRESETS]
+    [pytest.param("llama", preset, marks=pytest.mark.full if preset in _SLOW else ()) for preset in GGUF_PRESETS]
     + [("rows_of_192", "q4_k_m")]
     + [pytest.param("rows_of_192", preset, marks=pytest.mark.full) for preset in GGUF_PRESETS if preset != "q4_k_m"],
 )

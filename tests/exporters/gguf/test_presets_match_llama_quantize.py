@@ -116,7 +116,7 @@ NEW: dict[str, PretrainedConfig] = {
     ),
     "vision_text": Qwen3Config(**_NEW, head_dim=128, mrope_section=[24, 20, 20], num_deepstack_layers=3),
 }
-NEW_QUICK = ("hybrid_experts", "mla", "per_layer_embeddings")
+NEW_QUICK = ("hybrid_experts", "per_layer_embeddings")
 # With a matrix the IQ4 presets and Q2_K_S are as ours; Q4_0 and Q5_0 are as ours without (see gguf_presets).
 WITHOUT_IMATRIX = ("q4_0", "q5_0")
 QUICK = [

@@ -49,8 +49,8 @@ def test_experts_of_a_layer_and_tensors_of_one_tensor_share_a_type() -> None:
         ),
     ],
     ids=[
-        "llama", "gpt2", "bloom", "mamba2", "head size", "window everywhere", "window in some layers", "linear attention",
-        "latent",
+        "llama", "gpt2", "bloom", "mamba2", "head size", "window everywhere", "window in some layers",
+        "linear attention", "latent",
     ],
 )  # fmt: skip
 def test_the_cache_is_of_keys_and_values_that_are_kept(config: transformers.PretrainedConfig, values: int) -> None:

@@ -226,6 +226,7 @@ def plan(
     from signround_edge import api
     from signround_edge.outputs import check_output
     from signround_edge.planning.picture import picture
+    from signround_edge.schemes.planned_types import PlannedTypes
     from signround_edge.terminal.plan import render
     from signround_edge.terminal.progress import terminal_progress
 
@@ -235,6 +236,7 @@ def plan(
         memory = api.device_memory(device)
     if out is not None:
         check_output("-o", out, {"--from-run": from_run, "--text": text})
+        PlannedTypes.check_out(out)
     with terminal_progress("measuring") as progress:
         found = api.plan(
             model, target_size=target_size, target_bpw=target_bpw, memory=memory, memory_of=device, format=target,

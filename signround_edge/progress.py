@@ -25,6 +25,8 @@ class Progress:
 
 def size(count: float) -> str:
     """Of memory: "310 MB", "4.2 GB"."""
+    if count < 1e6:
+        return f"{count:.0f} bytes"
     return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
 
 

@@ -92,6 +92,8 @@ def types_of(
     kept = tuple(kind for kind in fitting if all(wish.allows(kind) for wish in own))
     if not kept:
         texts = " and ".join(wish.text for wish in own)
+        if not any(all(wish.allows(kind) for wish in own) for kind in GRIDS):
+            raise UserError(f"{texts}: no type is both, and {entry.name} fits both patterns; leave one of them out")
         raise UserError(
             f"{texts}: {entry.name} with its rows of {cols} values can have {', '.join(fitting) or 'no type'}; "
             "give another type for it"

@@ -137,7 +137,7 @@ def find_plan(
         cache: folder of what earlier plans have measured.
         finished: corrects the factor between prediction and measurement.
     Raises:
-        UserError: a budget below the smallest or beyond the largest file, or a wish that nothing fits.
+        UserError: a budget below the smallest file, or a wish that nothing fits.
     """
     weights, target = ModelWeights.open(model), request.target
     config: Any = weights.decoder.model.config
@@ -163,7 +163,7 @@ def find_plan(
     costs = Costs(weights, base, measured, store, progress)
     with tempfile.TemporaryDirectory() as folder:
         problem = _Problem(weights, base, kinds, costs, sizes, files, Path(folder) / "run", target)
-        return problem.solved(request, finished)
+        return problem.solved(request, finished, progress)
 
 
 class _Problem:
@@ -186,6 +186,7 @@ class _Problem:
         whole_run = untuned_run(weights, base, self.scheme, files, folder)
         together = sizes.tensor_bytes(whole_run)
         groups = {names: _shared(names, kinds) for names in grouped(kinds, together)}
+        self.in_floats = [e.name for e in base.tensors if (e.format or e.fallback_from) and e.name not in kinds]
         largest = {name: max(own, key=_bits) for names, own in groups.items() for name in names}
         kept: dict[str, str | None] = {name: largest.get(name) for name in base_formats(base)}
         self.run = whole_run.with_types(kept)
@@ -213,7 +214,7 @@ class _Problem:
         kept = [entry for entry in self.run.manifest.tensors if entry.format is None]
         return sum(4 * math.prod(entry.shape) for entry in kept)
 
-    def solved(self, request: Request, finished: Finished | None) -> FoundPlan:
+    def solved(self, request: Request, finished: Finished | None, progress: Progress) -> FoundPlan:
         """The plan."""
         weights = sum(math.prod(entry.shape) for entry in self.base.tensors)
         config: Any = self.weights.decoder.model.config
@@ -227,9 +228,9 @@ class _Problem:
                 f"with these types has {least:,}"
             )
         if budget > most:
-            raise UserError(
-                f"{request.budget.asked}: {budget:,} bytes for the file are more than any types of this model take; "
-                f"the largest file has {most:,}: give that, or `quantize` with {self._largest()}"
+            progress.line(
+                f"note: {request.budget.asked} leaves {budget:,} bytes for the file, and with these types none has "
+                f"more than {most:,}"
             )
         factor = 1.0 if finished is None else self._factor(finished)
         chosen, size = self._fit(budget)
@@ -238,6 +239,7 @@ class _Problem:
             model=model_name(self.weights.source.path),
             files=self.files,
             types=self._types(chosen),
+            floats=self.in_floats,
             file_bytes=size,
             budget_bytes=budget,
             bits_per_weight=8 * (size - head) / weights,
@@ -259,9 +261,6 @@ class _Problem:
             needs,
             self.exact,
         )
-
-    def _largest(self) -> str:
-        return "--scheme gguf:q8_0" if self.target == "gguf" else "--scheme onnx:w8g32"
 
     def _factor(self, finished: Finished) -> float:
         """Measured over predicted."""

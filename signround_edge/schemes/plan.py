@@ -159,6 +159,9 @@ def _check_planned(tensors: list[TensorEntry], planned: PlannedTypes) -> None:
     unknown = sorted(set(planned.types) - quantized)
     if unknown:
         raise UserError(f"--plan names {unknown[0]}, which is no matrix of this model; make it again with `plan`")
+    left = [e.name for e in tensors if e.format is None and e.fallback_from and e.name not in planned.floats]
+    if left:
+        raise UserError(f"--plan has no type for {left[0]}; give it one there, or make it again with `plan`")
     for entry in tensors:
         if entry.format is not None and entry.out_in_shape[-1] % get_grid(entry.format).row_multiple:
             raise UserError(

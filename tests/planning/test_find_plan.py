@@ -127,10 +127,6 @@ def test_a_finished_run_corrects_the_factor(
     ("options", "message"),
     [
         ({"target_size": "1M"}, r"1,000,000 bytes for the file are too few; the smallest file .* has 1,6\d\d,\d\d\d"),
-        (
-            {"target_size": "90M"},
-            r"90,000,000 bytes for the file are more than .*; the largest file has 3,9\d\d,\d\d\d",
-        ),
         ({"target_bpw": 1.5}, "--target-bpw 1.5: .* are too few"),
         ({"memory": "10M"}, r"--memory 10M: the context alone takes 1\d\.\d MB .* give a smaller --context"),
         ({}, "give one of --target-size, --target-bpw, --device and --memory"),
@@ -138,7 +134,7 @@ def test_a_finished_run_corrects_the_factor(
         ({"target_size": "3M", "pin": "attn_v"}, "--pin 'attn_v' is not of the form PATTERN=TYPE"),
         ({"target_size": "3M", "pin": "atn_v=Q8_0"}, "--pin atn_v=Q8_0: no matrix .*; near it are attn_v"),
         ({"target_size": "3M", "pin": "attn_v=w4g32-asym"}, "GGUF has no type w4g32-asym; it has Q4_0"),
-        ({"target_size": "3M", "pin": "attn_v=Q2_K", "at_least": "attn_v=Q4_K"}, "give another type for it"),
+        ({"target_size": "3M", "pin": "attn_v=Q2_K", "at_least": "attn_v=Q4_K"}, "no type is both"),
         ({"target_size": "3M", "format": "pdf"}, "--format pdf cannot be planned; known are gguf and onnx"),
     ],
 )
@@ -207,3 +203,49 @@ def test_a_damaged_plan_is_refused(text: str, message: str, tmp_path: Path) -> N
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(UserError, match=message):
         PlannedTypes.read(tmp_path / "plan.json")
+
+
+def test_a_budget_for_more_than_all_bits_gives_the_best_types_and_says_so(tiny_llama: Path, cache: Path) -> None:
+    lines: list[str] = []
+    found = plan(tiny_llama, cache, target_size="90M", progress=lines.append)
+    assert found.planned.predicted_kl == pytest.approx(min(kl for _, kl in found.frontier))
+    assert any("90,000,000 bytes" in line and "none has more than" in line for line in lines)
+
+
+def edited(made: Made, path: Path, **change: Any) -> Path:
+    document = json.loads(made.path.read_text())
+    types = {**document["types"], **change}
+    document["types"] = {name: kind for name, kind in types.items() if kind is not None}
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_a_plan_without_a_matrix_is_refused(made: Made, tiny_llama: Path, tmp_path: Path) -> None:
+    path = edited(made, tmp_path / "plan.json", **{V_PROJ: None})
+    with pytest.raises(UserError, match=f"--plan has no type for {V_PROJ}"):
+        api.quantize(tiny_llama, None, tmp_path / "run", plan=path, settings=SETTINGS)
+
+
+def test_an_edited_plan_promises_nothing(made: Made, tmp_path: Path) -> None:
+    kind = "Q6_K" if made.found.planned.target == "gguf" else "w8g128-asym"
+    plan = PlannedTypes.read(edited(made, tmp_path / "plan.json", **{V_PROJ: kind}))
+    assert plan.types[V_PROJ] == kind
+    assert set(plan.summary()) == {"sha256"}
+    assert "predicted_kl" in PlannedTypes.read(made.path).summary()
+
+
+def test_a_type_of_the_other_format_is_refused(made: Made, tmp_path: Path) -> None:
+    kind = "w4g64" if made.found.planned.target == "gguf" else "Q4_K"
+    with pytest.raises(UserError, match=f"{V_PROJ} has the type {kind}, which .* cannot store"):
+        PlannedTypes.read(edited(made, tmp_path / "plan.json", **{V_PROJ: kind}))
+    with pytest.raises(UserError, match=f"{V_PROJ}: unknown block format"):
+        PlannedTypes.read(edited(made, tmp_path / "other.json", **{V_PROJ: "Q9_Z"}))
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "notes.json", "new.json"])
+def test_only_an_earlier_plan_is_replaced(name: str, made: Made, tmp_path: Path) -> None:
+    for kept in ("model.gguf", "notes.json", "new.svg"):
+        (tmp_path / kept).write_text("mine")
+    with pytest.raises(UserError, match=r"give a name that ends in \.json|is there"):
+        PlannedTypes.check_out(tmp_path / name)
+    PlannedTypes.check_out(made.path)

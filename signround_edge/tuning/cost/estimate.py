@@ -106,7 +106,8 @@ class Estimate:
         block = (self.gpu or self.host).block
         parts = "" if self.settings.step_parts == 1 else f", a step in {self.settings.step_parts} parts"
         return (
-            f"a block {size(block)}, hidden states{where}{amount}, outside the blocks {size(self.host.outside)}{parts}"
+            f"{size(self.resident)} as it starts, a block {size(block)}, hidden states{where}{amount}{parts}; before "
+            f"and after the blocks {size(self.host.outside)}"
         )
 
     def to_json(self, blocks: int) -> dict[str, Any]:

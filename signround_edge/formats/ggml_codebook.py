@@ -8,6 +8,7 @@ Source of the tables and the arithmetic: `kvalues_iq4nl`, `kvalues_mxfp4`, `dequ
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -112,13 +113,13 @@ class SmallFloatScales(Codebook):
         self.bits_per_weight = 4 + 8 / block_size
         self.field_ranges = {"scale_code": (0, len(self.scales(torch.device("cpu"))) - 1)}
 
+    @abstractmethod
     def scales(self, device: torch.device) -> Tensor:
         """The float of each byte that is in use, f32, ascending."""
-        raise NotImplementedError
 
+    @abstractmethod
     def boundaries(self, scales: Tensor) -> Tensor:
         """From where on a real-valued scale is stored as the next of `scales`."""
-        raise NotImplementedError
 
     def store(self, scales: BlockScales) -> Fields:
         known = self.scales(scales.scale.device)

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from signround_edge.formats.grid import BlockScales, Fields, to_fp16, zero_position
-from signround_edge.formats.super_block import SUPER_BLOCK, SuperBlockGrid
+from signround_edge.formats.super_block import SUPER_BLOCK, SuperBlockGrid, SuperScaledGrid
 from signround_edge.formats.super_search import search_super
 
 
-class SuperSymmetric(SuperBlockGrid):
+class SuperSymmetric(SuperScaledGrid):
     """w = d·sc·(q − anchor): Q3_K (6-bit sc, stored with an offset of 32) and Q6_K (8-bit sc).
 
     Fields: sub_scale int8 [R, B], super_scale fp16 [R, super-blocks].
     """
 
-    affine = False
+    sub_dtype = torch.int8
 
     def __init__(self, name: str, bits: int, block_size: int, sub_bits: int, bits_per_weight: float) -> None:
         super().__init__(name, bits, block_size, bits_per_weight)
@@ -40,26 +40,6 @@ class SuperSymmetric(SuperBlockGrid):
         stored = to_fp16(super_scale)
         sub = self._sub_codes(scales.scale, stored, self.sub_min, self.sub_max)
         return {"sub_scale": sub.to(torch.int8), "super_scale": stored}
-
-    def scales_of(self, fields: Fields) -> BlockScales:
-        return BlockScales(self.effective_scale(fields), super_scale=fields["super_scale"].float())
-
-    def effective_scale(self, fields: Fields) -> Tensor:
-        """d·sc of every sub-block, f32 [R, B]."""
-        return fields["sub_scale"].float() * self.per_block(fields["super_scale"])
-
-    def affine_view(self, fields: Fields) -> tuple[Tensor, Tensor]:
-        scale = self.effective_scale(fields)
-        return scale, torch.full_like(scale, self.anchor)
-
-    def from_levels(self, levels: Tensor, fields: Fields) -> Tensor:
-        return levels * self.effective_scale(fields).unsqueeze(-1)
-
-    def field_shapes(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {
-            "sub_scale": ((rows, cols // self.block_size), torch.int8),
-            "super_scale": ((rows, cols // SUPER_BLOCK), torch.float16),
-        }
 
 
 class SuperAffine(SuperBlockGrid):

@@ -17,22 +17,22 @@ from torch import Tensor
 
 from signround_edge.formats.ggml_codebook import Codebook
 from signround_edge.formats.grid import BlockScales, Fields, safe_reciprocal, to_fp16
-from signround_edge.formats.super_block import SUPER_BLOCK, SuperBlockGrid
+from signround_edge.formats.super_block import SuperScaledGrid
 from signround_edge.formats.vector_search import search_vectors
 from signround_edge.formats.vector_table import VectorTable
 
 _DELTA = 0.125  # IQ1S_DELTA and IQ1M_DELTA
 
 
-class VectorGrid(Codebook, SuperBlockGrid):
+class VectorGrid(Codebook, SuperScaledGrid):
     """w = d·unit·(2·sc + 1)·level, with 4-bit sc: IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S.
 
     Levels are a table's magnitudes with signs, so a code is 0 for the largest negative one. Fields: sub_scale uint8
     [R, B], super_scale fp16 [R, super-blocks].
     """
 
-    affine = False
     positive_scales = True
+    sub_dtype = torch.uint8
     # Candidate scales relative to the one that maps the largest magnitude of a block to the table's largest.
     factors: tuple[float, ...] = (0.6, 0.75, 0.9, 1.05)
     choices_of_shift: tuple[float, ...] = (0.0,)  # what is added to all levels of a block
@@ -94,28 +94,8 @@ class VectorGrid(Codebook, SuperBlockGrid):
         sub = multiples.sub_(1).div_(2).round_().clamp_(0, self.sub_max)
         return {"sub_scale": sub.to(torch.uint8), "super_scale": stored}
 
-    def scales_of(self, fields: Fields) -> BlockScales:
-        return BlockScales(self.effective_scale(fields), super_scale=fields["super_scale"].float())
-
     def sub_multiples(self, fields: Fields) -> Tensor:
         return fields["sub_scale"].float().mul_(2).add_(1).mul_(self.unit)
-
-    def effective_scale(self, fields: Fields) -> Tensor:
-        """d·unit·(2·sc + 1) of every sub-block, f32 [R, B]."""
-        return self.sub_multiples(fields).mul_(self.per_block(fields["super_scale"]))
-
-    def affine_view(self, fields: Fields) -> tuple[Tensor, Tensor]:
-        scale = self.effective_scale(fields)
-        return scale, torch.full_like(scale, self.anchor)
-
-    def from_levels(self, levels: Tensor, fields: Fields) -> Tensor:
-        return levels * self.effective_scale(fields).unsqueeze(-1)
-
-    def field_shapes(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {
-            "sub_scale": ((rows, cols // self.block_size), torch.uint8),
-            "super_scale": ((rows, cols // SUPER_BLOCK), torch.float16),
-        }
 
 
 class ShiftedVectorGrid(VectorGrid):
@@ -133,9 +113,6 @@ class ShiftedVectorGrid(VectorGrid):
         super().__init__(name, False, block_size, unit=1, bits_per_weight=bits_per_weight, sub_bits=3)
         self.shared = shared
         self.field_ranges = {**self.field_ranges, "sub_shift": (0, 1)}
-
-    def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:
-        return search_vectors(self, blocks, importance)
 
     def store(self, scales: BlockScales) -> Fields:
         shared = scales.scale.view(len(scales.scale), -1, self.shared).mean(-1).repeat_interleave(self.shared, dim=-1)

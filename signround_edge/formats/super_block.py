@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from signround_edge.formats.grid import BlockScales, Fields, Grid, safe_reciprocal
@@ -44,3 +45,34 @@ class SuperBlockGrid(Grid):
     def _sub_codes(self, values: Tensor, super_scale: Tensor, low: int, high: int) -> Tensor:
         """Real scales or minimums [R, B] as integer multiples of their fp16 super-scale [R, super-blocks]."""
         return (values * safe_reciprocal(self.per_block(super_scale))).round().clamp(low, high)
+
+
+class SuperScaledGrid(SuperBlockGrid):
+    """w = d·multiple·level, with no minimum: fields are sub_scale [R, B] and super_scale fp16 [R, super-blocks].
+
+    Attributes:
+        sub_dtype: of sub_scale.
+    """
+
+    affine = False
+    sub_dtype: torch.dtype
+
+    def scales_of(self, fields: Fields) -> BlockScales:
+        return BlockScales(self.effective_scale(fields), super_scale=fields["super_scale"].float())
+
+    def effective_scale(self, fields: Fields) -> Tensor:
+        """d·multiple of every sub-block, f32 [R, B]."""
+        return self.sub_multiples(fields) * self.per_block(fields["super_scale"])
+
+    def affine_view(self, fields: Fields) -> tuple[Tensor, Tensor]:
+        scale = self.effective_scale(fields)
+        return scale, torch.full_like(scale, self.anchor)
+
+    def from_levels(self, levels: Tensor, fields: Fields) -> Tensor:
+        return levels * self.effective_scale(fields).unsqueeze(-1)
+
+    def field_shapes(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {
+            "sub_scale": ((rows, cols // self.block_size), self.sub_dtype),
+            "super_scale": ((rows, cols // SUPER_BLOCK), torch.float16),
+        }

@@ -79,6 +79,7 @@ def quantize(
 
     Where torchrun has started several processes, all of them call this with the same arguments and share the samples.
     """
+    memory, gpu_memory = _size("--max-memory", max_memory), _size("--max-gpu-memory", max_gpu_memory)
     from exporters.gguf.imatrix.importance import importance_files
     from signround_edge.model.source import resolve_model
     from signround_edge.tuning.cost.estimate import Limits
@@ -121,11 +122,12 @@ def quantize(
             sink,
             source_check,
             ranks,
-            Limits(
-                None if max_memory is None else bytes_of("--max-memory", max_memory),
-                None if max_gpu_memory is None else bytes_of("--max-gpu-memory", max_gpu_memory),
-            ),
+            Limits(memory, gpu_memory),
         )
+
+
+def _size(flag: str, size: str | int | None) -> int | None:
+    return None if size is None else bytes_of(flag, size)
 
 
 def _scheme(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from signround_edge.tuning.block.ldl import factored
 from signround_edge.tuning.block.unit import Matrix, Unit
 from signround_edge.tuning.calibration.input_moments import Hessians
 
@@ -116,7 +117,5 @@ def _ridge(hessian: Tensor, errors: Tensor) -> Tensor | None:
     """ΔW f32 [out, in], or None where the inputs are all zero or not finite."""
     damped = hessian.clone()
     damped.diagonal().add_(_RIDGE * damped.diagonal().mean())  # by which f32 is enough
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if failed or not lower.isfinite().all():
-        return None
-    return torch.cholesky_solve(errors.T, lower).T.contiguous()
+    lower = factored(damped)
+    return None if lower is None else torch.cholesky_solve(errors.T, lower).T.contiguous()

@@ -52,17 +52,25 @@ def column_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tenso
     """(Ũ f32 [K, K], diagonal of D f32 [K]) of the damped hessian f32 [K, K] with rows and columns in an order.
 
     None where there are none. Channels that never fired get a diagonal of 1. They are found in f32, of half the memory
-    and time, and in f64 only where that fails.
+    and time, and in f64 only where that fails; beside the hessian no more than two of its size are in memory.
     """
     last_first = order.flip(0)
     for dtype in (torch.float32, torch.float64):
-        damped = hessian[last_first][:, last_first].to(dtype)
+        damped = hessian[last_first.unsqueeze(1), last_first].to(dtype)
         diagonal = damped.diagonal()
         diagonal[diagonal == 0] = 1
         diagonal += damping * diagonal.mean()
         # H in reverse order is L·Lᵀ; put into order again, L is upper triangular.
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed and lower.isfinite().all():
+        lower = factored(damped)
+        if lower is not None:
             diagonal = lower.diagonal().clone()
             return lower.div_(diagonal).flip(0, 1).float(), diagonal.square_().flip(0).float()
     return None
+
+
+def factored(matrix: Tensor) -> Tensor | None:
+    """L [n, n] of the symmetric matrix L·Lᵀ [n, n], in its memory; None where it is not positive definite or finite."""
+    lower, failed = matrix.mT, torch.empty((), dtype=torch.int32, device=matrix.device)  # LAPACK's order: no copy
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    # What is not finite anywhere in a row of L ends on its diagonal.
+    return None if failed or not lower.diagonal().isfinite().all() else lower

@@ -1,7 +1,8 @@
 """How much memory a run takes, counted from shapes and settings, in bytes a weight where nothing else is said.
 
     loading            4 (f32, in the modules) + what the checkpoint has (2 in 16 bits)
-    the start          loading, 4·K² an input for its hessian, 4 a corrected weight, 4 a candidate for positions
+    the start          loading, 4·K² an input for its hessian, 4 a corrected weight, 4 a candidate for positions, and
+                       of one matrix at a time 8·K² for the factor of its hessian, and 8
     a step             what the checkpoint has + 4 (positions, V) + 3 (codes: nearest, best, candidate)
                        + weight and gradient in the dtype of the products, the gradient of all matrices at once on a GPU
     activations        inputs and outputs of all matrices, of the samples that go through a step together, and
@@ -78,15 +79,30 @@ def block_bytes(block: BlockShape, settings: TuningSettings, samples: int, width
     start = float(loading)
     if settings.start == "gptq":
         hessians = sum(_F32 * cols**2 for cols, _ in block.inputs().values())
-        corrected = sum(_F32 * m.weights for m in block.matrices if m.corrected and settings.correct_drift)
-        start += corrected + hessians + passing / 2  # no backward pass
-        codes = weights * (_STORED + 1 + _CANDIDATES * _STATE) + hessians + corrected
+        writers = [m for m in block.matrices if m.corrected and settings.correct_drift]
+        solving = max((_F32 * (m.cols**2 + 2 * m.weights) for m in writers), default=0)
+        start += sum(_F32 * m.weights for m in writers) + hessians + max(solving, passing / 2)  # no backward pass
+        codes = weights * _STORED + _while_compensated(block, settings)
         start = max(start, codes, weights * (_STORED + _CODES + _CANDIDATES * _STATE + width))
     largest = max((m.weights for m in block.matrices), default=0)
     parts = settings.step_parts
     gradients = weights if on_gpu or parts > 1 else largest
     step = weights * (_STORED + _STATE + _CODES + width) + gradients * width + passing / parts
     return max(loading, start, step)
+
+
+def _while_compensated(block: BlockShape, settings: TuningSettings) -> float:
+    """Beside the weights, while GPTQ goes from matrix to matrix: what is found of those before, what those to come
+    wait with, and of its own a factor and its transposed copy, the weight and its errors."""
+    peak, done = 0.0, 0
+    for number, matrix in enumerate(block.matrices):
+        waiting = block.matrices[number:]
+        hessians = sum(_F32 * cols**2 for cols in {m.source: m.cols for m in waiting}.values())
+        corrected = sum(_F32 * m.weights for m in waiting if m.corrected and settings.correct_drift)
+        own = 2 * _F32 * (matrix.cols**2 + matrix.weights)
+        peak = max(peak, done * (1 + _CANDIDATES * _STATE) + hessians + corrected + own)
+        done += matrix.weights
+    return peak
 
 
 def _activations(block: BlockShape, seqlen: int, width: int) -> float:

@@ -189,11 +189,11 @@ def test_the_whole_model_stage_starts_from_the_transformed_weights(
     tunable = loading.TunedMatrix
 
     def watched(
-        tensor: QuantizedTensor, transposed: bool, original: torch.Tensor, dtype: torch.dtype
+        tensor: QuantizedTensor, transposed: bool, original: torch.Tensor, *rest: object
     ) -> loading.TunedMatrix:
         error = float((tensor.dequantize() - original).norm() / original.norm())
         seen[f"{len(seen)}"] = error
-        return tunable(tensor, transposed, original, dtype)
+        return tunable(tensor, transposed, original, *rest)
 
     monkeypatch.setattr(loading, "TunedMatrix", watched)
     run = quantize(tiny_llama, parse_scheme("gguf:q4_0"), tmp_path / "run", str(calibration_text), settings)

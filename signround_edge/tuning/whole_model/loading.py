@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 
 import torch
@@ -17,7 +18,7 @@ from signround_edge.tuning.job import Job
 from signround_edge.tuning.outside import embed, frozen, load_outside
 from signround_edge.tuning.whole_model.divergence import TopProbabilities
 from signround_edge.tuning.whole_model.stage import TOKENS_AT_ONCE, WholeModel, tune_whole_model
-from signround_edge.tuning.whole_model.tunables import FloatShift, Tunable, TunedMatrix
+from signround_edge.tuning.whole_model.tunables import BYTES_A_WEIGHT, FloatShift, Tunable, TunedMatrix
 
 
 def revise_whole_model(job: Job, shell: Shell, exact: Tensor) -> None:
@@ -39,12 +40,12 @@ def _load(job: Job, shell: Shell, exact: Tensor) -> WholeModel:
     decoder, device = job.decoder, job.device
     tunables: dict[str, Tunable] = {}
     grids = [job.grid(t.name) for t in job.plan.tensors if t.format is not None and t.part != OUTSIDE]
-    dtype = compute_dtype(job.settings, grids, device)
+    dtype, home = compute_dtype(job.settings, grids, device), _home(job)
     parameters = dict(decoder.model.named_parameters())  # stored buffers choose, and have no gradient
     for entry in job.plan.tensors:
         if entry.format is not None and entry.part != OUTSIDE:
             tensor = job.run.quantized(entry.name).to(device)
-            tunables[entry.name] = TunedMatrix(tensor, entry.transposed, _original(job, entry), dtype)
+            tunables[entry.name] = TunedMatrix(tensor, entry.transposed, _original(job, entry), dtype, home)
         elif len(entry.shape) == 1 and entry.name in parameters:
             tunables[entry.name] = FloatShift(job.run.float_tensor(entry.name).to(device))
     for module in decoder.model.modules():
@@ -55,11 +56,19 @@ def _load(job: Job, shell: Shell, exact: Tensor) -> WholeModel:
         exact_probabilities = TopProbabilities.of((shell.logits(part.to(device)) for part in positions), CPU)
     load_outside(job, job.run.dequantized, device)
     inputs = embed(job, shell).hidden.cpu()
-    for entry in job.plan.tensors:  # what stays as it is within the blocks; `install` puts the rest there
+    for entry in job.plan.tensors:  # what stays as it is within the blocks; the rest comes with each block
         if entry.part != OUTSIDE and entry.name not in tunables:
             set_tensor(decoder.model, entry.name, frozen(job.run.dequantized(entry.name).to(device)))
     autocast = compute_context(job.settings, grids, device)
     return WholeModel(decoder, shell, job.tokens, inputs, exact_probabilities, tunables, autocast, device)
+
+
+def _home(job: Job) -> torch.device:
+    """Where codes and positions are between steps: on a GPU if half of its free memory holds them, else the host."""
+    if job.device.type != "cuda":
+        return job.device
+    tuned = sum(math.prod(t.shape) for t in job.plan.tensors if t.format is not None and t.part != OUTSIDE)
+    return job.device if BYTES_A_WEIGHT * tuned <= torch.cuda.mem_get_info(job.device)[0] / 2 else CPU
 
 
 def _original(job: Job, entry: TensorEntry) -> Tensor | None:

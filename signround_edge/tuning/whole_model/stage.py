@@ -12,8 +12,9 @@ so ∂L/∂a = f₀·∂ŵ/∂f·G with G = ∂L/∂ŵ. a and the float tensors 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,7 @@ class WholeModel:
     """The quantized model, loaded as a whole, beside what the exact one has after its blocks.
 
     Attributes:
-        decoder: its blocks' parameters are replaced by `install`.
+        decoder: the tuned parameters of its blocks are there while a block runs, and on the meta device otherwise.
         shell: of the same decoder.
         tokens: int64 [samples, seqlen].
         inputs: what enters the quantized model's block 0, f32 [samples, seqlen, hidden].
@@ -76,11 +77,6 @@ class WholeModel:
     autocast: torch.autocast
     device: torch.device
 
-    def install(self) -> None:
-        """Put the tuned parameters, as they are now, into the model."""
-        for name, tunable in self.tunables.items():
-            set_tensor(self.decoder.model, name, nn.Parameter(tunable.value()))
-
     def stored(self) -> dict[str, Tensor | QuantizedTensor]:
         """What is tuned, by parameter name, as the run directory stores it."""
         return {name: tunable.stored() for name, tunable in self.tunables.items()}
@@ -93,39 +89,58 @@ class WholeModel:
         shared: Shared = {}
         for index in range(len(self.decoder.blocks)):
             block_inputs.append((hidden, {name: dict(mapping) for name, mapping in shared.items()}))
-            with torch.no_grad():
+            with torch.no_grad(), self._in_model(self._tunables_of_block[index]):
                 hidden = self._block(index, samples, hidden, shared)
         last = hidden.requires_grad_()
         total = 0.0
-        for divergences in self._divergences(samples, last):
-            (divergences.sum() / count).backward()
-            total += float(divergences.detach().double().sum())
-        self._receive(self._tunables_outside, code_rate)
+        with self._in_model(self._tunables_outside):
+            for divergences in self._divergences(samples, last):
+                (divergences.sum() / count).backward()
+                total += float(divergences.detach().double().sum())
+            self._receive(self._tunables_outside, code_rate)
         slope, slopes = last.grad, SharedSlopes()
         # Each block runs again: its activations are in memory alone, for a fifth more time in all.
         for index in reversed(range(len(self.decoder.blocks))):
             block_input, shared = block_inputs.pop()
             block_input, given = block_input.detach().requires_grad_(), slopes.leaves(shared)
             left = {name: dict(mapping) for name, mapping in given.items()}
-            output = self._block(index, samples, block_input, left)
-            written, their_slopes = slopes.of_written(given, left)
-            torch.autograd.backward([output, *written], [slope, *their_slopes])
-            slopes.collect(given)
-            slope = block_input.grad
-            self._receive(self._tunables_of_block[index], code_rate)
+            with self._in_model(self._tunables_of_block[index]):
+                output = self._block(index, samples, block_input, left)
+                written, their_slopes = slopes.of_written(given, left)
+                torch.autograd.backward([output, *written], [slope, *their_slopes])
+                slopes.collect(given)
+                slope = block_input.grad
+                self._receive(self._tunables_of_block[index], code_rate)
         return total / count
 
     def divergence(self, samples: Tensor, batch_size: int) -> float:
-        """Mean KL divergence over samples [n]."""
-        total = 0.0
+        """Mean KL divergence over samples [n]; each block is made once for all of them."""
+        batches: list[tuple[Tensor, Tensor, Shared]] = [
+            (part, self.inputs[part].to(self.device), {}) for part in samples.split(batch_size)
+        ]
         with torch.no_grad():
-            for part in samples.split(batch_size):
-                hidden = self.inputs[part].to(self.device)
-                shared: Shared = {}
-                for index in range(len(self.decoder.blocks)):
-                    hidden = self._block(index, part, hidden, shared)
-                total += sum(float(found.double().sum()) for found in self._divergences(part, hidden))
+            for index in range(len(self.decoder.blocks)):
+                with self._in_model(self._tunables_of_block[index]):
+                    batches = [(part, self._block(index, part, hidden, left), left) for part, hidden, left in batches]
+            with self._in_model(self._tunables_outside):
+                total = sum(
+                    float(found.double().sum())
+                    for part, hidden, _ in batches
+                    for found in self._divergences(part, hidden)
+                )
         return total / (samples.numel() * self.tokens.shape[1])
+
+    @contextlib.contextmanager
+    def _in_model(self, names: Sequence[str]) -> Iterator[None]:
+        """Tuned parameters as they are now; within, the model has them, and memory for no others."""
+        for name in names:
+            set_tensor(self.decoder.model, name, nn.Parameter(self.tunables[name].value()))
+        try:
+            yield
+        finally:
+            for name in names:
+                parameter = self.decoder.model.get_parameter(name)
+                set_tensor(self.decoder.model, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     @functools.cached_property
     def _tunables_of_block(self) -> list[list[str]]:
@@ -171,7 +186,6 @@ def tune_whole_model(
     optimizer = torch.optim.Adam(shifts, lr=settings.whole_model_lr, betas=(0.9, 0.99))
     steps = settings.whole_model_steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    model.install()
     before = best = model.divergence(held_out, settings.batch_size)
     best_step, kept = 0, model.stored()
     check_at = check_steps(steps, settings.checks)
@@ -180,7 +194,6 @@ def tune_whole_model(
         model.train_step(next(batches), settings.whole_model_code_lr * (1 - step / steps))
         optimizer.step()
         schedule.step()
-        model.install()
         if step + 1 in check_at:
             found = model.divergence(held_out, settings.batch_size)
             progress.line(f"whole model: step {step + 1} of {steps}, held-out KL divergence {found:.3e}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from signround_edge.tuning.block.ldl import factored
 from signround_edge.tuning.calibration.activations import equal_weights
 from signround_edge.tuning.calibration.input_moments import Hessians
 
@@ -76,11 +77,11 @@ def conditional_variances(hessian: Tensor) -> Tensor:
     """
     order = hessian.diagonal().argsort(descending=True, stable=True).flip(0)
     for dtype in (torch.float32, torch.float64):
-        damped = hessian[order][:, order].to(dtype)
+        damped = hessian[order.unsqueeze(1), order].to(dtype)
         diagonal = damped.diagonal()
         diagonal += _DAMPING * diagonal.mean() + torch.finfo(torch.float32).tiny
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed and lower.isfinite().all():
+        lower = factored(damped)
+        if lower is not None:
             found = torch.empty(len(order), dtype=torch.float32, device=hessian.device)
             found[order] = lower.diagonal().square().float()
             return found

@@ -73,7 +73,8 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """torch's fused attention, which a GPU takes for bf16 without a mask; keys are shared by heads without copies."""
-    assert attn_mask is None and (enable_gqa or query.shape[1] == key.shape[1])
+    assert attn_mask is None
+    assert enable_gqa or query.shape[1] == key.shape[1]
     if torch.is_autocast_enabled("cuda"):
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
     found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)

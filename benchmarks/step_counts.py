@@ -3,10 +3,10 @@
     python -m benchmarks.step_counts
 
 A block of each shape is made, called and tuned by the product's own functions on fake tensors (`fake_cuda`), and a
-dispatch mode counts the operators that reach the device. A launch is an operator that writes: no view, nothing that only
-changes shapes, nothing on the host. Some are more kernels than one (attention's backward pass is three). The sign step
-of a matrix, which torch.compile makes, counts as one; its operators stand beside. A read of a value on the host, which
-would wait for the device, raises where it is not asked for: fake tensors have no values.
+dispatch mode counts the operators that reach the device. A launch is an operator that writes: no view, nothing that
+only changes shapes, nothing on the host. Some are more kernels than one (attention's backward pass is three). The sign
+step of a matrix, which torch.compile makes, counts as one; its operators stand beside. A read of a value on the host,
+which would wait for the device, raises where it is not asked for: fake tensors have no values.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from benchmarks.fake_cuda import DEVICE, bf16_products, fake_cuda
 from benchmarks.gpu.shapes import SHAPES, VOCABULARY, Shape
@@ -37,9 +38,11 @@ from signround_edge.tuning.block.start import initial_scales
 from signround_edge.tuning.block.unit import Matrix, Unit
 from signround_edge.tuning.calibration.activations import CPU, Store, Stream, fetch, relative_weights, run_block
 from signround_edge.tuning.calibration.shell import Shell
+from signround_edge.tuning.cpu.attention import use_blocked_attention
+from signround_edge.tuning.cpu.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.settings import TuningSettings
 
-_SAMPLES, _HELD_OUT = 16, 8
+Samples = tuple[Tensor, Tensor]
 _SHAPE_ONLY = ("empty", "detach", "lift_fresh", "_unsafe_view", "is_pinned", "device", "set_", "is_same_size")
 
 
@@ -83,21 +86,25 @@ class Counting(TorchDispatchMode):
     """Counts what is dispatched within; to be entered inside of `fake_cuda`.
 
     Args:
+        pinned: tensors in pinned memory by their storage, which fake ones forget; kept, so that no other is there.
         answers: reads of values are answered with 1 and counted; without it they raise.
     """
 
-    def __init__(self, answers: bool = False) -> None:
+    def __init__(self, pinned: dict[int, Tensor], answers: bool = False) -> None:
         super().__init__()
         self.counts, self.answers, self.in_compiled = Counts(), answers, False
-        self._pinned: set[int] = set()
+        self._pinned = pinned
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::").removeprefix("prim::")
         tensors = [x for x in _leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if tensors and not any(isinstance(t, FakeTensor) for t in tensors) and not kwargs.get("device"):
+            with _disable_current_modes():  # indices of samples have values
+                return func(*args, **kwargs)
         if name == "_pin_memory":
             out = torch.empty_like(tensors[0])
-            self._pinned.add(_storage(out))
+            self._pinned[_storage(out)] = out
             self.counts.host_bytes += _bytes(out)
             return out
         if name == "is_pinned":
@@ -109,7 +116,7 @@ class Counting(TorchDispatchMode):
         out = func(*args, **kwargs)
         results = [x for x in _leaves(out) if isinstance(x, Tensor)]
         if name == "empty" and kwargs.get("pin_memory"):
-            self._pinned.add(_storage(out))
+            self._pinned[_storage(out)] = out
         if not name.startswith(_SHAPE_ONLY) and results and not _is_view(func):
             self._count(name, tensors, results[0], kwargs, args)
         return out
@@ -173,30 +180,36 @@ class FakeBlock:
     steps: Any
 
     @classmethod
-    def of(cls, shell: Shell, grid: str, hidden_on: torch.device, settings: TuningSettings) -> FakeBlock:
-        """Within `fake_cuda`."""
+    def of(
+        cls,
+        shell: Shell,
+        tokens: Tensor,
+        samples: Samples,
+        grid: str,
+        hidden_on: torch.device,
+        settings: TuningSettings,
+    ) -> FakeBlock:
+        """Within `fake_cuda`; `tokens` [samples, seqlen] and the samples to train on and to hold out are real."""
         decoder = shell.decoder
         block = decoder.blocks[0]
         for name, parameter in list(block.named_parameters()):
             set_tensor(block, name, _frozen(torch.empty(parameter.shape, device=DEVICE)))
-        tokens = torch.zeros(_SAMPLES, settings.seqlen, dtype=torch.int64)
         width = weight_of(decoder.embedding).shape[1]
-        hidden = torch.empty(_SAMPLES, settings.seqlen, width, device=hidden_on)
-        stream, target = Stream(hidden), torch.empty_like(hidden)
+        store = Store(hidden_on, pinned=hidden_on == CPU)
+        hidden, target = (store.empty((*tokens.shape, width)) for _ in range(2))
+        stream = Stream(hidden)
         matrices = _matrices(decoder, get_grid(grid))
 
         def forward(samples: Tensor) -> Tensor:
             call = shell.block_call(0, tokens[samples], DEVICE)
             return call.run(block, *stream.at(samples, DEVICE))
 
-        every = torch.arange(_SAMPLES)
         unit = Unit(
             matrices,
             forward,
             lambda samples: fetch(target, samples, DEVICE),
             relative_weights,
-            every[:-_HELD_OUT],
-            every[-_HELD_OUT:],
+            *samples,
             block,
         )
         states = {
@@ -219,9 +232,7 @@ class FakeBlock:
         """One batch of `run_block`, in place."""
         size, hidden = self.settings.batch_size, self.stream.hidden
         stream = Stream(hidden[:size])
-        run_block(
-            self.decoder, self.shell, 0, self.tokens[:size], stream, size, DEVICE, bf16_products(), in_place=True
-        )
+        run_block(self.decoder, self.shell, 0, self.tokens[:size], stream, size, DEVICE, bf16_products(), in_place=True)
 
 
 def recorded_shell(shape: Shape, settings: TuningSettings) -> Shell:
@@ -229,6 +240,8 @@ def recorded_shell(shape: Shape, settings: TuningSettings) -> Shell:
     with tempfile.TemporaryDirectory() as folder:
         shape.config().save_pretrained(folder)
         decoder = build_decoder(Path(folder))
+    use_blocked_attention(decoder.model, DEVICE)
+    use_cached_rms_norm(decoder.model, DEVICE)
     set_weight(decoder.embedding, torch.zeros(1, 1).expand(VOCABULARY, shape.hidden))
     shell = Shell(decoder, returns_tuple=False)
     shell._depends_on_tokens = False
@@ -254,9 +267,9 @@ def _matrices(decoder: Decoder, grid: Grid) -> list[Matrix]:
 
 
 @contextlib.contextmanager
-def counting(answers: bool = False) -> Iterator[Counting]:
+def counting(pinned: dict[int, Tensor], answers: bool = False) -> Iterator[Counting]:
     """Within, operators are counted; of the sign step, which is not compiled here, as those of one kernel."""
-    mode = Counting(answers)
+    mode = Counting(pinned, answers)
 
     def kernel(*args: Any) -> None:
         mode.in_compiled = True
@@ -266,26 +279,30 @@ def counting(answers: bool = False) -> Iterator[Counting]:
             mode.in_compiled = False
         mode.counts.launches["sign step"] += 1
 
-    with mock.patch.object(sign_step, "_compiled_update", lambda: kernel), mode:
+    with mock.patch.object(sign_step, "_compiled_update", return_value=kernel), mode:
         yield mode
 
 
 def counted(shape: Shape, grid: str, hidden_on: torch.device, settings: TuningSettings) -> Iterator[tuple[str, Counts]]:
-    """(what, counts) of a step, a batch of held-out samples, and a batch of `run_block`; each the second of its kind."""
-    shell = recorded_shell(shape, settings)
+    """(what, counts) of a step, a batch of held-out samples, and one of `run_block`; each the second of its kind."""
+    shell, size = recorded_shell(shape, settings), settings.batch_size
+    tokens, every = torch.zeros(2 * size, settings.seqlen, dtype=torch.int64), torch.arange(2 * size)
+    samples = every[:size], every[size:]
+    pinned: dict[int, Tensor] = {}
     with fake_cuda():
-        block = FakeBlock.of(shell, grid, hidden_on, settings)
+        with counting(pinned):
+            block = FakeBlock.of(shell, tokens, samples, grid, hidden_on, settings)
         works: dict[str, Callable[[], None]] = {
             "step": lambda: block.step(1),
             "held-out batch": block.held_out,
             "batch of a pass": block.batch,
         }
-        with counting(answers=True):
+        with counting(pinned, answers=True):
             block.step(0)
             block.held_out()
             block.batch()
         for what, work in works.items():
-            with counting(answers=what == "held-out batch") as mode:
+            with counting(pinned, answers=what == "held-out batch") as mode:
                 work()
             yield what, mode.counts
 
@@ -321,7 +338,8 @@ def main() -> None:
             for what, counts in counted(SHAPES[name], args.grid, device, TuningSettings()):
                 row = {"block": name, "grid": args.grid, "hidden": where, "what": what, **counts.row()}
                 if args.operators:
-                    print(json.dumps({**row, **asdict(counts)}, default=dict))
+                    named = {key: dict(getattr(counts, key)) for key in ("launches", "compiled", "waits")}
+                    print(json.dumps({**row, "operators": named}))
                     continue
                 cells = (f"{row[key]:.1f}" if isinstance(row[key], float) else str(row[key]) for key in _HEAD)
                 print(f"| {' | '.join(cells)} |")

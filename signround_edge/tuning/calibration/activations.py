@@ -26,15 +26,17 @@ class Store:
     Attributes:
         device: a GPU that has the room, or the CPU.
         folder: of a file that is mapped into memory, so that the system writes to disk what does not fit; None: memory.
+        pinned: whether it is memory that a GPU copies from and to while the host does something else.
     """
 
     device: torch.device = CPU
     folder: Path | None = None
+    pinned: bool = False
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
         """f32 of that shape. The file has no name, so that it is gone with the process."""
         if self.folder is None:
-            return torch.empty(shape, device=self.device)
+            return torch.empty(shape, device=self.device, pin_memory=self.pinned)
         count = math.prod(shape)
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".hidden") as file:
             file.truncate(4 * count)
@@ -45,11 +47,27 @@ IN_MEMORY = Store()
 
 
 def fetch(tensor: Tensor, samples: Tensor | slice, device: torch.device) -> Tensor:
-    """Some samples of a tensor on a device; to a GPU through pinned memory, so that nothing waits for the copy."""
-    part = tensor[samples]
-    if device.type == "cuda" and not part.is_cuda:
-        return part.pin_memory().to(device, non_blocking=True)
-    return part.to(device)
+    """Some samples of a tensor on a device, so that the host waits for nothing where that is a GPU.
+
+    There an index would be copied to the device, and waited for: samples are views, which one kernel puts together.
+    """
+    if device.type != "cuda":
+        return tensor[samples].to(device)
+    if isinstance(samples, slice):
+        return tensor[samples] if tensor.is_cuda else _in_pinned_memory(tensor[samples]).to(device, non_blocking=True)
+    every = [tensor[number] for number in samples.tolist()]
+    if not every:
+        return tensor[:0].to(device)
+    if tensor.is_cuda:
+        return torch.stack(every)
+    if tensor.is_pinned():
+        return torch.stack([sample.to(device, non_blocking=True) for sample in every])
+    pinned = torch.empty((len(every), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
+    return torch.stack(every, out=pinned).to(device, non_blocking=True)
+
+
+def _in_pinned_memory(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_pinned() else tensor.pin_memory()
 
 
 @dataclass(frozen=True)
@@ -97,6 +115,8 @@ def run_block(
     out = stream.hidden if in_place else torch.empty_like(stream.hidden)
     left: list[Shared] = []
     with torch.no_grad():
+        # The last copy to the host is waited for, and with it all before it: whoever reads the host's memory may.
+        apart = out.is_pinned()
         for start in range(0, len(out), batch_size):
             part = slice(start, start + batch_size)
             call = shell.block_call(index, tokens[part], device)
@@ -106,7 +126,7 @@ def run_block(
             left.append(shared)
             if moments is not None:  # before they are overwritten: hidden states may be what waits
                 moments.settle(moments.token_weights(result))
-            out[part] = result
+            out[part].copy_(result, non_blocking=apart and start + batch_size < len(out))
     return Stream(out, _joined(left))
 
 

@@ -18,8 +18,8 @@ from signround_edge.progress import duration, size
 from signround_edge.schemes.plan import Plan
 from signround_edge.tuning.block.compute import compute_dtype
 from signround_edge.tuning.calibration.activations import Store
-from signround_edge.tuning.cost.memory import Memory, hidden_bytes, largest_block, outside_bytes
-from signround_edge.tuning.cost.peak import current_resident
+from signround_edge.tuning.cost.memory import Memory, hidden_bytes, largest_block, outside_bytes, pinned_bytes
+from signround_edge.tuning.cost.peak import current_resident, free_memory
 from signround_edge.tuning.cost.rates import Machine, bus_rate
 from signround_edge.tuning.cost.work import BlockShape, Work, block_shapes, block_work
 from signround_edge.tuning.settings import TuningSettings
@@ -56,6 +56,7 @@ class Estimate:
         host, gpu: memory; the GPU's is None without one.
         hidden_on: where the hidden states of all samples are: "gpu", "memory" or "disk".
         resident: what the process takes before, in bytes.
+        pinned: whether hidden states in the host's memory are pinned there, so that a GPU copies them by itself.
     """
 
     shapes: list[BlockShape]
@@ -66,6 +67,7 @@ class Estimate:
     gpu: Memory | None
     hidden_on: str
     resident: int
+    pinned: bool = False
 
     def seconds(self, blocks: int) -> float:
         """Of tuning the last of the blocks, if nothing else runs on the machine."""
@@ -89,7 +91,7 @@ class Estimate:
         """Where the hidden states are kept; `folder` is for a file of them."""
         if self.hidden_on == "gpu":
             return Store(self.machine.device)
-        return Store(folder=folder if self.hidden_on == "disk" else None)
+        return Store(folder=folder if self.hidden_on == "disk" else None, pinned=self.pinned)
 
     def line(self, blocks: int) -> str:
         """For people, of so many blocks."""
@@ -143,13 +145,16 @@ def estimate(
     else:
         block = largest_block(shapes, settings, samples, width.itemsize, False)
     host, resident = Memory(block, 0, *_outside(plan)), current_resident()
+    pinned = False
     if hidden_on == "memory":
         if limits.memory is not None and resident + host.peak + hidden > limits.memory:
             hidden_on = "disk"
         else:
-            host = replace(host, hidden=hidden)
+            most = resident + _FREE_SHARE * free_memory() if limits.memory is None else limits.memory
+            pinned = on_gpu and resident + host.peak + pinned_bytes(hidden) <= most
+            host = replace(host, hidden=pinned_bytes(hidden) if pinned else hidden)
     machine = Machine(device, width, bus_rate(device) if on_gpu and hidden_on != "gpu" else None)
-    found = Estimate(shapes, samples, settings, machine, host, gpu, hidden_on, resident)
+    found = Estimate(shapes, samples, settings, machine, host, gpu, hidden_on, resident, pinned)
     if limits.memory is not None and found.host_bytes > limits.memory:
         raise UserError(
             f"--max-memory: this run is estimated to take {size(found.host_bytes)} ({found.breakdown()}), more "

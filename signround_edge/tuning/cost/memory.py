@@ -62,6 +62,11 @@ def hidden_bytes(block: BlockShape, samples: int, seqlen: int) -> int:
     return 2 * _F32 * samples * seqlen * block.hidden
 
 
+def pinned_bytes(hidden: int) -> int:
+    """`hidden_bytes` in pinned memory, where torch's allocator rounds each of the two models' up to a power of two."""
+    return 2 * (1 << (hidden // 2 - 1).bit_length())
+
+
 def block_bytes(block: BlockShape, settings: TuningSettings, samples: int, width: int, on_gpu: bool) -> float:
     """Of one block while it is tuned.
 

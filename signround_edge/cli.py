@@ -130,6 +130,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--granularity", type=_choice("granularity"), help="Reconstruct blocks, or each layer alone.")
 @click.option("--optimizer", type=_choice("optimizer"), help="Optimizer of the rounding.")
 @click.option("--compute-dtype", type=_choice("compute_dtype"), help="Matrix products in tuning.")
+@click.option("--hidden-dtype", type=_choice("hidden_dtype"), help="Hidden states that are kept between blocks.")
 @click.option("--whole-model-steps", type=int, help="Steps of tuning the whole model on its KL divergence; 0: none.")
 @click.option("--whole-model-lr", type=float, help="Relative learning rate of scales and norms there.")
 @click.option("--whole-model-code-lr", type=float, help="Learning rate of codes there; 0: frozen.")

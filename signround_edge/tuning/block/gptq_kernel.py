@@ -25,7 +25,7 @@ COLUMNS_AT_ONCE = 64
 _ROWS_A_PROGRAM = 32  # 128 programs for 4,096 rows; their errors are 16 registers a thread
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _round_columns(
     work: Any,  # [n, R]
     errors: Any,  # of these columns, [n, R]: their weights before, their errors after

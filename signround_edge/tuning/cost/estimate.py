@@ -16,7 +16,7 @@ from signround_edge.manifest import OUTSIDE
 from signround_edge.model.decoder import Decoder
 from signround_edge.progress import duration, size
 from signround_edge.schemes.plan import Plan
-from signround_edge.tuning.block.compute import compute_dtype
+from signround_edge.tuning.block.compute import compute_dtype, hidden_dtype
 from signround_edge.tuning.calibration.activations import Store
 from signround_edge.tuning.cost.memory import Memory, hidden_bytes, largest_block, outside_bytes, pinned_bytes
 from signround_edge.tuning.cost.peak import current_resident, free_memory
@@ -51,7 +51,7 @@ class Estimate:
     Attributes:
         shapes: the blocks.
         samples: of this process.
-        settings: the run's, with the number of parts of a step that fits.
+        settings: the run's, with the number of parts of a step that fits, and the dtype of hidden states.
         machine: where it runs.
         host, gpu: memory; the GPU's is None without one.
         hidden_on: where the hidden states of all samples are: "gpu", "memory" or "disk".
@@ -89,9 +89,10 @@ class Estimate:
 
     def store(self, folder: Path) -> Store:
         """Where the hidden states are kept; `folder` is for a file of them."""
+        dtype = torch.bfloat16 if self.settings.hidden_dtype == "bfloat16" else torch.float32
         if self.hidden_on == "gpu":
-            return Store(self.machine.device)
-        return Store(folder=folder if self.hidden_on == "disk" else None, pinned=self.pinned)
+            return Store(self.machine.device, dtype=dtype)
+        return Store(folder=folder if self.hidden_on == "disk" else None, dtype=dtype, pinned=self.pinned)
 
     def line(self, blocks: int) -> str:
         """For people, of so many blocks."""
@@ -135,7 +136,8 @@ def estimate(
     shapes = block_shapes(plan, decoder)
     grids = {get_grid(m.grid) for shape in shapes for m in shape.matrices}
     width, on_gpu = compute_dtype(settings, grids, device), device.type == "cuda"
-    hidden = max(hidden_bytes(shape, samples, settings.seqlen) for shape in shapes)
+    settings = replace(settings, hidden_dtype=hidden_dtype(settings, grids, device))
+    hidden = max(hidden_bytes(shape, settings, samples) for shape in shapes)
     gpu, hidden_on, block = None, "memory", 0.0
     if on_gpu:
         room = limits.gpu_memory or _FREE_SHARE * torch.cuda.mem_get_info(device)[0]

@@ -32,6 +32,8 @@ from benchmarks.gpu.shapes import SHAPES, VOCABULARY, Shape
 from signround_edge.formats import Grid, get_grid
 from signround_edge.model.decoder import Decoder, build_decoder, set_tensor, set_weight, weight_of
 from signround_edge.tuning.block import sign_step, tune
+from signround_edge.tuning.block.gptq import DAMPING, round_columns
+from signround_edge.tuning.block.ldl import ColumnScales, spread_errors
 from signround_edge.tuning.block.loss import held_out_loss
 from signround_edge.tuning.block.sign_step import RoundingState
 from signround_edge.tuning.block.start import initial_scales
@@ -42,6 +44,7 @@ from signround_edge.tuning.cpu.attention import use_blocked_attention
 from signround_edge.tuning.cpu.rms_norm import use_cached_rms_norm
 from signround_edge.tuning.settings import TuningSettings
 
+_COLUMNS_A_KERNEL = 64  # `gptq_kernel.COLUMNS_AT_ONCE`, which can only be read where Triton is installed
 Samples = tuple[Tensor, Tensor]
 _SHAPE_ONLY = ("empty", "detach", "lift_fresh", "_unsafe_view", "is_pinned", "device", "set_", "is_same_size")
 
@@ -307,6 +310,28 @@ def counted(shape: Shape, grid: str, hidden_on: torch.device, settings: TuningSe
             yield what, mode.counts
 
 
+def columns_counted(grid: Grid, cols: int = 512, rows: int = 256) -> tuple[float, float]:
+    """Launches a column of GPTQ with one damping: by the loop, and by a kernel for each group of columns."""
+    with fake_cuda(), torch.no_grad():
+        work, factor = torch.empty(cols, rows, device=DEVICE), torch.empty(cols, cols, device=DEVICE)
+        scale = torch.empty(cols // grid.block_size, rows, device=DEVICE)
+    scales = ColumnScales(scale, scale, scale, torch.arange(cols) // grid.block_size)
+    with fake_cuda(), torch.no_grad(), counting({}) as loop:
+        round_columns(work, factor, grid, scales, by_kernel=False)
+    with fake_cuda(), torch.no_grad(), counting({}) as kernel:
+        groups = Counter[str]()
+        spread_errors(work, work, factor, lambda *_: groups.update(["group"]), at_once=_COLUMNS_A_KERNEL)
+    return loop.counts.launches.total() / cols, (kernel.counts.launches.total() + groups.total()) / cols
+
+
+def _print_columns(grid: Grid) -> None:
+    loop, kernel = columns_counted(grid)
+    print(f"\nGPTQ's columns on {grid.name}: {loop:.1f} launches a column by the loop, {kernel:.2f} by kernels")
+    for name, shape in SHAPES.items():
+        columns = len(DAMPING) * sum(cols * count for _, cols, count in shape.products())
+        print(f"- {name}, both dampings: {columns * loop:,.0f} launches a block by the loop, {columns * kernel:,.0f}")
+
+
 _HEAD = {
     "block": "block of",
     "grid": "grid",
@@ -343,6 +368,8 @@ def main() -> None:
                     continue
                 cells = (f"{row[key]:.1f}" if isinstance(row[key], float) else str(row[key]) for key in _HEAD)
                 print(f"| {' | '.join(cells)} |")
+    if not args.operators:
+        _print_columns(get_grid(args.grid))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ import torch
 from correlated_inputs import matrix_and_products
 from signround_edge.formats import get_grid
 from signround_edge.formats.grid import safe_reciprocal
-from signround_edge.tuning.block.gptq import ColumnScales, round_columns
-from signround_edge.tuning.block.ldl import column_factor
+from signround_edge.tuning.block.gptq import round_columns
+from signround_edge.tuning.block.ldl import ColumnScales, column_factor
 from signround_edge.tuning.block.start import initial_scales
 
 found = {}

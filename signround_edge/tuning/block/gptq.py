@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,26 +22,11 @@ from torch import Tensor
 from signround_edge.formats import Grid
 from signround_edge.formats.grid import Fields, safe_reciprocal
 from signround_edge.tuning.block.gptq_vectors import compensated_vectors
-from signround_edge.tuning.block.ldl import column_factor, one_by_one, spread_errors
+from signround_edge.tuning.block.ldl import ColumnScales, column_factor, one_by_one, spread_errors
 
 # Added to the diagonal of H, as shares of its mean, the safer first: little of it makes the most of many tokens and
 # fits the chance of few. See docs/LOG.md.
 DAMPING = (0.3, 0.03)
-
-
-@dataclass(frozen=True)
-class ColumnScales:
-    """Scales of columns in the order in which they are rounded.
-
-    Attributes:
-        scale, minimum, inverse: of each block, f32 [B, R].
-        blocks: the block of each column, int64 [K].
-    """
-
-    scale: Tensor
-    minimum: Tensor
-    inverse: Tensor
-    blocks: Tensor
 
 
 def compensated(weight: Tensor, hessian: Tensor, grid: Grid, fields: Fields, damping: float) -> Tensor:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from signround_edge.formats import Grid
-from signround_edge.tuning.block.gptq import ColumnScales
+from signround_edge.tuning.block.ldl import ColumnScales
 
 COLUMNS_AT_ONCE = 64
 _ROWS_A_PROGRAM = 32  # 128 programs for 4,096 rows; their errors are 16 registers a thread

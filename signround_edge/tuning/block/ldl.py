@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _COLUMNS_AT_ONCE = 16  # within such a group errors go from column to column
+
+
+@dataclass(frozen=True)
+class ColumnScales:
+    """Scales of columns in the order in which they are rounded.
+
+    Attributes:
+        scale, minimum, inverse: of each block, f32 [B, R].
+        blocks: the block of each column, int64 [K].
+    """
+
+    scale: Tensor
+    minimum: Tensor
+    inverse: Tensor
+    blocks: Tensor
 
 
 def spread_errors(

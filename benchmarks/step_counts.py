@@ -32,6 +32,7 @@ from benchmarks.gpu.shapes import SHAPES, VOCABULARY, Shape
 from signround_edge.formats import Grid, get_grid
 from signround_edge.model.decoder import Decoder, build_decoder, set_tensor, set_weight, weight_of
 from signround_edge.tuning.block import sign_step, tune
+from signround_edge.tuning.block.compute import hidden_dtype
 from signround_edge.tuning.block.gptq import DAMPING, round_columns
 from signround_edge.tuning.block.ldl import ColumnScales, spread_errors
 from signround_edge.tuning.block.loss import held_out_loss
@@ -42,7 +43,7 @@ from signround_edge.tuning.calibration.activations import CPU, Store, Stream, fe
 from signround_edge.tuning.calibration.shell import Shell
 from signround_edge.tuning.cpu.attention import use_blocked_attention
 from signround_edge.tuning.cpu.rms_norm import use_cached_rms_norm
-from signround_edge.tuning.settings import TuningSettings
+from signround_edge.tuning.settings import TuningSettings, choices
 
 _COLUMNS_A_KERNEL = 64  # `gptq_kernel.COLUMNS_AT_ONCE`, which can only be read where Triton is installed
 Samples = tuple[Tensor, Tensor]
@@ -198,7 +199,8 @@ class FakeBlock:
         for name, parameter in list(block.named_parameters()):
             set_tensor(block, name, _frozen(torch.empty(parameter.shape, device=DEVICE)))
         width = weight_of(decoder.embedding).shape[1]
-        store = Store(hidden_on, pinned=hidden_on == CPU)
+        dtype = getattr(torch, hidden_dtype(settings, [get_grid(grid)], DEVICE))
+        store = Store(hidden_on, dtype=dtype, pinned=hidden_on == CPU)
         hidden, target = (store.empty((*tokens.shape, width)) for _ in range(2))
         stream = Stream(hidden)
         matrices = _matrices(decoder, get_grid(grid))
@@ -210,7 +212,7 @@ class FakeBlock:
         unit = Unit(
             matrices,
             forward,
-            lambda samples: fetch(target, samples, DEVICE),
+            lambda samples: fetch(target, samples, DEVICE).float(),
             relative_weights,
             *samples,
             block,
@@ -354,13 +356,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), action="append", help="default: all")
     parser.add_argument("--grid", default="Q4_K")
+    parser.add_argument("--hidden-dtype", choices=choices("hidden_dtype"), default="auto")
     parser.add_argument("--operators", action="store_true", help="name them, as JSON")
     args = parser.parse_args()
+    settings = TuningSettings(hidden_dtype=args.hidden_dtype)
     if not args.operators:
         print(f"| {' | '.join(_HEAD.values())} |\n|{'---|' * len(_HEAD)}")
     for name in args.shape or SHAPES:
         for where, device in (("GPU", DEVICE), ("host", CPU)):
-            for what, counts in counted(SHAPES[name], args.grid, device, TuningSettings()):
+            for what, counts in counted(SHAPES[name], args.grid, device, settings):
                 row = {"block": name, "grid": args.grid, "hidden": where, "what": what, **counts.row()}
                 if args.operators:
                     named = {key: dict(getattr(counts, key)) for key in ("launches", "compiled", "waits")}

@@ -15,7 +15,7 @@ from signround_edge.formats import GRIDS
 
 ROOT = Path(__file__).parent.parent.parent
 SINGLE = sorted(name for name, grid in GRIDS.items() if grid.group == 1)
-KINDS = ["Q4_0", "Q4_K", "IQ4_XS", "w2g64"]
+KINDS = ["Q4_K", "IQ4_XS"]
 
 # Triton reads the variable when it is imported, so this has a process of its own.
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

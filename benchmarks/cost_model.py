@@ -10,7 +10,7 @@ step's floor is the larger of the time for its matrix products and that for the 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.gpu.shapes import SHAPES, Shape
 from signround_edge.tuning.cost.memory import block_bytes, hidden_bytes
@@ -63,7 +63,7 @@ def row(shape: Shape, settings: TuningSettings, device: Device) -> list[str]:
     moved = block.weights * (3 * _BF16 + _STEP_BYTES)
     products_ms, memory_ms = 1e3 * a_step / device.bf16, 1e3 * moved / device.memory
     start_s = before.flops / device.bf16 + before.flops_f32 / device.f32
-    hidden = hidden_bytes(block, settings.samples, settings.seqlen)
+    hidden = hidden_bytes(block, settings, settings.samples)
     parts = 1
     room = 0.9e9 * device.gigabytes
     while parts < settings.batch_size and _needs(block, settings, parts) > room:
@@ -112,7 +112,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=list(RECIPES), default="default")
-    settings = RECIPES[parser.parse_args().recipe]
+    settings = replace(RECIPES[parser.parse_args().recipe], hidden_dtype="bfloat16")  # as "auto" is there
     print(f"| {' | '.join(_HEAD)} |\n|{'---|' * len(_HEAD)}")
     for shape in SHAPES.values():
         for device in DEVICES:

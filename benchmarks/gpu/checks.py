@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
+from unittest import mock
 
 import torch
 import torch._dynamo
@@ -123,6 +124,15 @@ def gptq(bench: Bench) -> Iterator[Row]:
             found = Difference.between(*tensors)
             row = {"table": "gptq", "format": grid.name, "damping": damping, **found.row()}
             yield {**row, "why": found.why(errors[1] / errors[0] - 1)}
+            if grid.group > 1:
+                continue
+            with mock.patch("signround_edge.tuning.block.gptq.has_triton", return_value=False):
+                by_loop = compensated(on_device.exact, hessian.to(bench.device), grid, moved, damping).to(CPU)
+            loop = _nearest(grid, by_loop, fields)
+            error = _output_error(matrix.exact - loop.dequantize(), hessian)
+            found = Difference.between(loop, tensors[1])
+            row = {"table": "gptq", "format": f"{grid.name} by the loop", "damping": damping, **found.row()}
+            yield {**row, "why": found.why(errors[1] / error - 1)}
 
 
 def _nearest(grid: Grid, weight: Tensor, fields: Fields) -> QuantizedTensor:

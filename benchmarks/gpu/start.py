@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from unittest import mock
 
 from torch import Tensor
 
@@ -35,7 +36,7 @@ def start(bench: Bench, shape: str, name: str) -> Iterator[Row]:
 
     with_drift_s = timed(lambda: correct(True), bench.device)
     hessians_s = timed(lambda: correct(False), bench.device) - loss_s
-    totals = {"search_s": 0.0, "factor_s": 0.0, "gptq_s": 0.0}
+    totals = {"search_s": 0.0, "factor_s": 0.0, "gptq_s": 0.0, "loop_s": 0.0}
     of_shape: dict[tuple[int, ...], list[Matrix]] = {}
     for matrix in unit.matrices:
         of_shape.setdefault(tuple(matrix.exact.shape), []).append(matrix)
@@ -58,7 +59,10 @@ def start(bench: Bench, shape: str, name: str) -> Iterator[Row]:
 
 
 def _of_matrix(bench: Bench, block: PreparedBlock, matrix: Matrix, hessian: Tensor) -> dict[str, float]:
-    """Seconds of one matrix; those of GPTQ are of all dampings, factors included."""
+    """Seconds of one matrix; those of GPTQ are of all dampings, factors included.
+
+    "loop_s" is GPTQ column by column, as it is where Triton is not installed, and on a CPU.
+    """
     method = block.settings.scale_init
     scales = initial_scales(matrix.grid, matrix.exact, matrix.importance, method)
     fields = matrix.grid.store(scales)
@@ -73,7 +77,11 @@ def _of_matrix(bench: Bench, block: PreparedBlock, matrix: Matrix, hessian: Tens
             column_factor(hessian, order, damping)
 
     factor()  # the first call of the solver sets it up
+    gptq()  # Triton compiles its kernel
+    with mock.patch("signround_edge.tuning.block.gptq.has_triton", return_value=False):
+        loop_s = timed(gptq, bench.device)
     return {
+        "loop_s": loop_s,
         "search_s": timed(lambda: initial_scales(matrix.grid, matrix.exact, matrix.importance, method), bench.device),
         "factor_s": timed(factor, bench.device),
         "gptq_s": timed(gptq, bench.device),

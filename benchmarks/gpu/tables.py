@@ -69,7 +69,8 @@ TABLES: dict[str, Table] = {
     "gptq": Table(
         "Check: GPTQ's codes, the CPU against the device",
         "From the same weight, scales and hessian; the error is tr(ΔW·H·ΔWᵀ). One code rounded otherwise changes all "
-        "that come after it in its row.",
+        "that come after it in its row. The loop is the device's own, column by column; on a GPU the others are the "
+        "kernel's.",
         _columns(("format", "grid"), ("damping", "damping"), *_APART, _WHY),
     ),
     "sign_step": Table(
@@ -192,7 +193,8 @@ TABLES: dict[str, Table] = {
     ),
     "start": Table(
         "The start, piece by piece",
-        "Of one matrix of each shape, and of the block. GPTQ's time is of both dampings, their factors included; "
+        "Of one matrix of each shape, and of the block. GPTQ's time is of both dampings, their factors included, by "
+        "the kernel where the device takes that, and by the loop over columns; "
         "hessians and drift are one pass over the training samples each, and more.",
         _columns(
             *_BLOCK,
@@ -201,6 +203,7 @@ TABLES: dict[str, Table] = {
             ("search_s", "scale search, s"),
             ("factor_s", "Cholesky factors, s"),
             ("gptq_s", "GPTQ, s"),
+            ("loop_s", "by the loop, s"),
             ("hessians_s", "hessians, s"),
             ("drift_s", "drift correction besides, s"),
             ("loss_s", "a held-out loss, s"),

@@ -80,6 +80,9 @@ class Codebook(Grid):
         halves = levels.clamp_(self.table[0], self.table[-1]).sub_(self.table[0]).mul_(2).long()
         return _pick(_nearest(self.table, levels.device), halves)
 
+    def level_rule(self, device: torch.device) -> tuple[int, int, Tensor | None]:
+        return self.table[0], self.table[-1], _nearest(self.table, device)
+
 
 class CodebookFp16(Codebook, SymmetricFp16):
     """w = d·table[q], one fp16 d per block: IQ4_NL, Q1_0. Field: scale fp16 [R, B]."""

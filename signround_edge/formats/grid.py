@@ -182,6 +182,11 @@ class Grid(ABC):
         """The nearest level of a code to real-valued levels f32 [R, B, S], which are overwritten."""
         return levels.round_().clamp_(*self.offset_range)
 
+    def level_rule(self, device: torch.device) -> tuple[int, int, Tensor | None]:
+        """`nearest_levels` for kernels: lowest and highest level, and the nearest one of each interval of 1/2 from the
+        lowest on, f32; None where that is the nearest integer. Where codes are chosen together there is none."""
+        return *self.offset_range, None
+
     def from_offsets(self, offsets: Tensor, fields: Fields) -> Tensor:
         """Weights f32 [R, B, S] of codes less the anchor, f32 [R, B, S], bit for bit what runtimes compute."""
         return self.from_levels(self.levels(offsets), fields)

@@ -106,7 +106,7 @@ def write_outside(
 
     Args:
         lookups: as `quantize_lookups` gave them.
-        quantized: what leaves the quantized model's last block, f32 [own samples, seqlen, hidden].
+        quantized: what leaves the quantized model's last block, f32 or bf16 [own samples, seqlen, hidden].
     """
     name, head = job.plan.head, job.decoder.head
     tensors: dict[str, Tensor | QuantizedTensor] = {**job.floats(OUTSIDE), **lookups}
@@ -116,7 +116,7 @@ def write_outside(
     if job.importance.to_collect(untied, to_quantize):
         for start in range(0, len(job.own_tokens), job.settings.batch_size):
             part = slice(start, start + job.settings.batch_size)
-            inputs = shell.head_input(job.own_tokens[part], quantized[part].cpu())
+            inputs = shell.head_input(job.own_tokens[part], quantized[part].cpu().float())
             moments.add(name, inputs, equal_weights(inputs))
     moments.sum_over(job.ranks, CPU)
     importance = job.importance.settle(moments.result(), CPU)

@@ -231,7 +231,7 @@ def _whole_model(job: Job, shell: Shell, exact: Tensor) -> None:
     """The whole-model stage, by the first rank alone; `exact` is what leaves its own samples' exact last block."""
     if not job.ranks.alone:
         job.progress.line("whole model: by the first process alone; the others wait")
-    hidden = job.ranks.on_first(exact.cpu(), job.shards)
+    hidden = job.ranks.on_first(exact.cpu().float(), job.shards)
     if hidden is not None:
         revise_whole_model(replace(job, ranks=ALONE), shell, hidden)
 

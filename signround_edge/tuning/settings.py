@@ -48,6 +48,8 @@ class TuningSettings:
         checks: how often per block the held-out loss is measured, evenly over the second half of the steps.
         compute_dtype: dtype of matrix products while tuning: "auto", "float32" or "bfloat16".
             "auto" is bfloat16 for codes of up to 5 bits where the hardware multiplies it natively.
+        hidden_dtype: dtype in which hidden states of all samples are kept between blocks: "auto", "float32" or
+            "bfloat16". "auto" is bfloat16 on a GPU where all codes have up to 5 bits. A run that has begun knows which.
         whole_model_steps: gradient steps of the whole-model stage after the blocks; 0 leaves it out.
         whole_model_batch_size: samples a step there.
         whole_model_lr: relative learning rate of scales, norms and biases there, falling linearly to 0.
@@ -75,6 +77,7 @@ class TuningSettings:
     held_out: float = 0.125
     checks: int = 3
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    hidden_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     whole_model_steps: int = 0
     whole_model_batch_size: int = 4
     whole_model_lr: float = 2e-4

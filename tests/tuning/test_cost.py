@@ -14,19 +14,21 @@ from support import SIZES, assert_same_files, save_random_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from signround_edge.errors import UserError
+from signround_edge.formats import get_grid
 from signround_edge.model.decoder import weight_of
 from signround_edge.model.weights import ModelWeights
 from signround_edge.progress import Progress
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.plan import make_plan
 from signround_edge.schemes.scheme import parse_scheme
+from signround_edge.tuning.block.compute import hidden_dtype
 from signround_edge.tuning.calibration.activations import Store
 from signround_edge.tuning.cost.estimate import Estimate, Limits, _fitting, estimate
 from signround_edge.tuning.cost.memory import block_bytes
 from signround_edge.tuning.cost.work import BlockShape, MatrixShape, block_shapes, block_work
 from signround_edge.tuning.outside import open_shell, release_lookups
 from signround_edge.tuning.quantize import quantize
-from signround_edge.tuning.settings import TuningSettings
+from signround_edge.tuning.settings import TuningSettings, settings_from
 
 SMALL = TuningSettings(steps=4, samples=16, seqlen=32, batch_size=4, lr=0.02, compute_dtype="float32")
 SCHEME = parse_scheme("gguf:q4_0")
@@ -125,6 +127,37 @@ def test_a_step_is_cut_into_the_fewest_parts_that_fit() -> None:
         _fitting([block], settings, 16, 2, needed[-1] - 1)
 
 
+def test_hidden_states_are_bf16_by_themselves_only_on_a_gpu_and_where_codes_are_coarse() -> None:
+    cuda, coarse, fine = (
+        torch.device("cuda"),
+        [get_grid("Q4_K"), get_grid("Q5_K")],
+        [get_grid("Q4_K"), get_grid("Q6_K")],
+    )
+    assert hidden_dtype(SMALL, coarse, cuda) == "bfloat16"
+    assert hidden_dtype(SMALL, fine, cuda) == hidden_dtype(SMALL, coarse, CPU) == "float32"
+    for named in ("float32", "bfloat16"):
+        assert hidden_dtype(settings_from("fast", {"hidden_dtype": named}), fine, cuda) == named
+
+
+def test_hidden_states_in_bf16_take_half_the_memory_and_make_another_run(
+    model: Path, tmp_path: Path, calibration_text: Path
+) -> None:
+    halved = replace(SMALL, hidden_dtype="bfloat16")
+    needed, fewer = (estimated(model, settings) for settings in (SMALL, halved))
+    assert fewer.host.hidden == needed.host.hidden / 2
+    assert fewer.store(tmp_path).dtype == torch.bfloat16
+    text, out = str(calibration_text), tmp_path / "run"
+    run = quantize(model, SCHEME, out, text, halved)
+    plain = quantize(model, SCHEME, tmp_path / "plain", text, SMALL)
+    kinds = [found.manifest.settings["hidden_dtype"] for found in (run, plain)]
+    assert kinds == ["bfloat16", "float32"]  # what "auto" meant
+    with pytest.raises(UserError, match="its hidden_dtype is bfloat16, not float32"):
+        quantize(model, SCHEME, out, text, SMALL, resume=True)
+    names = [entry.name for entry in run.manifest.tensors if entry.format is not None]
+    apart = [(run.quantized(n).codes != plain.quantized(n).codes).float().mean() for n in names]
+    assert 0 < float(torch.stack(apart).mean()) < 0.2
+
+
 def test_costs_are_kept_beside_the_manifest(model: Path, tmp_path: Path, calibration_text: Path) -> None:
     said: list[str] = []
     run = quantize(model, SCHEME, tmp_path / "run", str(calibration_text), SMALL, progress=Progress(said.append))
@@ -141,9 +174,11 @@ def test_costs_are_kept_beside_the_manifest(model: Path, tmp_path: Path, calibra
     assert RunDirectory.open(run.path).manifest.state == "complete"
 
 
-def test_a_store_on_disk_holds_what_is_put_into_it(tmp_path: Path) -> None:
-    values = torch.randn(3, 5, 7)
-    stored = Store(folder=tmp_path).empty((3, 5, 7)).copy_(values)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_store_on_disk_holds_what_is_put_into_it(dtype: torch.dtype, tmp_path: Path) -> None:
+    values = torch.randn(3, 5, 7).to(dtype)
+    stored = Store(folder=tmp_path, dtype=dtype).empty((3, 5, 7)).copy_(values)
+    assert stored.dtype == dtype
     assert torch.equal(stored, values)
     assert list(tmp_path.iterdir()) == []
 

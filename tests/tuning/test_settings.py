@@ -15,7 +15,8 @@ NAMES = [name for name in vars(TuningSettings()) if choices(name)]
 
 def test_the_settings_that_name_a_choice() -> None:
     assert NAMES == [
-        "start", "positions", "scale_init", "loss", "granularity", "optimizer", "compute_dtype", "transforms",
+        "start", "positions", "scale_init", "loss", "granularity", "optimizer", "compute_dtype", "hidden_dtype",
+        "transforms",
     ]  # fmt: skip
 
 

@@ -13,13 +13,16 @@ unrounded, so that V can go on from there: its code is round(w'/s + z) with V = 
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor
 
 from signround_edge.formats import Grid
 from signround_edge.formats.grid import Fields, safe_reciprocal
 from signround_edge.tuning.block.gptq_vectors import compensated_vectors
-from signround_edge.tuning.block.ldl import column_factor, spread_errors
+from signround_edge.tuning.block.ldl import ColumnScales, column_factor, one_by_one, spread_errors
 
 # Added to the diagonal of H, as shares of its mean, the safer first: little of it makes the most of many tokens and
 # fits the chance of few. See docs/LOG.md.
@@ -47,13 +50,38 @@ def compensated(weight: Tensor, hessian: Tensor, grid: Grid, fields: Fields, dam
     # Transposed: a column of the weight is contiguous, and so is its scale.
     scale = grid.affine_view(fields)[0].T.contiguous()
     minimum = grid.from_levels(torch.zeros_like(grid.blocked(weight)[..., :1]), fields)[..., 0].T.contiguous()
-    inverse = safe_reciprocal(scale)
-    work, errors = weight.T[order], weight.T[order]
-    blocks = (order // grid.block_size).tolist()
+    scales = ColumnScales(scale, minimum, safe_reciprocal(scale), order // grid.block_size)
+    work = weight.T[order]
+    round_columns(work, factor, grid, scales, by_kernel=work.is_cuda and has_triton())
+    return torch.empty_like(work).index_copy_(0, order, work).T.contiguous()
+
+
+def round_columns(work: Tensor, factor: Tensor, grid: Grid, scales: ColumnScales, by_kernel: bool) -> None:
+    """Round columns of single values one after another; `work` becomes what they are when their turn comes.
+
+    Args:
+        work: the weights, f32 [K, R].
+        factor: Ũ f32 [K, K].
+        by_kernel: groups of them in one kernel each, as on a GPU, where launches would take most of the time.
+    """
+    errors = work.clone()
+    if by_kernel:
+        from signround_edge.tuning.block import gptq_kernel  # not above: torch for CPUs comes without Triton
+
+        factor = factor.contiguous()
+        round_group = functools.partial(gptq_kernel.round_group, grid, scales, errors, factor)
+        spread_errors(work, errors, factor, round_group, at_once=gptq_kernel.COLUMNS_AT_ONCE)
+        return
+    scale, minimum, inverse, blocks = scales.scale, scales.minimum, scales.inverse, scales.blocks.tolist()
 
     def keep_error(j: int) -> None:
         levels = grid.nearest_levels((work[j] - minimum[blocks[j]]).mul_(inverse[blocks[j]]))
         errors[j].sub_(levels.mul_(scale[blocks[j]])).sub_(minimum[blocks[j]])
 
-    spread_errors(work, errors, factor, keep_error)
-    return torch.empty_like(work).index_copy_(0, order, work).T.contiguous()
+    spread_errors(work, errors, factor, one_by_one(errors, factor, keep_error))
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from signround_edge.formats import Grid
 from signround_edge.formats.grid import Fields, safe_reciprocal
-from signround_edge.tuning.block.ldl import column_factor, spread_errors
+from signround_edge.tuning.block.ldl import column_factor, one_by_one, spread_errors
 
 # By how much of its way to the vector a group is moved, tried one after another; 1 is the vector itself.
 _KEPT = (1.0, 0.5, 0.25)
@@ -43,7 +43,7 @@ def compensated_vectors(weight: Tensor, hessian: Tensor, grid: Grid, fields: Fie
         chosen = grid.nearest_offsets(grid.offsets_of_levels(levels), metric[j // size])
         errors[part].sub_(grid.levels(chosen).T * scale[block]).sub_(minimum[block])
 
-    spread_errors(work, errors, factor, keep_error, size)
+    spread_errors(work, errors, factor, one_by_one(errors, factor, keep_error, size), size)
     # errors are w' − ŵ of the groups now, less what came to them
     became = torch.empty_like(work).index_copy_(0, order, work).T.contiguous()
     lost = torch.empty_like(work).index_copy_(0, order, errors).T.contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,12 +11,28 @@ from torch import Tensor
 _COLUMNS_AT_ONCE = 16  # within such a group errors go from column to column
 
 
+@dataclass(frozen=True)
+class ColumnScales:
+    """Scales of columns in the order in which they are rounded.
+
+    Attributes:
+        scale, minimum, inverse: of each block, f32 [B, R].
+        blocks: the block of each column, int64 [K].
+    """
+
+    scale: Tensor
+    minimum: Tensor
+    inverse: Tensor
+    blocks: Tensor
+
+
 def spread_errors(
     work: Tensor,
     errors: Tensor,
     factor: Tensor,
-    keep_error: Callable[[int], None],
+    round_some: Callable[[Tensor, int], None],
     size: int = 1,
+    at_once: int = _COLUMNS_AT_ONCE,
     first: int = 0,
 ) -> None:
     """Round columns, or groups of `size` of them, one after another.
@@ -26,13 +43,33 @@ def spread_errors(
         work: what the columns become, f32 [n, R].
         errors: of all columns, f32 [K, R].
         factor: f32 [K, K].
-        keep_error: puts the error of a column, or of the group that begins with it, into `errors` when its turn has
-            come.
+        round_some: rounds at most `at_once` columns of `work`, of which it is given the number of the first; puts
+            their errors into `errors`, which reach those of them that come later.
         size: columns a group.
         first: number of the first of these columns among all.
     """
-    end = first + len(work)
-    if len(work) <= _COLUMNS_AT_ONCE:
+    if len(work) <= at_once:
+        round_some(work, first)
+        return
+    middle, end = first + len(work) // (2 * size) * size, first + len(work)  # groups stay whole
+    before, behind = work[: middle - first], work[middle - first :]
+    spread_errors(before, errors, factor, round_some, size, at_once, first)
+    behind.addmm_(factor[first:middle, middle:end].T, errors[first:middle])
+    spread_errors(behind, errors, factor, round_some, size, at_once, middle)
+
+
+def one_by_one(
+    errors: Tensor, factor: Tensor, keep_error: Callable[[int], None], size: int = 1
+) -> Callable[[Tensor, int], None]:
+    """`round_some` of `spread_errors` as a loop.
+
+    Args:
+        keep_error: puts the error of a column, or of the group that begins with it, into `errors` when its turn has
+            come.
+    """
+
+    def round_some(work: Tensor, first: int) -> None:
+        end = first + len(work)
         for j in range(first, end, size):
             keep_error(j)
             following = j + size
@@ -40,12 +77,8 @@ def spread_errors(
                 work[following - first :].addr_(factor[j, following:end], errors[j])
             else:
                 work[following - first :].addmm_(factor[j:following, following:end].T, errors[j:following])
-        return
-    middle = first + len(work) // (2 * size) * size  # groups stay whole
-    before, behind = work[: middle - first], work[middle - first :]
-    spread_errors(before, errors, factor, keep_error, size, first)
-    behind.addmm_(factor[first:middle, middle:end].T, errors[first:middle])
-    spread_errors(behind, errors, factor, keep_error, size, middle)
+
+    return round_some
 
 
 def column_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor] | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import torch
 from torch import Tensor
 
@@ -32,16 +35,18 @@ def held_out_loss(unit: Unit, settings: TuningSettings, autocast: torch.autocast
 
     It is summed where it is computed, so that a GPU is waited for once.
     """
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    losses, count = list[Tensor](), 0
     with torch.no_grad():
         for index in unit.held_out.split(settings.batch_size) if len(unit.held_out) else ():
             with autocast:
                 output = unit.forward(index)
             loss = weighted_loss(unit, output.float(), index)
-            total = total.to(loss.device) + loss.sum(dtype=torch.float64)
+            losses.append(loss.sum(dtype=torch.float64))
             count += loss.numel()
+    # One after another: so are those of a rank that holds out no sample, which has none.
+    device = unit.matrices[0].weight.device
+    total = functools.reduce(operator.add, losses) if losses else torch.zeros((), dtype=torch.float64, device=device)
     if not unit.ranks.alone:
-        device = unit.matrices[0].weight.device  # that of no loss, where this rank holds out no sample
-        total = unit.ranks.sum(total.to(device))
+        total = unit.ranks.sum(total)
         count = unit.ranks.total(count)
     return float(total) / count

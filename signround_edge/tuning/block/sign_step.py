@@ -68,6 +68,8 @@ class RoundingState:
         codes: those of the last step, in the grid's dtype [R, B, S], where choosing them is slow: on grids of vectors;
             None before the first step and on other grids.
         travel: the first rate of V times the number of steps, unless the settings give a rate.
+        schedule: rates of V and of scales, and the number, of each step: f32 [steps, 3, 4], of which compiled steps
+            read the first of four; None before the first of those.
     """
 
     grid: Grid
@@ -80,6 +82,7 @@ class RoundingState:
     moments: dict[str, AdamMoments]
     travel: float = V_TRAVEL
     codes: Tensor | None = None
+    schedule: Tensor | None = None
 
     @classmethod
     def start(
@@ -221,15 +224,26 @@ def fused_step(
         }
     rates = learning_rates(settings, state.grid, step, state.travel)
     if compiled:
-        # Rates and step go in as tensors: as Python numbers they would be compiled in, anew at every step.
-        tensors = [torch.tensor(float(x), device=gradient.device) for x in (*rates, step)]
-        _compiled_update()(state, gradient, out, *tensors, settings)
+        if state.schedule is None:
+            state.schedule = _schedule(state, settings, gradient.device)
+        _compiled_update()(state, gradient, out, *state.schedule[step, :, 0].unbind(), settings)
         return
 
     def update(part: slice) -> None:
         _update(state.rows(part), gradient[part], out[part], *rates, step, settings)
 
     over_chunks(update, row_chunks(state.v), state.v.is_cuda)
+
+
+def _schedule(state: RoundingState, settings: TuningSettings, device: torch.device) -> Tensor:
+    """`RoundingState.schedule`.
+
+    Rates and step go into a compiled step as tensors: as Python numbers they would be compiled in, anew at every step;
+    made at every step they would each be copied to the device, and waited for. Compiled kernels want them 16 bytes
+    apart.
+    """
+    every = [(*learning_rates(settings, state.grid, step, state.travel), step) for step in range(settings.steps)]
+    return torch.tensor(every, dtype=torch.float32, device=device).unsqueeze(-1).repeat(1, 1, 4)
 
 
 @functools.cache

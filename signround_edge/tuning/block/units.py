@@ -63,7 +63,7 @@ def block_unit(job: Job, shell: Shell, index: int, matrices: list[Matrix], input
 
     Args:
         inputs: what enters the block in the quantized model.
-        target: what leaves it in the exact model, f32 [samples, seqlen, hidden].
+        target: what leaves it in the exact model, f32 or bf16 [samples, seqlen, hidden].
     """
     block = job.decoder.blocks[index]
 
@@ -71,7 +71,7 @@ def block_unit(job: Job, shell: Shell, index: int, matrices: list[Matrix], input
         call = shell.block_call(index, job.own_tokens[samples], job.device)
         return call.run(block, *inputs.at(samples, job.device))
 
-    targets = (lambda samples: fetch(target, samples, job.device), job.token_weights)
+    targets = (lambda samples: fetch(target, samples, job.device).float(), job.token_weights)
     return Unit(matrices, forward, *targets, *job.own_split(), block, job.ranks)
 
 

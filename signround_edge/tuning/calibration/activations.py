@@ -26,30 +26,50 @@ class Store:
     Attributes:
         device: a GPU that has the room, or the CPU.
         folder: of a file that is mapped into memory, so that the system writes to disk what does not fit; None: memory.
+        dtype: of the values.
+        pinned: whether it is memory that a GPU copies from and to while the host does something else.
     """
 
     device: torch.device = CPU
     folder: Path | None = None
+    dtype: torch.dtype = torch.float32
+    pinned: bool = False
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
-        """f32 of that shape. The file has no name, so that it is gone with the process."""
+        """A tensor of that shape. The file has no name, so that it is gone with the process."""
         if self.folder is None:
-            return torch.empty(shape, device=self.device)
+            return torch.empty(shape, dtype=self.dtype, device=self.device, pin_memory=self.pinned)
         count = math.prod(shape)
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".hidden") as file:
-            file.truncate(4 * count)
-            return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32).view(shape)
+            file.truncate(self.dtype.itemsize * count)
+            return torch.from_file(file.name, shared=True, size=count, dtype=self.dtype).view(shape)
 
 
 IN_MEMORY = Store()
 
 
 def fetch(tensor: Tensor, samples: Tensor | slice, device: torch.device) -> Tensor:
-    """Some samples of a tensor on a device; to a GPU through pinned memory, so that nothing waits for the copy."""
-    part = tensor[samples]
-    if device.type == "cuda" and not part.is_cuda:
-        return part.pin_memory().to(device, non_blocking=True)
-    return part.to(device)
+    """Some samples of a tensor on a device, so that the host waits for nothing where that is a GPU.
+
+    There an index would be copied to the device, and waited for: samples are views, which one kernel puts together.
+    """
+    if device.type != "cuda":
+        return tensor[samples].to(device)
+    if isinstance(samples, slice):
+        return tensor[samples] if tensor.is_cuda else _in_pinned_memory(tensor[samples]).to(device, non_blocking=True)
+    every = [tensor[number] for number in samples.tolist()]
+    if not every:
+        return tensor[:0].to(device)
+    if tensor.is_cuda:
+        return torch.stack(every)
+    if tensor.is_pinned():
+        return torch.stack([sample.to(device, non_blocking=True) for sample in every])
+    pinned = torch.empty((len(every), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
+    return torch.stack(every, out=pinned).to(device, non_blocking=True)
+
+
+def _in_pinned_memory(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_pinned() else tensor.pin_memory()
 
 
 @dataclass(frozen=True)
@@ -57,7 +77,7 @@ class Stream:
     """What enters a block for all samples, where a `Store` has it.
 
     Attributes:
-        hidden: f32 [samples, seqlen, hidden].
+        hidden: [samples, seqlen, hidden], f32 or bf16: what computes with them takes them as f32.
         shared: what earlier blocks left for later ones, each [samples, …], in the dtype in which they computed it.
     """
 
@@ -65,12 +85,12 @@ class Stream:
     shared: Shared = field(default_factory=dict)
 
     def at(self, samples: Tensor | slice, device: torch.device) -> tuple[Tensor, Shared]:
-        """Hidden states and what is shared, of some samples, on a device."""
+        """Hidden states f32 and what is shared, of some samples, on a device."""
         shared = {
             name: {key: tuple(fetch(part, samples, device) for part in parts) for key, parts in mapping.items()}
             for name, mapping in self.shared.items()
         }
-        return fetch(self.hidden, samples, device), shared
+        return fetch(self.hidden, samples, device).float(), shared
 
 
 def run_block(
@@ -97,6 +117,8 @@ def run_block(
     out = stream.hidden if in_place else torch.empty_like(stream.hidden)
     left: list[Shared] = []
     with torch.no_grad():
+        # The last copy to the host is waited for, and with it all before it: whoever reads the host's memory may.
+        apart = out.is_pinned()
         for start in range(0, len(out), batch_size):
             part = slice(start, start + batch_size)
             call = shell.block_call(index, tokens[part], device)
@@ -106,7 +128,7 @@ def run_block(
             left.append(shared)
             if moments is not None:  # before they are overwritten: hidden states may be what waits
                 moments.settle(moments.token_weights(result))
-            out[part] = result
+            out[part].copy_(result.to(out.dtype), non_blocking=apart and start + batch_size < len(out))
     return Stream(out, _joined(left))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ class BlockCall:
     Attributes:
         args: positional arguments after the hidden states.
         kwargs: keyword arguments (masks, position embeddings, …).
+        rotations: position embeddings in other dtypes, by the tensor that they were made of; calls may share them.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    rotations: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
         """All tensors in it, in a fixed order."""
@@ -53,9 +55,7 @@ class BlockCall:
         kwargs = call.kwargs
         if "position_embeddings" in kwargs and torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
-            kwargs["position_embeddings"] = _map(
-                kwargs["position_embeddings"], lambda x: x.to(dtype) if x.is_floating_point() else x
-            )
+            kwargs["position_embeddings"] = _map(kwargs["position_embeddings"], lambda x: self._rotation(x, dtype))
         mappings = {name: (value, dict(value)) for name, value in kwargs.items() if isinstance(value, MutableMapping)}
         for name, (mapping, _) in mappings.items():
             mapping.update({} if shared is None else shared.get(name, {}))
@@ -65,6 +65,13 @@ class BlockCall:
             if left and shared is not None:
                 shared[name] = left
         return output
+
+    def _rotation(self, embedding: Tensor, dtype: torch.dtype) -> Tensor:
+        """A position embedding in a dtype, converted once for all steps: as long as the call is, so is its tensor."""
+        key = id(embedding), dtype
+        if embedding.is_floating_point() and key not in self.rotations:
+            self.rotations[key] = embedding.to(dtype)
+        return self.rotations.get(key, embedding)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> BlockCall:
         """The same call with changed tensors, in mappings and lists of its own."""
@@ -80,7 +87,8 @@ def moved_calls(calls: list[BlockCall], device: torch.device) -> list[BlockCall]
             moved[id(tensor)] = tensor.to(device)
         return moved[id(tensor)]
 
-    return [call.mapped(move) for call in calls]
+    rotations: dict[tuple[int, torch.dtype], Tensor] = {}
+    return [replace(call.mapped(move), rotations=rotations) for call in calls]
 
 
 def tokens_first(hidden: Tensor) -> Tensor:

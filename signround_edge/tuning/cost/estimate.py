@@ -16,10 +16,10 @@ from signround_edge.manifest import OUTSIDE
 from signround_edge.model.decoder import Decoder
 from signround_edge.progress import duration, size
 from signround_edge.schemes.plan import Plan
-from signround_edge.tuning.block.compute import compute_dtype
+from signround_edge.tuning.block.compute import compute_dtype, hidden_dtype
 from signround_edge.tuning.calibration.activations import Store
-from signround_edge.tuning.cost.memory import Memory, hidden_bytes, largest_block, outside_bytes
-from signround_edge.tuning.cost.peak import current_resident
+from signround_edge.tuning.cost.memory import Memory, hidden_bytes, largest_block, outside_bytes, pinned_bytes
+from signround_edge.tuning.cost.peak import current_resident, free_memory
 from signround_edge.tuning.cost.rates import Machine, bus_rate
 from signround_edge.tuning.cost.work import BlockShape, Work, block_shapes, block_work
 from signround_edge.tuning.settings import TuningSettings
@@ -51,11 +51,12 @@ class Estimate:
     Attributes:
         shapes: the blocks.
         samples: of this process.
-        settings: the run's, with the number of parts of a step that fits.
+        settings: the run's, with the number of parts of a step that fits, and the dtype of hidden states.
         machine: where it runs.
         host, gpu: memory; the GPU's is None without one.
         hidden_on: where the hidden states of all samples are: "gpu", "memory" or "disk".
         resident: what the process takes before, in bytes.
+        pinned: whether hidden states in the host's memory are pinned there, so that a GPU copies them by itself.
     """
 
     shapes: list[BlockShape]
@@ -66,6 +67,7 @@ class Estimate:
     gpu: Memory | None
     hidden_on: str
     resident: int
+    pinned: bool = False
 
     def seconds(self, blocks: int) -> float:
         """Of tuning the last of the blocks, if nothing else runs on the machine."""
@@ -87,9 +89,10 @@ class Estimate:
 
     def store(self, folder: Path) -> Store:
         """Where the hidden states are kept; `folder` is for a file of them."""
+        dtype = torch.bfloat16 if self.settings.hidden_dtype == "bfloat16" else torch.float32
         if self.hidden_on == "gpu":
-            return Store(self.machine.device)
-        return Store(folder=folder if self.hidden_on == "disk" else None)
+            return Store(self.machine.device, dtype=dtype)
+        return Store(folder=folder if self.hidden_on == "disk" else None, dtype=dtype, pinned=self.pinned)
 
     def line(self, blocks: int) -> str:
         """For people, of so many blocks."""
@@ -133,7 +136,8 @@ def estimate(
     shapes = block_shapes(plan, decoder)
     grids = {get_grid(m.grid) for shape in shapes for m in shape.matrices}
     width, on_gpu = compute_dtype(settings, grids, device), device.type == "cuda"
-    hidden = max(hidden_bytes(shape, samples, settings.seqlen) for shape in shapes)
+    settings = replace(settings, hidden_dtype=hidden_dtype(settings, grids, device))
+    hidden = max(hidden_bytes(shape, settings, samples) for shape in shapes)
     gpu, hidden_on, block = None, "memory", 0.0
     if on_gpu:
         room = limits.gpu_memory or _FREE_SHARE * torch.cuda.mem_get_info(device)[0]
@@ -143,13 +147,16 @@ def estimate(
     else:
         block = largest_block(shapes, settings, samples, width.itemsize, False)
     host, resident = Memory(block, 0, *_outside(plan)), current_resident()
+    pinned = False
     if hidden_on == "memory":
         if limits.memory is not None and resident + host.peak + hidden > limits.memory:
             hidden_on = "disk"
         else:
-            host = replace(host, hidden=hidden)
+            most = resident + _FREE_SHARE * free_memory() if limits.memory is None else limits.memory
+            pinned = on_gpu and resident + host.peak + pinned_bytes(hidden) <= most
+            host = replace(host, hidden=pinned_bytes(hidden) if pinned else hidden)
     machine = Machine(device, width, bus_rate(device) if on_gpu and hidden_on != "gpu" else None)
-    found = Estimate(shapes, samples, settings, machine, host, gpu, hidden_on, resident)
+    found = Estimate(shapes, samples, settings, machine, host, gpu, hidden_on, resident, pinned)
     if limits.memory is not None and found.host_bytes > limits.memory:
         raise UserError(
             f"--max-memory: this run is estimated to take {size(found.host_bytes)} ({found.breakdown()}), more "

@@ -8,7 +8,7 @@
     activations        inputs and outputs of all matrices, of the samples that go through a step together, and
                        probabilities of attention
 
-Beside it, for all samples, hidden states of the exact and of the quantized model: 4 bytes a value each.
+Beside it, for all samples, hidden states of the exact and of the quantized model: 4 bytes a value each, or 2 in bf16.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from signround_edge.tuning.cost.work import BlockShape
+from signround_edge.tuning.cost.work import BlockShape, hidden_width
 from signround_edge.tuning.settings import TuningSettings
 
 _STORED, _F32 = 2, 4
@@ -58,9 +58,14 @@ def outside_bytes(sizes: Sequence[int], tables: Sequence[int], per_token: bool) 
     return 2 * _F32 * max(sizes, default=0), sum(tables) * (1 + (_F32 if per_token else 0))
 
 
-def hidden_bytes(block: BlockShape, samples: int, seqlen: int) -> int:
+def hidden_bytes(block: BlockShape, settings: TuningSettings, samples: int) -> int:
     """Of the exact and the quantized model's hidden states."""
-    return 2 * _F32 * samples * seqlen * block.hidden
+    return 2 * hidden_width(settings) * samples * settings.seqlen * block.hidden
+
+
+def pinned_bytes(hidden: int) -> int:
+    """`hidden_bytes` in pinned memory, where torch's allocator rounds each of the two models' up to a power of two."""
+    return 2 * (1 << (hidden // 2 - 1).bit_length())
 
 
 def block_bytes(block: BlockShape, settings: TuningSettings, samples: int, width: int, on_gpu: bool) -> float:

@@ -135,12 +135,17 @@ def block_shapes(plan: Plan, decoder: Decoder) -> list[BlockShape]:
     return found
 
 
+def hidden_width(settings: TuningSettings) -> int:
+    """Bytes of a value of the hidden states that are kept; "auto" counts as f32."""
+    return 2 if settings.hidden_dtype == "bfloat16" else 4
+
+
 def block_work(block: BlockShape, settings: TuningSettings, samples: int) -> tuple[Work, Work]:
     """What is done before the steps (passes of all samples, the start), and the steps themselves."""
     seqlen = settings.seqlen
     tokens, held_out = samples * seqlen, samples * seqlen * settings.held_out
     step = min(settings.batch_size, samples) * seqlen
-    a_pass, state = block.flops_of_a_token(seqlen), 4 * block.hidden
+    a_pass, state = block.flops_of_a_token(seqlen), hidden_width(settings) * block.hidden
     before = Work(2 * a_pass * tokens, bus_bytes=3 * state * tokens)
     before += Work(a_pass * held_out, bus_bytes=2 * state * held_out)
     for m in block.matrices:

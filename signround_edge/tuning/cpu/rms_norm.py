@@ -19,14 +19,16 @@ _CHUNK_VALUES = 1 << 16
 
 
 def use_cached_rms_norm(model: nn.Module, device: torch.device) -> None:
-    """Let the model's RMSNorms compute in cache-sized pieces under autocast, where they are plain ones, on CPUs."""
-    if device.type != "cpu":
-        return
+    """Let the model's RMSNorms give the products' dtype under autocast, where they are plain ones.
+
+    On CPUs they compute in cache-sized pieces; elsewhere what they give is converted once for all that read it.
+    """
     plain: dict[type, bool] = {}
     for module in model.modules():
         kind = type(module)
         if kind.__name__.endswith("RMSNorm") and plain.setdefault(kind, _is_plain(module)):
-            module.forward = _replacement(module, module.forward)  # type: ignore[method-assign, assignment]
+            replaced = _replacement if device.type == "cpu" else _converted
+            module.forward = replaced(module, module.forward)  # type: ignore[method-assign, assignment]
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -58,6 +60,16 @@ def _replacement(module: nn.Module, original: Callable[..., Tensor]) -> Callable
         weight = module._parameters["weight"]
         assert weight is not None
         return rms_norm(hidden_states, weight, epsilon, torch.get_autocast_dtype("cpu"))
+
+    return forward
+
+
+def _converted(module: nn.Module, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forward(hidden_states: Tensor) -> Tensor:
+        kind, found = hidden_states.device.type, original(hidden_states)
+        if hidden_states.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+            return found
+        return found.to(torch.get_autocast_dtype(kind))
 
     return forward
 

@@ -109,6 +109,8 @@ def test_every_scheme_keeps_float_tensors_bit_for_bit(
 def test_settings_of_the_paper_run_and_help(
     trained: bool, settings: TuningSettings, tmp_path: Path, tiny_llama: Path, calibration_text: Path
 ) -> None:
+    if not trained:
+        settings = replace(settings, steps=8, samples=8)
     model = tiny_llama if trained else random_llama(tmp_path, tiny_llama)
     run = quantize(model, parse_scheme("gguf:q4_0"), tmp_path / "run", str(calibration_text), settings)
     reports = [r for record in run.manifest.complete.values() for r in record.report.values()]

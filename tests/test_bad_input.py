@@ -268,8 +268,7 @@ def test_full_disk_keeps_what_is_complete(model: Path, calibration_text: Path, t
     assert "Traceback" not in failed.stderr
     assert "could not be written" in failed.stderr.strip().splitlines()[-1]
     assert not list(out.rglob("*.partial"))
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
+    assert run_cli(*arguments, "--calibration", calibration_text, *SIZES).exit_code == 0
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:

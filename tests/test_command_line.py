@@ -31,7 +31,7 @@ def json_of(*arguments: object, code: int = 0) -> Any:
 def chain(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, calibration_text: Path) -> Path:
     """A folder with `run`, `model.gguf` and `onnx`, made by the commands of the README."""
     folder = tmp_path_factory.mktemp("chain")
-    sizes = ["--steps", "20", "--samples", "16", "--seqlen", "64"]
+    sizes = ["--steps", "4", "--samples", "8", "--seqlen", "32"]
     scheme = ["--scheme", "gguf:q4_0,onnx:w4g32", "--calibration", calibration_text]
     run_cli("quantize", tiny_llama, *scheme, "-o", folder / "run", *sizes)
     run_cli("export", folder / "run", "--format", "gguf", "-o", folder / "model.gguf")

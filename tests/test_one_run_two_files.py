@@ -38,7 +38,7 @@ SAME_ORDER = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, calibration_text: Path) -> RunDirectory:
-    settings = TuningSettings(steps=20, samples=16, seqlen=64)
+    settings = TuningSettings(steps=4, samples=8, seqlen=32)
     out = tmp_path_factory.mktemp("two") / "run"
     return quantize(tiny_llama, parse_scheme("gguf:q4_0,onnx:w4g32"), out, str(calibration_text), settings)
 

@@ -133,7 +133,9 @@ def test_a_run_and_its_artifacts_agree(
     ("options", "sentence"),
     [
         (["--tasks", "no_such_task"], "no_such_task is no task of lm-evaluation-harness"),
-        (["--tasks", "speech_generated"], "speech_generated is scored on generated text"),
+        pytest.param(
+            ["--tasks", "speech_generated"], "speech_generated is scored on generated text", marks=pytest.mark.full
+        ),
         (["--tasks", "speech_choice", "--text", "t.txt"], "give either --text FILE"),
         ([], "give either --text FILE"),
     ],
@@ -144,6 +146,7 @@ def test_bad_input(options: list[str], sentence: str, tiny_llama: Path, task_dir
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.full
 def test_data_that_cannot_be_loaded_is_one_sentence(tiny_llama: Path, task_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "gone.yaml").write_text(CHOICE.replace("speech_choice", "gone").replace("DATA", "/no/such/file.jsonl"))
     result = run_cli("evaluate", tiny_llama, "--tasks", "gone", "--task-dir", tmp_path, code=2)

@@ -21,7 +21,7 @@ from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
 
-SMALL = TuningSettings(steps=20, samples=16, seqlen=32, batch_size=4, lr=0.03, compute_dtype="float32")
+SMALL = TuningSettings(steps=10, samples=8, seqlen=32, batch_size=4, lr=0.03, compute_dtype="float32")
 PICTURES = {"altered-by-block.svg", "altered-by-matrix.svg", "salience.svg", "v.svg", "losses.svg"}
 
 
@@ -112,7 +112,7 @@ def test_folder_holds_pictures_page_and_document(runs: dict[str, Path], tmp_path
 
 
 def test_layer_wise_runs_show_each_matrix(tmp_path: Path, tiny_llama: Path, calibration_text: Path) -> None:
-    settings = TuningSettings(**{**vars(SMALL), "steps": 4, "granularity": "layer"})
+    settings = TuningSettings(**{**vars(SMALL), "steps": 2, "granularity": "layer"})
     quantize(tiny_llama, parse_scheme("gguf:q2_k"), tmp_path / "run", str(calibration_text), settings)
     found = document(tmp_path / "run", "--out", tmp_path / "out")
     assert len(found["losses"]) == len(found["tensors"]) == 35

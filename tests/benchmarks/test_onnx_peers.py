@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks.onnx_peers import quantize, read_weights
 
 
-@pytest.mark.parametrize("inputs", [64, 72])
+@pytest.mark.parametrize("inputs", [pytest.param(64, marks=pytest.mark.full), 72])
 def test_weights_are_read_as_they_were_also_where_rows_end_within_a_block(tmp_path: Path, inputs: int) -> None:
     weight = np.random.default_rng(1).standard_normal((inputs, 48)).astype(np.float32)  # [in, out], as MatMul has it
     name = "model.layers.0.mlp.up_proj.MatMul.weight"

@@ -34,9 +34,9 @@ FASTER = {
     "verify": {"--windows": "1", "--n-ctx": "64"},
     "evaluate": {"--windows": "1", "--n-ctx": "64"},
 }
-# Documents that begin with nothing, and those that take longer (this one also runs in tests/test_api.py).
+# Documents that begin with nothing, and those that take longer (docs/api.md also runs in tests/test_api.py).
 FROM_NOTHING = ("docs/api.md",)
-LONG = ("docs/api.md",)
+LONG = ("docs/api.md", "docs/onnx.md", "docs/options.md", "docs/plan.md")
 
 ALL = [block for document in documents() for block in blocks_of(document)]
 OTHERS = sorted({block.document for block in ALL if block.runs} - {"README.md"})

@@ -21,11 +21,16 @@ from signround_edge.schemes.scheme import after_fallback, known_schemes, parse_s
 ALL_GRIDS = sorted(GRIDS)
 
 
-@pytest.mark.parametrize("kind", ADVERSARIAL)
+# One matrix of all kinds, whose rows have nothing to do with each other; each kind by itself is a full test.
+@pytest.mark.parametrize(
+    "kinds",
+    [ADVERSARIAL, *[pytest.param((kind,), marks=pytest.mark.full) for kind in ADVERSARIAL]],
+    ids=["all", *ADVERSARIAL],
+)
 @pytest.mark.parametrize("name", ALL_GRIDS)
-def test_adversarial_blocks_stay_finite_and_valid(name: str, kind: str) -> None:
+def test_adversarial_blocks_stay_finite_and_valid(name: str, kinds: tuple[str, ...]) -> None:
     grid = get_grid(name)
-    weight = adversarial_matrix(kind, rows=3, cols=3 * grid.row_multiple)
+    weight = torch.cat([adversarial_matrix(kind, rows=3, cols=3 * grid.row_multiple) for kind in kinds])
     tensor = grid.quantize(weight, grid.search(grid.blocked(weight), torch.ones(1)))
     assert tensor.problem() is None
     assert bool(tensor.dequantize().isfinite().all())

@@ -131,7 +131,7 @@ def test_every_matrix_of_every_expert_is_quantized_and_the_router_is_not(
     assert 0 < float((tuned.get_parameter(name)[7] - whole).norm() / whole.norm()) < 0.15
 
 
-@pytest.mark.parametrize("steps", [0, 6])
+@pytest.mark.parametrize("steps", [pytest.param(0, marks=pytest.mark.full), 2])
 def test_interrupted_and_resumed_gives_the_same_bytes(
     steps: int, mixtral: Path, tmp_path: Path, calibration_text: Path
 ) -> None:

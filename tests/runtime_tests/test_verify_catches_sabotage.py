@@ -62,7 +62,13 @@ GGUF_SABOTAGE: dict[str, tuple[str, int, int, Callable[[bytes], bytes]]] = {
 }
 
 
-@pytest.mark.parametrize("what", GGUF_SABOTAGE)
+# Nibbles are swapped in test_verify_names_what_is_off.py too; a norm is kept in floats, as nothing else here is.
+OFTEN = ("one wrong scale", "one flipped bit in a code", "one flipped bit in a norm")
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=() if what in OFTEN else pytest.mark.full) for what in GGUF_SABOTAGE]
+)
 def test_gguf_with_a_wrong_weight_fails_and_names_the_tensor(
     what: str, gguf: Path, check: Callable[[Path], VerifyReport]
 ) -> None:
@@ -126,7 +132,7 @@ def test_gguf_with_a_tensor_renamed_fails(gguf: Path, check: Callable[[Path], Ve
     assert "layers.0.self_attn.k_proj.weight" in reasons(report)
 
 
-@pytest.mark.parametrize("share", [0.001, 0.05, 0.6, 0.999])
+@pytest.mark.parametrize("share", [pytest.param(0.001, marks=pytest.mark.full), 0.05, 0.6, 0.999])
 def test_a_truncated_gguf_fails(share: float, gguf: Path, check: Callable[[Path], VerifyReport]) -> None:
     content = gguf.read_bytes()
     gguf.write_bytes(content[: int(share * len(content))])
@@ -185,8 +191,14 @@ ONNX_SABOTAGE: dict[str, tuple[int, int, Callable[[bytes], bytes]]] = {
 }
 
 
-@pytest.mark.parametrize("what", ONNX_SABOTAGE)
-@pytest.mark.parametrize("hashes_fit", [True, False])
+@pytest.mark.parametrize(
+    ("what", "hashes_fit"),
+    [
+        pytest.param(what, fit, marks=() if fit == (number % 2 == 0) else pytest.mark.full)
+        for number, what in enumerate(ONNX_SABOTAGE)
+        for fit in (True, False)
+    ],
+)
 def test_onnx_with_a_wrong_weight_fails_and_names_the_node(
     what: str, hashes_fit: bool, onnx_copy: Path, check: Callable[[Path], VerifyReport]
 ) -> None:
@@ -270,7 +282,7 @@ def test_an_interrupted_verify_leaves_nothing_behind(
             os.kill(worker.pid, 0)
 
 
-SEEDS = [*range(4), *(pytest.param(seed, marks=pytest.mark.full) for seed in range(4, 60))]
+SEEDS = [*range(2), *(pytest.param(seed, marks=pytest.mark.full) for seed in range(2, 60))]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -183,8 +183,8 @@ def test_killed_between_blocks_and_resumed_gives_the_same_bytes(
 def test_the_whole_model_stage_starts_from_the_transformed_weights(
     tiny_llama: Path, tmp_path: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates = {"whole_model_lr": 2e-3, "whole_model_code_lr": 5e-3, "whole_model_batch_size": 4}
-    settings = replace(SCALED, samples=16, seqlen=64, whole_model_steps=10, **rates)
+    rates = {"whole_model_lr": 4e-3, "whole_model_code_lr": 1e-2, "whole_model_batch_size": 4}
+    settings = replace(SCALED, samples=12, seqlen=32, whole_model_steps=5, **rates)
     seen: dict[str, float] = {}
     tunable = loading.TunedMatrix
 

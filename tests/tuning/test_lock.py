@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from signround_edge.errors import UserError
 from signround_edge.schemes.scheme import parse_scheme
@@ -17,7 +18,7 @@ from signround_edge.tuning import lock
 from signround_edge.tuning.lock import LOCK_FILE, locked
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
-from tests.support import assert_same_files
+from tests.support import SIZES, assert_same_files, save_random_model
 
 pytestmark = pytest.mark.skipif(lock.fcntl is None, reason="this system has no flock")
 
@@ -45,22 +46,24 @@ def test_a_run_in_progress_is_not_written_by_another_process(
     tmp_path: Path, tiny_llama: Path, calibration_text: Path
 ) -> None:
     out, whole = tmp_path / "run", tmp_path / "whole"
+    config = LlamaConfig(**{**SIZES, "vocab_size": 3072})
+    model = save_random_model(config, tmp_path / "model", tokenizer_from=tiny_llama)
     process = holder(out)
     try:
         with pytest.raises(
             UserError, match=rf"run is being written by process {process.pid} on .*; wait until it ends"
         ):
-            run_quantize(out, tiny_llama, calibration_text, resume=True)
+            run_quantize(out, model, calibration_text, resume=True)
         assert [file.name for file in out.iterdir()] == [LOCK_FILE]
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert [file.name for file in out.iterdir()] == [LOCK_FILE]  # which is no foreign file and locks nobody out
-        run_quantize(out, tiny_llama, calibration_text)
+        run_quantize(out, model, calibration_text)
     finally:
         process.kill()
         process.communicate()
     assert not (out / LOCK_FILE).exists()
-    run_quantize(whole, tiny_llama, calibration_text)
+    run_quantize(whole, model, calibration_text)
     assert_same_files(out, whole)
 
 

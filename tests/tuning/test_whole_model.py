@@ -29,11 +29,13 @@ from signround_edge.tuning.whole_model.divergence import TopProbabilities
 from signround_edge.tuning.whole_model.stage import WholeModel
 from signround_edge.tuning.whole_model.tunables import FloatShift, TunedMatrix, starting_positions
 
-# Few steps on a tiny model: ten times the rates that suit hundreds of steps on a large one.
-RATES = {"whole_model_lr": 2e-3, "whole_model_code_lr": 5e-3}
+# Few steps on a tiny model: twenty times the rates that suit hundreds of steps on a large one.
+RATES = {"whole_model_lr": 4e-3, "whole_model_code_lr": 1e-2}
 SETTINGS = replace(
-    SMALL, start="nearest", steps=10, samples=24, seqlen=64, whole_model_steps=20, whole_model_batch_size=4, **RATES
+    SMALL, start="nearest", steps=2, samples=16, seqlen=64, whole_model_steps=8, whole_model_batch_size=4, **RATES
 )
+# What is resumed need not help: both stages, as short as they can be.
+SHORT = replace(SETTINGS, samples=4, seqlen=32, whole_model_steps=2)
 CPU = torch.device("cpu")
 
 
@@ -67,7 +69,7 @@ def test_it_lowers_the_divergence_on_other_text(
     report = whole_model.manifest.whole_model
     assert report is not None
     assert report["after"] < report["before"]
-    windows = text_windows(tiny_llama, evaluation_text, 256, 8)
+    windows = text_windows(tiny_llama, evaluation_text, 256, 4)
     exact = TorchSession(load_source_model(tiny_llama))
     found = [
         evaluate(TorchSession(load_run_model(run)), windows, exact).kld_mean
@@ -157,10 +159,16 @@ def test_codes_of_vectors_start_where_they_are_and_move_against_the_gradient(nam
     assert float((matrix.value() * gradient).sum()) < float((tensor.dequantize() * gradient).sum())
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, calibration_text: Path) -> RunDirectory:
+    out = tmp_path_factory.mktemp("short") / "run"
+    return quantize(tiny_llama, parse_scheme("gguf:q2_k_s"), out, str(calibration_text), SHORT)
+
+
 def test_interrupted_and_resumed_gives_the_same_bytes(
-    monkeypatch: pytest.MonkeyPatch, whole_model: RunDirectory, tmp_path: Path, tiny_llama: Path, calibration_text: Path
+    monkeypatch: pytest.MonkeyPatch, short: RunDirectory, tmp_path: Path, tiny_llama: Path, calibration_text: Path
 ) -> None:
-    arguments = (tiny_llama, parse_scheme("gguf:q2_k_s"), tmp_path / "run", str(calibration_text), SETTINGS)
+    arguments = (tiny_llama, parse_scheme("gguf:q2_k_s"), tmp_path / "run", str(calibration_text), SHORT)
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -176,20 +184,20 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             quantize(*arguments, resume=True)
     quantize(*arguments, resume=True)
-    assert_same_files(tmp_path / "run", whole_model.path)
+    assert_same_files(tmp_path / "run", short.path)
 
 
 @pytest.mark.full
 def test_parts_left_by_a_kill_after_the_manifest_are_removed_on_resume(
-    monkeypatch: pytest.MonkeyPatch, whole_model: RunDirectory, tmp_path: Path, tiny_llama: Path, calibration_text: Path
+    monkeypatch: pytest.MonkeyPatch, short: RunDirectory, tmp_path: Path, tiny_llama: Path, calibration_text: Path
 ) -> None:
-    arguments = (tiny_llama, parse_scheme("gguf:q2_k_s"), tmp_path / "run", str(calibration_text), SETTINGS)
+    arguments = (tiny_llama, parse_scheme("gguf:q2_k_s"), tmp_path / "run", str(calibration_text), SHORT)
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "remove_superseded", lambda self: None)
         quantize(*arguments)
-    assert len(files_of(tmp_path / "run")) > len(files_of(whole_model.path))
+    assert len(files_of(tmp_path / "run")) > len(files_of(short.path))
     quantize(*arguments, resume=True)
-    assert_same_files(tmp_path / "run", whole_model.path)
+    assert_same_files(tmp_path / "run", short.path)
 
 
 def loaded_decoder(path: Path) -> Decoder:

@@ -51,13 +51,15 @@ def model_of(byte_level_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     return make
 
 
-_SLOW = ("iq1_s", "iq1_m")  # llama-quantize takes a quarter of a minute for either
+# One of each group; the numbers of all others are compared below, and in the full tests in files too.
+_QUICK = ("q4_0", "q8_0", "q4_k_m", "q2_k", "q3_k_l", "q6_k", "iq4_xs", "iq3_s", "iq2_xxs", "mxfp4_moe")
+assert set(_QUICK) <= set(GGUF_PRESETS)
 
 
 @needs_llama_quantize
 @pytest.mark.parametrize(
     ("name", "preset"),
-    [pytest.param("llama", preset, marks=pytest.mark.full if preset in _SLOW else ()) for preset in GGUF_PRESETS]
+    [pytest.param("llama", preset, marks=() if preset in _QUICK else pytest.mark.full) for preset in GGUF_PRESETS]
     + [("rows_of_192", "q4_k_m")]
     + [pytest.param("rows_of_192", preset, marks=pytest.mark.full) for preset in GGUF_PRESETS if preset != "q4_k_m"],
 )
@@ -69,6 +71,12 @@ def test_it_is_that_of_llama_quantize(name: str, preset: str, model_of: Callable
     ours = export(make_run(model, tmp_path / "run", f"gguf:{preset}"), tmp_path / "ours.gguf")
     theirs = read_metadata(tmp_path / "theirs.gguf")["general.file_type"]
     assert read_metadata(ours)["general.file_type"] == theirs == llama_quantize.FTYPES[preset.upper()]
+
+
+def test_the_number_of_every_preset_is_llama_quantizes() -> None:
+    assert {preset: FILE_TYPES[preset] for preset in GGUF_PRESETS} == {
+        preset: llama_quantize.FTYPES[preset.upper()] for preset in GGUF_PRESETS
+    }
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16"])

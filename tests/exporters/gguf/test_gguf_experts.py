@@ -90,7 +90,7 @@ def test_experts_are_stacked_in_order(run_of: RunOf, tmp_path: Path) -> None:
     assert shapes["blk.0.ffn_up_exps.weight"] == (8, 128, 64)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", [pytest.param("mixtral", marks=pytest.mark.full), "qwen3_moe"])
 def test_a_run_of_the_tuner_is_exact_and_computes_what_torch_computes(
     kind: str, tmp_path: Path, tiny_llama: Path, calibration_text: Path, evaluation_text: Path
 ) -> None:

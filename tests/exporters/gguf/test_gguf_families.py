@@ -54,6 +54,24 @@ ALWAYS = (
     "deepseek_v2_lite",
     "qwen3_5_more_value_heads",
 )
+# Families that llama.cpp computes as another of the table, but for a factor, a norm or a bias that others have too.
+ALIKE = (
+    "mistral",
+    "qwen2",
+    "smollm3",
+    "granitemoe",
+    "granitemoeshared",
+    "ernie4_5",
+    "ministral3",
+    "seed_oss",
+    "arcee",
+    "glm4_moe_lite",
+    "ernie4_5_moe",
+    "qwen2_moe",
+    "qwen3_5_moe",
+    "hunyuan_v1_dense",
+    "nemotron_h",
+)
 # Families whose rows have an order of their own, or that are stored in some other form: always unpacked again.
 STORED_OTHERWISE = (
     "llama",
@@ -163,7 +181,7 @@ def torch_logits(run: RunDirectory, tokens: np.ndarray) -> np.ndarray:
         return dequantized_model(run)(torch.from_numpy(tokens)[None].long()).logits[0].numpy()
 
 
-@pytest.mark.parametrize("name", quick(CONFIGS, (*FAMILIES, *ALWAYS)))
+@pytest.mark.parametrize("name", quick(CONFIGS, (*(name for name in FAMILIES if name not in ALIKE), *ALWAYS)))
 def test_f32_export_computes_what_transformers_computes(name: str, run_of: RunOf, tmp_path: Path) -> None:
     run = run_of(CONFIGS[name])
     tokens = np.random.default_rng(0).integers(0, BASE["vocab_size"], 150).astype(np.int32)

@@ -51,12 +51,22 @@ def assert_ggml_agrees(tensor: QuantizedTensor) -> None:
     assert np.array_equal(ours.view(np.uint32), theirs.view(np.uint32))
 
 
+KINDS = tuple(adversarial_weights(32))
+
+
+# One matrix of all kinds, whose rows have nothing to do with each other; each kind by itself is a full test.
 @pytest.mark.parametrize("grid_name", KNOWN_TO_GGUF_PY)
-@pytest.mark.parametrize("kind", adversarial_weights(32))
-@pytest.mark.parametrize("units", [1, 3])
-def test_ggml_dequantizes_packed_blocks_to_the_grids_weights(grid_name: str, kind: str, units: int) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "units"),
+    [(KINDS, 3), *[pytest.param((kind,), units, marks=pytest.mark.full) for kind in KINDS for units in (1, 3)]],
+    ids=["all-3", *[f"{kind}-{units}" for kind in KINDS for units in (1, 3)]],
+)
+def test_ggml_dequantizes_packed_blocks_to_the_grids_weights(
+    grid_name: str, kinds: tuple[str, ...], units: int
+) -> None:
     grid = get_grid(grid_name)
-    weight = adversarial_weights(units * grid.row_multiple)[kind]
+    weights = adversarial_weights(units * grid.row_multiple)
+    weight = torch.cat([weights[kind] for kind in kinds])
     tensor = grid.quantize(weight, grid.search(grid.blocked(weight), torch.ones(1)))
     assert tensor.problem() is None
     assert_ggml_agrees(tensor)

@@ -10,8 +10,9 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,16 @@ def test_every_tower_has_a_case() -> None:
     assert set(TOWERS) - {"qwen3_5_moe"} == {*SMALL, *ALIKE}  # whose tower is Qwen3.5's
 
 
-@pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.full) for name in ALIKE)])
+# Positions in one dimension and in three, tiles, and rows that end with a token.
+QUICK = ("gemma3", "smolvlm", "qwen3_vl", "mistral3")
+
+
+def often(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test: those not in `QUICK` run with the full tests only."""
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.full) for name in names]
+
+
+@pytest.mark.parametrize("name", often([*SMALL, *ALIKE]))
 def test_the_file_is_the_converters(
     name: str, made: Callable[[str], Path], converter: Converter, tmp_path: Path
 ) -> None:
@@ -115,7 +125,7 @@ def contents(file: GgufFile, name: str) -> tuple[tuple[int, ...], str, bytes] | 
     return None if info is None else (info.shape, info.ggml_type.name, file.raw(name).tobytes())
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", often(SMALL))
 def test_llama_cpp_reads_images_as_transformers_does(name: str, made: Callable[[str], Path], tmp_path: Path) -> None:
     reason = no_llama_cpp()
     if reason is not None:

@@ -116,21 +116,17 @@ NEW: dict[str, PretrainedConfig] = {
     ),
     "vision_text": Qwen3Config(**_NEW, head_dim=128, mrope_section=[24, 20, 20], num_deepstack_layers=3),
 }
-NEW_QUICK = ("hybrid_experts", "per_layer_embeddings")
+NEW_QUICK = ("per_layer_embeddings",)
 # With a matrix the IQ4 presets and Q2_K_S are as ours; Q4_0 and Q5_0 are as ours without (see gguf_presets).
 WITHOUT_IMATRIX = ("q4_0", "q5_0")
+# Each model once and each group of presets; of the others those that llama-quantize takes longest for are IQ1 to IQ3.
 QUICK = [
     ("tied", "q4_k_m"),
     ("grouped_four", "q2_k_s"),
     ("rows_of_192", "iq4_xs"),
     ("falcon", "q3_k_m"),
     ("eight_experts", "q3_k_s"),
-    ("experts", "q4_k_m"),
-    ("tied", "iq3_xs"),
     ("grouped_four", "iq3_m"),
-    ("rows_of_192", "iq2_xxs"),
-    ("falcon", "iq3_xxs"),
-    ("eight_experts", "iq2_m"),
     ("experts", "mxfp4_moe"),
 ]
 CASES = [

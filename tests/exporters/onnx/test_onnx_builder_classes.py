@@ -77,6 +77,8 @@ QUICK: dict[str, PretrainedConfig] = {
     ),
     "qwen-3.5": transformers.Qwen3_5TextConfig(**SMALL, **LINEAR_ATTENTION),
 }
+ALIKE = ("phi-3", "gemma-3")  # Phi-3.5 and Gemma 4 are built by the same code and more of it
+full = pytest.mark.full
 FULL: dict[str, PretrainedConfig] = {
     "ernie-4.5": transformers.Ernie4_5Config(**HEADS),
     "gemma": transformers.GemmaConfig(**HEADS),
@@ -128,7 +130,9 @@ def trace(*arguments: object) -> None:
 
 
 @pytest.fixture(
-    scope="module", params=[*QUICK, *(pytest.param(name, marks=pytest.mark.full) for name in FULL)], name="built"
+    scope="module",
+    params=[pytest.param(name, marks=() if name in QUICK and name not in ALIKE else full) for name in QUICK | FULL],
+    name="built",
 )
 def _built(
     request: pytest.FixtureRequest,

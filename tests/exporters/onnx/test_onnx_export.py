@@ -107,7 +107,20 @@ def assert_weights_equal(run: RunDirectory, folder: Path) -> None:
     assert not expected
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+# Those that differ from another in the type or in one dimension.
+ALIKE = (
+    "llama-rows-of-half-blocks",
+    "llama-rows-with-smaller-blocks",
+    "qwen2-biases",
+    "qwen2-window",
+    "llama-2-bits",
+    "llama-per-channel",
+)
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.full if name in ALIKE else ()) for name in FAMILIES]
+)
 def family(
     request: pytest.FixtureRequest,
     make_random_run: Callable[[PretrainedConfig, str], RunDirectory],

@@ -339,6 +339,7 @@ def plan(
     pin: str | Sequence[str] = (),
     at_least: str | Sequence[str] = (),
     types: str | None = None,
+    template: StrPath | None = None,
     calibration: StrPath | None = None,
     samples: int = 32,
     seqlen: int = 256,
@@ -359,6 +360,7 @@ def plan(
         context: tokens that the runtime's cache is to hold.
         pin, at_least: "PATTERN=TYPE" for matrices by name: this type, or one of at least as many bits a weight.
         types: the types to choose from, such as "Q3_K,Q4_K,Q6_K"; None: all of the format.
+        template: the GGUF file that `export` will be given as a template.
         calibration: text file, JSON lines or the name of a dataset; None takes the shipped speeches.
         samples, seqlen: how much of it.
         from_run: a finished run of the model, whose measured KL divergence corrects the prediction.
@@ -372,7 +374,7 @@ def plan(
     from signround_edge.planning.budget import Budget
     from signround_edge.planning.candidates import parse_wish
     from signround_edge.planning.plan import Request, find_plan
-    from signround_edge.planning.sizes import ExporterSizes
+    from signround_edge.planning.sizes import exporter_sizes
     from signround_edge.sensitivity.store import default_cache
     from signround_edge.tuning.calibration.text import calibration_tokens
     from signround_edge.tuning.quantize import chosen_device
@@ -382,7 +384,8 @@ def plan(
         raise UserError(
             "give one of --target-size, --target-bpw, --device and --memory: it says how large the file may be"
         )
-    sizes = ExporterSizes(format)
+    where = default_cache() if cache is None else path_of("--cache", cache)
+    sizes = exporter_sizes(format, where, _path("--template", template))
     if target_size is not None:
         budget = Budget(size=bytes_of("--target-size", str(target_size)), asked=f"--target-size {target_size}")
     elif target_bpw is not None:
@@ -401,7 +404,6 @@ def plan(
     tokens = calibration_tokens(named, load_tokenizer(folder), samples, seqlen)
     finished = None if from_run is None else _finished(_run(from_run), folder, text, shown)
     request = Request(format, budget, context, tuple(wishes), types, Path(named).name)
-    where = default_cache() if cache is None else path_of("--cache", cache)
     return find_plan(folder, request, sizes, tokens, where, chosen_device(device), shown, finished)
 
 

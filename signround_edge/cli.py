@@ -207,6 +207,7 @@ def quantize(
 @click.option("--pin", multiple=True, help="PATTERN=TYPE: matrices by name have this type. Repeatable.")
 @click.option("--at-least", multiple=True, help="PATTERN=TYPE: they have at least as many bits. Repeatable.")
 @click.option("--types", help="Types to choose from: Q3_K,Q4_K,Q6_K (default: all of the format).")
+@click.option("--template", type=_PATH, help="The GGUF file that `export` will be given as --template.")
 @click.option("-o", "--out", type=_PATH, help="plan.json to write, for `quantize --plan`; plan.svg beside it.")
 @click.option("--calibration", default=None, help="Text file, JSON lines or dataset name (default: shipped speeches).")
 @click.option("--samples", type=int, default=32, show_default=True, help="Samples that weights are judged on.")
@@ -218,9 +219,9 @@ def quantize(
 @_json
 def plan(
     model: str, target_size: str | None, target_bpw: float | None, device: str | None, memory: str | None, target: str,
-    context: int, pin: tuple[str, ...], at_least: tuple[str, ...], types: str | None, out: Path | None,
-    calibration: str | None, samples: int, seqlen: int, from_run: Path | None, text: Path | None, cache: Path | None,
-    compute: str, as_json: bool,
+    context: int, pin: tuple[str, ...], at_least: tuple[str, ...], types: str | None, template: Path | None,
+    out: Path | None, calibration: str | None, samples: int, seqlen: int, from_run: Path | None, text: Path | None,
+    cache: Path | None, compute: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Find a type for every tensor of MODEL under a budget of bytes, and say what it is expected to cost."""
     from signround_edge import api
@@ -235,13 +236,14 @@ def plan(
             raise UserError("--device says how much memory there is, and --memory does too; give one of them")
         memory = api.device_memory(device)
     if out is not None:
-        check_output("-o", out, {"--from-run": from_run, "--text": text})
+        check_output("-o", out, {"--from-run": from_run, "--text": text, "--template": template})
         PlannedTypes.check_out(out)
     with terminal_progress("measuring") as progress:
         found = api.plan(
             model, target_size=target_size, target_bpw=target_bpw, memory=memory, memory_of=device, format=target,
-            context=context, pin=pin, at_least=at_least, types=types, calibration=calibration, samples=samples,
-            seqlen=seqlen, from_run=from_run, text=text, cache=cache, device=compute, progress=progress,
+            context=context, pin=pin, at_least=at_least, types=types, template=template, calibration=calibration,
+            samples=samples, seqlen=seqlen, from_run=from_run, text=text, cache=cache, device=compute,
+            progress=progress,
         )  # fmt: skip
     if out is not None:
         found.planned.save(out)

@@ -22,7 +22,7 @@ from signround_edge.planning.budget import Budget
 from signround_edge.planning.candidates import Wish, allowed_types, check_wishes, types_of
 from signround_edge.planning.knapsack import Option, frontier, least_bytes, most_bytes, solve
 from signround_edge.planning.memory import Needs, needs_of
-from signround_edge.planning.problem import Group, Types, bytes_by_type, grouped
+from signround_edge.planning.problem import Group, Types, as_nodes, bytes_by_type, grouped
 from signround_edge.planning.untuned_run import UntunedRun, untuned_run
 from signround_edge.progress import Progress
 from signround_edge.schemes.gguf_presets import GGUF_PRESETS
@@ -44,11 +44,13 @@ _TRIES = 8  # until an exporter that tells only the sum of bytes agrees
 
 
 class Sizes(Protocol):
-    """What of an exporter is needed: see `KnowsItsSize`; its options at their defaults."""
+    """What of an exporter is needed: see `FileSizes`."""
 
     def tensor_bytes(self, run: UntunedRun) -> dict[tuple[str, ...], int]: ...
 
     def file_bytes(self, run: UntunedRun) -> int | None: ...
+
+    def one_node(self, run: UntunedRun) -> dict[tuple[str, ...], tuple[str, ...]]: ...
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def find_plan(
     kinds = {name: own for name, own in kinds.items() if own}
     costs = Costs(weights, base, measured, store, progress)
     with tempfile.TemporaryDirectory() as folder:
-        problem = _Problem(weights, base, kinds, costs, sizes, files, Path(folder) / "run", target)
+        problem = _Problem(weights, base, kinds, costs, sizes, files, Path(folder) / "run", request)
         return problem.solved(request, finished, progress)
 
 
@@ -178,13 +180,14 @@ class _Problem:
         sizes: Sizes,
         files: dict[str, str],
         folder: Path,
-        target: str,
+        request: Request,
     ) -> None:
         self.weights, self.base, self.costs, self.sizes, self.files = weights, base, costs, sizes, files
-        self.target, self.entries = target, {entry.name: entry for entry in base.tensors}
-        self.scheme = f"{target}:plan"
+        self.target, self.entries = request.target, {entry.name: entry for entry in base.tensors}
+        self.scheme = f"{self.target}:plan"
         whole_run = untuned_run(weights, base, self.scheme, files, folder)
-        together = sizes.tensor_bytes(whole_run)
+        kinds, in_nodes = as_nodes(kinds, sizes.one_node(whole_run), request.types is None)
+        together = [*sizes.tensor_bytes(whole_run), *in_nodes]
         groups = {names: _shared(names, kinds) for names in grouped(kinds, together)}
         self.in_floats = [e.name for e in base.tensors if (e.format or e.fallback_from) and e.name not in kinds]
         largest = {name: max(own, key=_bits) for names, own in groups.items() for name in names}

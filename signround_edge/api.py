@@ -336,6 +336,8 @@ def plan(
     memory_of: str | None = None,
     format: str = "gguf",
     context: int = 4096,
+    cache_type_k: str | None = None,
+    cache_type_v: str | None = None,
     pin: str | Sequence[str] = (),
     at_least: str | Sequence[str] = (),
     types: str | None = None,
@@ -358,6 +360,7 @@ def plan(
         memory_of: name of the device whose memory that is, for messages.
         format: "gguf" or "onnx".
         context: tokens that the runtime's cache is to hold.
+        cache_type_k, cache_type_v: of llama.cpp's cache: f16, q8_0 or q4_0.
         pin, at_least: "PATTERN=TYPE" for matrices by name: this type, or one of at least as many bits a weight.
         types: the types to choose from, such as "Q3_K,Q4_K,Q6_K"; None: all of the format.
         template: the GGUF file that `export` will be given as a template.
@@ -369,6 +372,7 @@ def plan(
         device: "auto", "cpu" or "cuda", for the pass through the model.
     """
     from signround_edge.demo import calibration_text_path
+    from signround_edge.evaluation.cache_types import CacheTypes
     from signround_edge.model.source import resolve_model
     from signround_edge.model.tokenizer import load_tokenizer
     from signround_edge.planning.budget import Budget
@@ -395,6 +399,9 @@ def plan(
     else:
         asked = f"--memory {memory}" if memory_of is None else f"--device {memory_of}"
         budget = Budget(memory=bytes_of("--memory", str(memory)), asked=asked)
+    cache_types = CacheTypes.of(cache_type_k, cache_type_v)
+    if cache_types is not None and format != "gguf":
+        raise UserError("--cache-type-k and --cache-type-v are llama.cpp's; leave them out with --format onnx")
     for flag, value, low in (("--context", context, 1), ("--samples", samples, 1), ("--seqlen", seqlen, 2)):
         arguments.at_least(flag, value, low)
     wishes = [parse_wish(one, True, format) for one in several("--pin", pin)]
@@ -403,7 +410,7 @@ def plan(
     named = str(calibration_text_path()) if calibration is None else _text("--calibration", calibration)
     tokens = calibration_tokens(named, load_tokenizer(folder), samples, seqlen)
     finished = None if from_run is None else _finished(_run(from_run), folder, text, shown)
-    request = Request(format, budget, context, tuple(wishes), types, Path(named).name)
+    request = Request(format, budget, context, tuple(wishes), types, Path(named).name, cache_types=cache_types)
     return find_plan(folder, request, sizes, tokens, where, chosen_device(device), shown, finished)
 
 

@@ -204,6 +204,8 @@ def quantize(
 @click.option("--memory", help="Memory for file, cache and buffers: 2G.")
 @click.option("--format", "target", default="gguf", show_default=True, help="gguf or onnx.")
 @click.option("--context", type=int, default=4096, show_default=True, help="Tokens that the cache is to hold.")
+@_cache_type_k
+@_cache_type_v
 @click.option("--pin", multiple=True, help="PATTERN=TYPE: matrices by name have this type. Repeatable.")
 @click.option("--at-least", multiple=True, help="PATTERN=TYPE: they have at least as many bits. Repeatable.")
 @click.option("--types", help="Types to choose from: Q3_K,Q4_K,Q6_K (default: all of the format).")
@@ -219,7 +221,8 @@ def quantize(
 @_json
 def plan(
     model: str, target_size: str | None, target_bpw: float | None, device: str | None, memory: str | None, target: str,
-    context: int, pin: tuple[str, ...], at_least: tuple[str, ...], types: str | None, template: Path | None,
+    context: int, cache_type_k: str | None, cache_type_v: str | None, pin: tuple[str, ...],
+    at_least: tuple[str, ...], types: str | None, template: Path | None,
     out: Path | None, calibration: str | None, samples: int, seqlen: int, from_run: Path | None, text: Path | None,
     cache: Path | None, compute: str, as_json: bool,
 ) -> None:  # fmt: skip
@@ -241,9 +244,9 @@ def plan(
     with terminal_progress("measuring") as progress:
         found = api.plan(
             model, target_size=target_size, target_bpw=target_bpw, memory=memory, memory_of=device, format=target,
-            context=context, pin=pin, at_least=at_least, types=types, template=template, calibration=calibration,
-            samples=samples, seqlen=seqlen, from_run=from_run, text=text, cache=cache, device=compute,
-            progress=progress,
+            context=context, cache_type_k=cache_type_k, cache_type_v=cache_type_v, pin=pin, at_least=at_least,
+            types=types, template=template, calibration=calibration, samples=samples, seqlen=seqlen,
+            from_run=from_run, text=text, cache=cache, device=compute, progress=progress,
         )  # fmt: skip
     if out is not None:
         found.planned.save(out)

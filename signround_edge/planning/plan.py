@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from signround_edge.errors import UserError
+from signround_edge.evaluation.cache_types import CacheTypes
 from signround_edge.formats import get_grid
 from signround_edge.model.cache_shape import cache_shape
 from signround_edge.model.source import model_name
@@ -64,6 +65,7 @@ class Request:
         types: the types to choose from, joined by commas; None: all of the target.
         calibration: what the sensitivity is measured on, for people.
         seed: of the labels.
+        cache_types: of llama.cpp's cache; None: its own.
     """
 
     target: str
@@ -73,6 +75,7 @@ class Request:
     types: str | None = None
     calibration: str = ""
     seed: int = 0
+    cache_types: CacheTypes | None = None
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,7 @@ class _Problem:
         """The plan."""
         weights = sum(math.prod(entry.shape) for entry in self.base.tensors)
         config: Any = self.weights.decoder.model.config
-        needs = needs_of(cache_shape(config), self.target, request.context)
+        needs = needs_of(cache_shape(config), self.target, request.context, request.cache_types)
         head = self.fixed - self._floats()
         budget = request.budget.file_bytes(weights, head, needs)
         least, most = least_bytes(self.options) + self.fixed, most_bytes(self.options) + self.fixed
@@ -251,6 +254,7 @@ class _Problem:
             settings={
                 "asked": request.budget.asked, "context": request.context, "calibration": request.calibration,
                 "wishes": [wish.text for wish in request.wishes], "types": request.types, "seed": request.seed,
+                **({} if request.cache_types is None else {"cache": request.cache_types.text}),
             },
         )  # fmt: skip
         return FoundPlan(

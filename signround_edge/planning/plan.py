@@ -149,13 +149,6 @@ def find_plan(
     for line in weights.notes():
         progress.line(line)
     files = weights.source.hashes()
-    store = Store.open(cache, files, tokens, request.seed)
-    if not store.is_measured:
-        progress.line(f"measuring what each tensor matters, on {tokens.numel():,} tokens; kept in {store.folder}")
-    measured = store.measured(
-        # Of modules of its own: the pass leaves them loaded, and a head that is tied would no longer be.
-        lambda: measure(ModelWeights.open(model), tokens, device, request.seed, progress, store.folder)
-    )
     base = make_plan(weights, parse_scheme(_EVERYTHING[target]), float_fallback=True)
     allowed = allowed_types(target, request.types)
     kinds = {
@@ -165,9 +158,20 @@ def find_plan(
     }
     check_wishes(request.wishes, list(kinds), config.model_type)
     kinds = {name: own for name, own in kinds.items() if own}
-    costs = Costs(weights, base, measured, store, progress)
     with tempfile.TemporaryDirectory() as folder:
-        problem = _Problem(weights, base, kinds, costs, sizes, files, Path(folder) / "run", request)
+        run = untuned_run(weights, base, f"{target}:plan", files, Path(folder) / "run")
+        # Before the long pass: an exporter refuses a model that it has no file for.
+        kinds, in_nodes = as_nodes(kinds, sizes.one_node(run), request.types is None)
+        groups = {n: _shared(n, kinds) for n in grouped(kinds, [*sizes.tensor_bytes(run), *in_nodes])}
+        store = Store.open(cache, files, tokens, request.seed)
+        if not store.is_measured:
+            progress.line(f"measuring what each tensor matters, on {tokens.numel():,} tokens; kept in {store.folder}")
+        measured = store.measured(
+            # Of modules of its own: the pass leaves them loaded, and a head that is tied would no longer be.
+            lambda: measure(ModelWeights.open(model), tokens, device, request.seed, progress, store.folder)
+        )
+        costs = Costs(weights, base, measured, store, progress)
+        problem = _Problem(weights, base, groups, costs, sizes, files, run, target)
         return problem.solved(request, finished, progress)
 
 
@@ -178,24 +182,20 @@ class _Problem:
         self,
         weights: ModelWeights,
         base: Plan,
-        kinds: dict[str, tuple[str, ...]],
+        groups: dict[tuple[str, ...], tuple[str, ...]],
         costs: Costs,
         sizes: Sizes,
         files: dict[str, str],
-        folder: Path,
-        request: Request,
+        run: UntunedRun,
+        target: str,
     ) -> None:
         self.weights, self.base, self.costs, self.sizes, self.files = weights, base, costs, sizes, files
-        self.target, self.entries = request.target, {entry.name: entry for entry in base.tensors}
-        self.scheme = f"{self.target}:plan"
-        whole_run = untuned_run(weights, base, self.scheme, files, folder)
-        kinds, in_nodes = as_nodes(kinds, sizes.one_node(whole_run), request.types is None)
-        together = [*sizes.tensor_bytes(whole_run), *in_nodes]
-        groups = {names: _shared(names, kinds) for names in grouped(kinds, together)}
-        self.in_floats = [e.name for e in base.tensors if (e.format or e.fallback_from) and e.name not in kinds]
+        self.target, self.entries = target, {entry.name: entry for entry in base.tensors}
+        named = {name for names in groups for name in names}
+        self.in_floats = [e.name for e in base.tensors if (e.format or e.fallback_from) and e.name not in named]
         largest = {name: max(own, key=_bits) for names, own in groups.items() for name in names}
         kept: dict[str, str | None] = {name: largest.get(name) for name in base_formats(base)}
-        self.run = whole_run.with_types(kept)
+        self.run = run.with_types(kept)
         stored = bytes_by_type(groups, self.entries, lambda types: sizes.tensor_bytes(self.run.with_types(types)))
         cost = costs.of({name: own for names, own in groups.items() for name in names})
         self.groups = [

@@ -14,8 +14,7 @@ from signround_edge import api
 from signround_edge.evaluation.cache_types import CacheTypes
 from signround_edge.model.cache_shape import cache_shape
 from signround_edge.planning.memory import needs_of
-from signround_edge.tuning.settings import TuningSettings
-from tests.support import TOKENS, save_random_model
+from tests.support import TOKENS, make_run, save_random_model
 
 SMALL = {
     "vocab_size": 3072, "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4,
@@ -38,9 +37,7 @@ def test_memory_besides_the_file_is_what_llama_cpp_allocates(
     config: transformers.PretrainedConfig | None, tiny_llama: Path, tmp_path: Path
 ) -> None:
     model = tiny_llama if config is None else save_random_model(config, tmp_path / "model", tokenizer_from=tiny_llama)
-    settings = TuningSettings(steps=0, samples=1, seqlen=8)
-    run = api.quantize(model, "gguf:q4_0", tmp_path / "run", settings=settings, source_check="off")
-    file = api.export(run, "gguf", tmp_path / "model.gguf").path
+    file = api.export(make_run(model, tmp_path / "run", "gguf:q4_0"), "gguf", tmp_path / "model.gguf").path
     command = [sys.executable, "-m", "tests.planning.llama_cpp_memory", str(file)]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     shape = cache_shape(transformers.AutoConfig.from_pretrained(model))

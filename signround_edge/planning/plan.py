@@ -161,7 +161,8 @@ def find_plan(
     with tempfile.TemporaryDirectory() as folder:
         run = untuned_run(weights, base, f"{target}:plan", files, Path(folder) / "run")
         # Before the long pass: an exporter refuses a model that it has no file for.
-        kinds, in_nodes = as_nodes(kinds, sizes.one_node(run), request.types is None)
+        nodes = sizes.one_node(run)
+        kinds, in_nodes = as_nodes(kinds, nodes, request.types is None)
         groups = {n: _shared(n, kinds) for n in grouped(kinds, [*sizes.tensor_bytes(run), *in_nodes])}
         store = Store.open(cache, files, tokens, request.seed)
         if not store.is_measured:
@@ -171,7 +172,8 @@ def find_plan(
             lambda: measure(ModelWeights.open(model), tokens, device, request.seed, progress, store.folder)
         )
         costs = Costs(weights, base, measured, store, progress)
-        problem = _Problem(weights, base, groups, costs, sizes, files, run, target)
+        fast = {name: own for names, own in nodes.items() for name in names}
+        problem = _Problem(weights, base, groups, fast, costs, sizes, files, run, target)
         return problem.solved(request, finished, progress)
 
 
@@ -183,6 +185,7 @@ class _Problem:
         weights: ModelWeights,
         base: Plan,
         groups: dict[tuple[str, ...], tuple[str, ...]],
+        fast: dict[str, tuple[str, ...]],
         costs: Costs,
         sizes: Sizes,
         files: dict[str, str],
@@ -193,7 +196,12 @@ class _Problem:
         self.target, self.entries = target, {entry.name: entry for entry in base.tensors}
         named = {name for names in groups for name in names}
         self.in_floats = [e.name for e in base.tensors if (e.format or e.fallback_from) and e.name not in named]
-        largest = {name: max(own, key=_bits) for names, own in groups.items() for name in names}
+        # Of experts a type that makes them one node, as planned ones mostly are: a graph without takes long to trace.
+        largest = {
+            name: max(own, key=lambda kind, first=names[0]: (kind in fast.get(first, ()), _bits(kind)))
+            for names, own in groups.items()
+            for name in names
+        }
         kept: dict[str, str | None] = {name: largest.get(name) for name in base_formats(base)}
         self.run = run.with_types(kept)
         stored = bytes_by_type(groups, self.entries, lambda types: sizes.tensor_bytes(self.run.with_types(types)))

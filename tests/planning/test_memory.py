@@ -46,4 +46,6 @@ def test_memory_besides_the_file_is_what_llama_cpp_allocates(
         needs = needs_of(shape, "gguf", int(context), CacheTypes(kind, kind))
         # The log has two digits behind the point.
         assert needs.cache == pytest.approx(cache, abs=0.02 * 2**20), what
-        assert needs.buffers == pytest.approx(buffers, rel=0.1), what
+        # Masks of long contexts reuse other room where they are larger than a small model's logits.
+        most = 1.1 if config is None else 1.25
+        assert 0.9 * buffers <= needs.buffers <= most * buffers, what

@@ -109,18 +109,35 @@ class KnowsItsWay(Protocol):
         ...
 
 
-class KnowsItsSize(Protocol):
-    """An exporter that can say how large the file of a run will be, to the byte, without the run's codes."""
+class FileSizes(Protocol):
+    """How large the file of a run will be, to the byte, without the run's codes."""
 
-    def tensor_bytes(self, run: RunDirectory, options: ExportOptions) -> dict[tuple[str, ...], int]:
+    def tensor_bytes(self, run: RunDirectory) -> dict[tuple[str, ...], int]:
         """Parameters that are in one tensor of the file → its bytes, padding included.
 
         Parameters in one tensor have one type. {} where only the bytes of all are known.
         """
         ...
 
-    def file_bytes(self, run: RunDirectory, options: ExportOptions) -> int | None:
+    def file_bytes(self, run: RunDirectory) -> int | None:
         """Bytes of all that a runtime reads: the file, or the folder but for notes about it. None: not known before."""
+        ...
+
+    def one_node(self, run: RunDirectory) -> dict[tuple[str, ...], tuple[str, ...]]:
+        """Parameters that a runtime computes much faster where they have one of some types → these types."""
+        ...
+
+
+class KnowsItsSize(Protocol):
+    """An exporter that can say how large its files will be."""
+
+    def sizes(self, options: ExportOptions, kept: Path) -> FileSizes:
+        """The sizes of one model's files.
+
+        Args:
+            options: of the export.
+            kept: a folder for what takes long and is the same for all types of a model; it may be removed at any time.
+        """
         ...
 
 

@@ -338,9 +338,12 @@ def plan(
     memory_of: str | None = None,
     format: str = "gguf",
     context: int = 4096,
+    cache_type_k: str | None = None,
+    cache_type_v: str | None = None,
     pin: str | Sequence[str] = (),
     at_least: str | Sequence[str] = (),
     types: str | None = None,
+    template: StrPath | None = None,
     calibration: StrPath | None = None,
     samples: int = 32,
     seqlen: int = 256,
@@ -359,8 +362,10 @@ def plan(
         memory_of: name of the device whose memory that is, for messages.
         format: "gguf" or "onnx".
         context: tokens that the runtime's cache is to hold.
+        cache_type_k, cache_type_v: of llama.cpp's cache: f16, q8_0 or q4_0.
         pin, at_least: "PATTERN=TYPE" for matrices by name: this type, or one of at least as many bits a weight.
         types: the types to choose from, such as "Q3_K,Q4_K,Q6_K"; None: all of the format.
+        template: the GGUF file that `export` will be given as a template.
         calibration: text file, JSON lines or the name of a dataset; None takes the shipped speeches.
         samples, seqlen: how much of it.
         from_run: a finished run of the model, whose measured KL divergence corrects the prediction.
@@ -369,12 +374,13 @@ def plan(
         device: "auto", "cpu" or "cuda", for the pass through the model.
     """
     from signround_edge.demo import calibration_text_path
+    from signround_edge.evaluation.cache_types import CacheTypes
     from signround_edge.model.source import resolve_model
     from signround_edge.model.tokenizer import load_tokenizer
     from signround_edge.planning.budget import Budget
     from signround_edge.planning.candidates import parse_wish
     from signround_edge.planning.plan import Request, find_plan
-    from signround_edge.planning.sizes import ExporterSizes
+    from signround_edge.planning.sizes import exporter_sizes
     from signround_edge.sensitivity.store import default_cache
     from signround_edge.tuning.calibration.text import calibration_tokens
     from signround_edge.tuning.quantize import chosen_device
@@ -384,7 +390,8 @@ def plan(
         raise UserError(
             "give one of --target-size, --target-bpw, --device and --memory: it says how large the file may be"
         )
-    sizes = ExporterSizes(format)
+    where = default_cache() if cache is None else path_of("--cache", cache)
+    sizes = exporter_sizes(format, where, _path("--template", template))
     if target_size is not None:
         budget = Budget(size=bytes_of("--target-size", str(target_size)), asked=f"--target-size {target_size}")
     elif target_bpw is not None:
@@ -394,6 +401,9 @@ def plan(
     else:
         asked = f"--memory {memory}" if memory_of is None else f"--device {memory_of}"
         budget = Budget(memory=bytes_of("--memory", str(memory)), asked=asked)
+    cache_types = CacheTypes.of(cache_type_k, cache_type_v)
+    if cache_types is not None and format != "gguf":
+        raise UserError("--cache-type-k and --cache-type-v are llama.cpp's; leave them out with --format onnx")
     for flag, value, low in (("--context", context, 1), ("--samples", samples, 1), ("--seqlen", seqlen, 2)):
         arguments.at_least(flag, value, low)
     wishes = [parse_wish(one, True, format) for one in several("--pin", pin)]
@@ -402,8 +412,7 @@ def plan(
     named = str(calibration_text_path()) if calibration is None else _text("--calibration", calibration)
     tokens = calibration_tokens(named, load_tokenizer(folder), samples, seqlen)
     finished = None if from_run is None else _finished(_run(from_run), folder, text, shown)
-    request = Request(format, budget, context, tuple(wishes), types, Path(named).name)
-    where = default_cache() if cache is None else path_of("--cache", cache)
+    request = Request(format, budget, context, tuple(wishes), types, Path(named).name, cache_types=cache_types)
     return find_plan(folder, request, sizes, tokens, where, chosen_device(device), shown, finished)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporters.gguf.options import GgufOptions
-from exporters.interface import ExpectedTensor, ExportOptions
+from exporters.interface import ExpectedTensor, ExportOptions, FileSizes
 from signround_edge.inspection import TensorInfo
 
 if TYPE_CHECKING:  # torch takes seconds, and `inspect` needs none of it
@@ -50,17 +50,11 @@ class GgufExporter:
 
         return export(run, out, GgufOptions.of(options))
 
-    def tensor_bytes(self, run: RunDirectory, options: ExportOptions) -> dict[tuple[str, ...], int]:
-        """Parameters that are in one tensor of the file → its bytes, padding included."""
-        from exporters.gguf.export import tensor_bytes
+    def sizes(self, options: ExportOptions, kept: Path) -> FileSizes:
+        """Of files, with a template too; it is read once."""
+        from exporters.gguf.sizes import GgufSizes
 
-        return tensor_bytes(run, GgufOptions.of(options))
-
-    def file_bytes(self, run: RunDirectory, options: ExportOptions) -> int:
-        """Bytes of the file, to the byte."""
-        from exporters.gguf.export import file_bytes
-
-        return file_bytes(run, GgufOptions.of(options))
+        return GgufSizes(GgufOptions.of(options))
 
     def way(self, config: Mapping[str, Any], parameters: Sequence[str]) -> str:
         """Built in; UserError for models that need a template."""

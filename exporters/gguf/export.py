@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gguf
 
-from exporters.gguf.container.writer import PlannedTensor, check_target, head_bytes, padded_bytes, write_file
+from exporters.gguf.container.writer import PlannedTensor, check_target, write_file
 from exporters.gguf.families.architecture import add_architecture, refuse_what_differs
 from exporters.gguf.families.rope import factor_tensors
 from exporters.gguf.families.table import canonical_config, family_of
@@ -58,13 +58,15 @@ def export(run: RunDirectory, out: Path, options: GgufOptions) -> Path:
 def _export_text(run: RunDirectory, path: Path, options: GgufOptions, inputs: dict[str, Path | None]) -> Path:
     if options.template is not None:
         return export_with_template(run, path, options, options.template)
-    writer, tensors, placements = _layout(run, options)
+    writer, tensors, placements = builtin_layout(run, options)
     say_floats(run, placements, options)
     options.log(f"writing {path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:.1f} MB")
     return write_file(path, writer, tensors, options.split_max_bytes, inputs)
 
 
-def _layout(run: RunDirectory, options: GgufOptions) -> tuple[gguf.GGUFWriter, list[PlannedTensor], list[Placement]]:
+def builtin_layout(
+    run: RunDirectory, options: GgufOptions
+) -> tuple[gguf.GGUFWriter, list[PlannedTensor], list[Placement]]:
     """The built-in route's metadata and tensors, and where the run's parameters are in these."""
     config = canonical_config(run.config)
     family = family_of(config)
@@ -72,7 +74,7 @@ def _layout(run: RunDirectory, options: GgufOptions) -> tuple[gguf.GGUFWriter, l
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.arch])
     writer.add_type(gguf.GGUFType.MODEL)
     placements = builtin_placements(run, config)
-    tensors = _tensors(run, placements, options)
+    tensors = [plan_tensor(run, p, options.dtype, _is_always_f32(p.gguf_name)) for p in placements]
     tensors += [f32_tensor(name, factors) for name, factors in factor_tensors(family, config).items()]
     tensors += [zeros(name, shape) for name, shape in family.unread(config).items()]
     embedding = next((p for p in placements if p.gguf_name == "token_embd.weight"), None)
@@ -87,26 +89,6 @@ def _layout(run: RunDirectory, options: GgufOptions) -> tuple[gguf.GGUFWriter, l
     writer.add_file_type(file_type(run, options.dtype))
     add_provenance(writer, run)
     return writer, tensors, placements
-
-
-def _tensors(run: RunDirectory, placements: list[Placement], options: GgufOptions) -> list[PlannedTensor]:
-    return [plan_tensor(run, p, options.dtype, _is_always_f32(p.gguf_name)) for p in placements]
-
-
-def tensor_bytes(run: RunDirectory, options: GgufOptions) -> dict[tuple[str, ...], int]:
-    """Parameters that are in one tensor of the file → its bytes, padding included; see `GgufExporter.tensor_bytes`."""
-    placements = builtin_placements(run, canonical_config(run.config))
-    planned = _tensors(run, placements, options)
-    found: dict[tuple[str, ...], int] = {}
-    for placement, tensor in zip(placements, planned, strict=True):
-        found[placement.hf_names] = found.get(placement.hf_names, 0) + padded_bytes(tensor)
-    return found
-
-
-def file_bytes(run: RunDirectory, options: GgufOptions) -> int:
-    """Bytes of the file that a run's codes would fill."""
-    writer, tensors, _ = _layout(run, options)
-    return head_bytes(writer, tensors) + sum(map(padded_bytes, tensors))
 
 
 def _is_always_f32(gguf_name: str) -> bool:

@@ -15,7 +15,7 @@ from exporters.onnx.options import OnnxOptions
 from signround_edge.inspection import TensorInfo
 
 if TYPE_CHECKING:
-    from exporters.interface import ExpectedTensor
+    from exporters.interface import ExpectedTensor, FileSizes
     from signround_edge.run_directory import RunDirectory
 
 __all__ = ["OnnxExporter"]
@@ -51,15 +51,11 @@ class OnnxExporter:
 
         return export_folder(run, out, OnnxOptions.of(options))
 
-    def tensor_bytes(self, run: RunDirectory, options: ExportOptions) -> dict[tuple[str, ...], int]:
-        """{}: matrices may be stacked in the graph, and only the bytes of all files are known."""
-        return {}
+    def sizes(self, options: ExportOptions, kept: Path) -> FileSizes:
+        """Of folders; a graph that is traced is kept."""
+        from exporters.onnx.footprint import OnnxSizes
 
-    def file_bytes(self, run: RunDirectory, options: ExportOptions) -> int | None:
-        """Bytes of all files of the folder but card and sidecar; None where the graph would be traced."""
-        from exporters.onnx.footprint import file_bytes
-
-        return file_bytes(run, OnnxOptions.of(options))
+        return OnnxSizes(OnnxOptions.of(options), kept)
 
     def way(self, config: Mapping[str, Any], parameters: Sequence[str]) -> str:
         """By the builder or by tracing; a mixture of experts is traced, with all of them (`routes.traced_experts`)."""

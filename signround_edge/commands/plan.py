@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from signround_edge.commands.options import PATH, json_option, model_argument
+from signround_edge.commands.options import PATH, cache_type_k_option, cache_type_v_option, json_option, model_argument
 from signround_edge.commands.output import print_json, say, show
 from signround_edge.errors import UserError
 from signround_edge.tuning.settings import DEVICES
@@ -20,9 +20,12 @@ from signround_edge.tuning.settings import DEVICES
 @click.option("--memory", help="Memory for file, cache and buffers: 2G.")
 @click.option("--format", "target", default="gguf", show_default=True, help="gguf or onnx.")
 @click.option("--context", type=int, default=4096, show_default=True, help="Tokens that the cache is to hold.")
+@cache_type_k_option
+@cache_type_v_option
 @click.option("--pin", multiple=True, help="PATTERN=TYPE: matrices by name have this type. Repeatable.")
 @click.option("--at-least", multiple=True, help="PATTERN=TYPE: they have at least as many bits. Repeatable.")
 @click.option("--types", help="Types to choose from: Q3_K,Q4_K,Q6_K (default: all of the format).")
+@click.option("--template", type=PATH, help="The GGUF file that `export` will be given as --template.")
 @click.option("-o", "--out", type=PATH, help="plan.json to write, for `quantize --plan`; plan.svg beside it.")
 @click.option("--calibration", default=None, help="Text file, JSON lines or dataset name (default: shipped speeches).")
 @click.option("--samples", type=int, default=32, show_default=True, help="Samples that weights are judged on.")
@@ -34,9 +37,10 @@ from signround_edge.tuning.settings import DEVICES
 @json_option
 def plan(
     model: str, target_size: str | None, target_bpw: float | None, device: str | None, memory: str | None, target: str,
-    context: int, pin: tuple[str, ...], at_least: tuple[str, ...], types: str | None, out: Path | None,
-    calibration: str | None, samples: int, seqlen: int, from_run: Path | None, text: Path | None, cache: Path | None,
-    compute: str, as_json: bool,
+    context: int, cache_type_k: str | None, cache_type_v: str | None, pin: tuple[str, ...],
+    at_least: tuple[str, ...], types: str | None, template: Path | None,
+    out: Path | None, calibration: str | None, samples: int, seqlen: int, from_run: Path | None, text: Path | None,
+    cache: Path | None, compute: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Find a type for every tensor of MODEL under a budget of bytes, and say what it is expected to cost."""
     from signround_edge import api
@@ -51,13 +55,14 @@ def plan(
             raise UserError("--device says how much memory there is, and --memory does too; give one of them")
         memory = api.device_memory(device)
     if out is not None:
-        check_output("-o", out, {"--from-run": from_run, "--text": text})
+        check_output("-o", out, {"--from-run": from_run, "--text": text, "--template": template})
         PlannedTypes.check_out(out)
     with terminal_progress("measuring") as progress:
         found = api.plan(
             model, target_size=target_size, target_bpw=target_bpw, memory=memory, memory_of=device, format=target,
-            context=context, pin=pin, at_least=at_least, types=types, calibration=calibration, samples=samples,
-            seqlen=seqlen, from_run=from_run, text=text, cache=cache, device=compute, progress=progress,
+            context=context, cache_type_k=cache_type_k, cache_type_v=cache_type_v, pin=pin, at_least=at_least,
+            types=types, template=template, calibration=calibration, samples=samples, seqlen=seqlen,
+            from_run=from_run, text=text, cache=cache, device=compute, progress=progress,
         )  # fmt: skip
     if out is not None:
         found.planned.save(out)

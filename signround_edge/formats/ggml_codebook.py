@@ -144,6 +144,11 @@ class SmallFloatScales(Codebook):
     def scales_at_their_limits(self, fields: Fields) -> tuple[Tensor, Tensor]:
         return self.effective_scale(fields) == 0, fields["scale_code"] == self.field_ranges["scale_code"][1]
 
+    @property
+    def scales_hold(self) -> str:
+        known = self.scales(torch.device("cpu"))
+        return f"{self.name}'s scales hold {float(known[known > 0][0]):.0e} to {float(known[-1]):.4g}"
+
     def search(self, blocks: Tensor, importance: Tensor) -> BlockScales:
         return in_row_chunks(lambda w, h: search_symmetric(self, w, h, self.factors), blocks, importance)
 

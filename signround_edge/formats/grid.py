@@ -154,6 +154,11 @@ class Grid(ABC):
             none, most = none & (other == 0), most | (other.abs() >= FP16_MAX)
         return none, most
 
+    @property
+    def scales_hold(self) -> str:
+        """Which scales other than zero a block (or super-block) may have, in a few words."""
+        return "fp16 scales hold 6e-8 to 65504"
+
     def codes_problem(self, codes: Tensor) -> str | None:
         """What is wrong with codes [R, K], each in its range, beside one another, in a few words; None: nothing."""
         return None

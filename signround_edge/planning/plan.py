@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from signround_edge.errors import UserError
+from signround_edge.evaluation.cache_types import CacheTypes
 from signround_edge.formats import get_grid
 from signround_edge.model.cache_shape import cache_shape
 from signround_edge.model.source import model_name
@@ -22,7 +23,7 @@ from signround_edge.planning.budget import Budget
 from signround_edge.planning.candidates import Wish, allowed_types, check_wishes, types_of
 from signround_edge.planning.knapsack import Option, frontier, least_bytes, most_bytes, solve
 from signround_edge.planning.memory import Needs, needs_of
-from signround_edge.planning.problem import Group, Types, bytes_by_type, grouped
+from signround_edge.planning.problem import Group, Types, as_nodes, bytes_by_type, grouped
 from signround_edge.planning.untuned_run import UntunedRun, untuned_run
 from signround_edge.progress import Progress
 from signround_edge.schemes.gguf_presets import GGUF_PRESETS
@@ -44,11 +45,13 @@ _TRIES = 8  # until an exporter that tells only the sum of bytes agrees
 
 
 class Sizes(Protocol):
-    """What of an exporter is needed: see `KnowsItsSize`; its options at their defaults."""
+    """What of an exporter is needed: see `FileSizes`."""
 
     def tensor_bytes(self, run: UntunedRun) -> dict[tuple[str, ...], int]: ...
 
     def file_bytes(self, run: UntunedRun) -> int | None: ...
+
+    def one_node(self, run: UntunedRun) -> dict[tuple[str, ...], tuple[str, ...]]: ...
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Request:
         types: the types to choose from, joined by commas; None: all of the target.
         calibration: what the sensitivity is measured on, for people.
         seed: of the labels.
+        cache_types: of llama.cpp's cache; None: its own.
     """
 
     target: str
@@ -71,6 +75,7 @@ class Request:
     types: str | None = None
     calibration: str = ""
     seed: int = 0
+    cache_types: CacheTypes | None = None
 
 
 @dataclass(frozen=True)
@@ -144,13 +149,6 @@ def find_plan(
     for line in weights.notes():
         progress.line(line)
     files = weights.source.hashes()
-    store = Store.open(cache, files, tokens, request.seed)
-    if not store.is_measured:
-        progress.line(f"measuring what each tensor matters, on {tokens.numel():,} tokens; kept in {store.folder}")
-    measured = store.measured(
-        # Of modules of its own: the pass leaves them loaded, and a head that is tied would no longer be.
-        lambda: measure(ModelWeights.open(model), tokens, device, request.seed, progress, store.folder)
-    )
     base = make_plan(weights, parse_scheme(_EVERYTHING[target]), float_fallback=True)
     allowed = allowed_types(target, request.types)
     kinds = {
@@ -160,9 +158,22 @@ def find_plan(
     }
     check_wishes(request.wishes, list(kinds), config.model_type)
     kinds = {name: own for name, own in kinds.items() if own}
-    costs = Costs(weights, base, measured, store, progress)
     with tempfile.TemporaryDirectory() as folder:
-        problem = _Problem(weights, base, kinds, costs, sizes, files, Path(folder) / "run", target)
+        run = untuned_run(weights, base, f"{target}:plan", files, Path(folder) / "run")
+        # Before the long pass: an exporter refuses a model that it has no file for.
+        nodes = sizes.one_node(run)
+        kinds, in_nodes = as_nodes(kinds, nodes, request.types is None)
+        groups = {n: _shared(n, kinds) for n in grouped(kinds, [*sizes.tensor_bytes(run), *in_nodes])}
+        store = Store.open(cache, files, tokens, request.seed)
+        if not store.is_measured:
+            progress.line(f"measuring what each tensor matters, on {tokens.numel():,} tokens; kept in {store.folder}")
+        measured = store.measured(
+            # Of modules of its own: the pass leaves them loaded, and a head that is tied would no longer be.
+            lambda: measure(ModelWeights.open(model), tokens, device, request.seed, progress, store.folder)
+        )
+        costs = Costs(weights, base, measured, store, progress)
+        fast = {name: own for names, own in nodes.items() for name in names}
+        problem = _Problem(weights, base, groups, fast, costs, sizes, files, run, target)
         return problem.solved(request, finished, progress)
 
 
@@ -173,23 +184,26 @@ class _Problem:
         self,
         weights: ModelWeights,
         base: Plan,
-        kinds: dict[str, tuple[str, ...]],
+        groups: dict[tuple[str, ...], tuple[str, ...]],
+        fast: dict[str, tuple[str, ...]],
         costs: Costs,
         sizes: Sizes,
         files: dict[str, str],
-        folder: Path,
+        run: UntunedRun,
         target: str,
     ) -> None:
         self.weights, self.base, self.costs, self.sizes, self.files = weights, base, costs, sizes, files
         self.target, self.entries = target, {entry.name: entry for entry in base.tensors}
-        self.scheme = f"{target}:plan"
-        whole_run = untuned_run(weights, base, self.scheme, files, folder)
-        together = sizes.tensor_bytes(whole_run)
-        groups = {names: _shared(names, kinds) for names in grouped(kinds, together)}
-        self.in_floats = [e.name for e in base.tensors if (e.format or e.fallback_from) and e.name not in kinds]
-        largest = {name: max(own, key=_bits) for names, own in groups.items() for name in names}
+        named = {name for names in groups for name in names}
+        self.in_floats = [e.name for e in base.tensors if (e.format or e.fallback_from) and e.name not in named]
+        # Of experts a type that makes them one node, as planned ones mostly are: a graph without takes long to trace.
+        largest = {
+            name: max(own, key=lambda kind, first=names[0]: (kind in fast.get(first, ()), _bits(kind)))
+            for names, own in groups.items()
+            for name in names
+        }
         kept: dict[str, str | None] = {name: largest.get(name) for name in base_formats(base)}
-        self.run = whole_run.with_types(kept)
+        self.run = run.with_types(kept)
         stored = bytes_by_type(groups, self.entries, lambda types: sizes.tensor_bytes(self.run.with_types(types)))
         cost = costs.of({name: own for names, own in groups.items() for name in names})
         self.groups = [
@@ -218,7 +232,7 @@ class _Problem:
         """The plan."""
         weights = sum(math.prod(entry.shape) for entry in self.base.tensors)
         config: Any = self.weights.decoder.model.config
-        needs = needs_of(cache_shape(config), self.target, request.context)
+        needs = needs_of(cache_shape(config), self.target, request.context, request.cache_types)
         head = self.fixed - self._floats()
         budget = request.budget.file_bytes(weights, head, needs)
         least, most = least_bytes(self.options) + self.fixed, most_bytes(self.options) + self.fixed
@@ -248,6 +262,7 @@ class _Problem:
             settings={
                 "asked": request.budget.asked, "context": request.context, "calibration": request.calibration,
                 "wishes": [wish.text for wish in request.wishes], "types": request.types, "seed": request.seed,
+                **({} if request.cache_types is None else {"cache": request.cache_types.text}),
             },
         )  # fmt: skip
         return FoundPlan(

@@ -58,6 +58,28 @@ def grouped(names: Iterable[str], together: Iterable[Sequence[str]]) -> list[tup
     return [tuple(members) for members in found.values()]
 
 
+def as_nodes(
+    kinds: Mapping[str, tuple[str, ...]], nodes: Mapping[tuple[str, ...], tuple[str, ...]], only: bool
+) -> tuple[dict[str, tuple[str, ...]], list[tuple[str, ...]]]:
+    """Types of matrices that a runtime computes much faster where they have one of some types.
+
+    Args:
+        kinds: parameter name → types that it may have.
+        nodes: names → those types.
+        only: they have no others where no pin forbids all of these.
+    Returns:
+        kinds, and the names that are to have one type.
+    """
+    found, together = dict(kinds), []
+    for names, fast in nodes.items():
+        possible = [kind for kind in fast if all(kind in kinds.get(name, ()) for name in names)]
+        if possible:
+            together.append(names)
+            if only:
+                found |= {name: tuple(kind for kind in kinds[name] if kind in possible) for name in names}
+    return found, together
+
+
 def bytes_by_type(
     groups: Mapping[tuple[str, ...], Sequence[str]],
     entries: Mapping[str, TensorEntry],

@@ -1,11 +1,16 @@
-"""A run directory as `quantize` would leave it, but for its codes, which are all zero: exporters tell its size."""
+"""A run directory as `quantize` would leave it, but for its codes, which are all zero: exporters tell its size.
+
+Where its weights are asked for in floats, they are the original model's, by which a graph or a template is recognised.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from signround_edge.formats import QuantizedTensor, get_grid
@@ -33,6 +38,14 @@ class UntunedRun(RunDirectory):
 
     def float_tensor(self, name: str) -> Tensor:
         return self._weights.tensor(name)
+
+    def dequantized(self, name: str) -> Tensor:
+        return self._weights.tensor(name).float()
+
+    def dequantized_rows(self, name: str, order: NDArray[np.intp] | None = None) -> Iterator[Tensor]:
+        weight = self.dequantized(name)
+        weight = weight.T.contiguous() if self.entry(name).transposed else weight
+        yield weight if order is None else weight[torch.from_numpy(order)]
 
     def with_types(self, types: Mapping[str, str | None]) -> UntunedRun:
         """The same with other types: parameter name → type, or None for floats, for those that change."""

@@ -14,13 +14,14 @@ def say_what_is_stored(job: Job) -> None:
     names = [name for name in job.run.names() if job.run.is_quantized(name)]
     as_they_are = 0
     for name in names:
-        zeroed, cut, same, total = _compare(job, name, job.run.quantized(name))
+        stored = job.run.quantized(name)
+        zeroed, cut, same, total = _compare(job, name, stored)
         as_they_are += same
         if zeroed or cut:
             said = [f"{_share(zeroed, total)} became zero"] if zeroed else []
             said += [f"{_share(cut, total)} were cut off"] if cut else []
             job.progress.line(
-                f"warning: {name}: {' and '.join(said)}, as fp16 scales hold 6e-8 to 65504 only; check this matrix of "
+                f"warning: {name}: {' and '.join(said)}, as {stored.grid.scales_hold} only; check this matrix of "
                 "the checkpoint, or rescale it there"
             )
     if as_they_are:

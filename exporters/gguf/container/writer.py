@@ -123,9 +123,9 @@ def _grouped(tensors: list[PlannedTensor], max_bytes: int | None) -> list[list[P
     return groups
 
 
-def padded_bytes(tensor: PlannedTensor) -> int:
+def padded_bytes(tensor: PlannedTensor, alignment: int = int(GGUF_DEFAULT_ALIGNMENT)) -> int:
     """Bytes that a tensor takes in the file, padding included."""
-    return tensor.nbytes + -tensor.nbytes % int(GGUF_DEFAULT_ALIGNMENT)
+    return tensor.nbytes + -tensor.nbytes % alignment
 
 
 def head_bytes(writer: GGUFWriter, tensors: Iterable[PlannedTensor]) -> int:
@@ -151,7 +151,7 @@ def _write_one(writer: GGUFWriter, tensors: list[PlannedTensor], partial: Path) 
     alignment = writer.data_alignment
     with partial.open("r+b", buffering=0) as out:
         start = out.seek(0, os.SEEK_END)
-        end = start + sum(tensor.nbytes + -tensor.nbytes % alignment for tensor in tensors)
+        end = start + sum(padded_bytes(tensor, alignment) for tensor in tensors)
         _reserve(out.fileno(), start, end)
         for tensor in tensors:
             _write_tensor(out, tensor, alignment)

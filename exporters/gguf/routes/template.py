@@ -47,35 +47,49 @@ def export_with_template(run: RunDirectory, path: Path, options: ExportOptions, 
         UserError: the template is unreadable, or a parameter of the run finds no place in it.
     """
     source = GgufFile.open(template)
+    placements = template_placements(run, source)
+    kept = [name for name in source.tensors if name not in placements]
+    if kept:
+        options.log(f"kept {len(kept)} tensors of the template as they are: {', '.join(kept[:8])}")
+    say_floats(run, placements.values(), options)
+    writer, tensors = template_layout(run, source, placements, options)
+    say_truncation(rope_parameters(run.config.get("text_config") or run.config), options.log)
+    say_differences(source.get, run.config_dir, options.log)
+    check_end_tokens(source.get, end_tokens(run.config_dir), options.log)
+    options.log(f"writing {path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:.1f} MB")
+    inputs = {"the run": run.path, "--template": template}
+    return write_file(path, writer, tensors, options.split_max_bytes, inputs)
+
+
+def template_placements(run: RunDirectory, source: GgufFile) -> dict[str, Placement]:
+    """Name of a template's tensor → what of the run it holds. UserError where a parameter finds no place."""
     placements = {p.gguf_name: p for p in match_by_value(run, source)}
     missing = set(run.names()) - names_of(placements.values())
     if missing:
         raise UserError(
-            f"{template} has no place for {len(missing)} of the run's parameters ({', '.join(sorted(missing)[:3])}"
+            f"{source.path} has no place for {len(missing)} of the run's parameters ({', '.join(sorted(missing)[:3])}"
             f"{', …' if len(missing) > 3 else ''}): by name or by value none of its tensors is theirs; make "
             "the template from the same model"
             + (", or quantize without --transform, which changes weights" if run.is_transformed else "")
         )
-    kept = [name for name in source.tensors if name not in placements]
-    if kept:
-        options.log(f"kept {len(kept)} tensors of the template as they are: {', '.join(kept[:8])}")
+    return placements
+
+
+def template_layout(
+    run: RunDirectory, source: GgufFile, placements: dict[str, Placement], options: ExportOptions
+) -> tuple[gguf.GGUFWriter, list[PlannedTensor]]:
+    """The template's metadata, and its tensors with the run's data."""
     tensors = [
         _planned(run, source, info, placements.get(name), options.dtype) for name, info in source.tensors.items()
     ]
-    say_floats(run, placements.values(), options)
     writer = gguf.GGUFWriter(None, source.architecture)
     _copy_metadata(writer, source, options)
-    say_truncation(rope_parameters(run.config.get("text_config") or run.config), options.log)
-    say_differences(source.get, run.config_dir, options.log)
-    check_end_tokens(source.get, end_tokens(run.config_dir), options.log)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(file_type(run, options.dtype))
     add_provenance(writer, run)
     # `verify` must not expect the built-in route's metadata here.
-    writer.add_string(f"{PROVENANCE}.template", template.name)
-    options.log(f"writing {path}: {len(tensors)} tensors, {sum(t.nbytes for t in tensors) / 1e6:.1f} MB")
-    inputs = {"the run": run.path, "--template": template}
-    return write_file(path, writer, tensors, options.split_max_bytes, inputs)
+    writer.add_string(f"{PROVENANCE}.template", source.path.name)
+    return writer, tensors
 
 
 def match_by_value(run: RunDirectory, file: GgufFile) -> list[Placement]:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from exporters.onnx.passes.graph_edit import SHARES_BYTES
 
 # Smaller initializers go into model.onnx itself, where shape inference finds constants.
-_INLINE_BELOW = 1024
+INLINE_BELOW = 1024
 # Large tensors start on a page, so that every ONNX Runtime can map them instead of copying.
 _PAGE, _PAGED_FROM, _ALIGNMENT = 4096, 1 << 20, 64
 
@@ -75,7 +75,7 @@ def write_model(
             if SHARES_BYTES in value.meta:
                 continue
             tensor = value.const_value
-            inline = tensor.nbytes < _INLINE_BELOW
+            inline = tensor.nbytes < INLINE_BELOW
             value.const_value = ir.Tensor(tensor.numpy().copy(), name=value.name) if inline else files.store(value)
     finally:
         files.close()

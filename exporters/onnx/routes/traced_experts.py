@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporters.onnx.routes.traced_mixtures import Mixture, mixture_of
+from exporters.onnx.routes.traced_mixtures import Mixture, mixture_of, possible_mixture
 from exporters.onnx.run_weights import RunWeights
-from signround_edge.model.decoder import set_tensor
+from signround_edge.model.decoder import set_tensor, transformers_model
 from signround_edge.model.experts import Experts, ExpertsOfAllTokens, replace_experts
 
 
@@ -90,3 +90,18 @@ def take_experts_apart(model: nn.Module, weights: RunWeights, no_qmoe: str) -> T
             setattr(model.get_submodule(owner), leaf, kind(list(module)))
             taken.dense[found] = max(taken.dense.get(found, 0), len(module))
     return taken
+
+
+def mixtures_of(weights: RunWeights, of_any_type: bool = False) -> list[Mixture]:
+    """The layers of experts of a run that `take_experts_apart` makes nodes of, in order, without reading a weight.
+
+    Args:
+        of_any_type: also those that would be nodes if they had one type of 4 bits.
+    """
+    if not any(".experts." in name for name in weights.run.names()):
+        return []
+    model = transformers_model(weights.run.config_dir)
+    replace_experts(model)
+    look = possible_mixture if of_any_type else mixture_of
+    found = (look(name, module, weights) for name, module in model.named_modules() if isinstance(module, Experts))
+    return [one for one in found if isinstance(one, Mixture)]

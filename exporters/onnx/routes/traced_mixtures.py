@@ -25,7 +25,7 @@ OPERATOR = "QMoE"
 # Attribute of a node whose weights are not in yet: the module whose experts they are.
 EXPERTS_OF = "signround_edge_experts"
 # Eight bits are rounded (activations to int8 at every level), and so are two behind an activation.
-_EXACT_BITS = 4
+EXACT_BITS = 4
 _LARGE = 1e6  # beyond every limit of an activation
 
 
@@ -68,9 +68,31 @@ class Mixture:
         """The same of all experts, one after the other."""
         return tuple(name for expert in range(self.experts) for name in self.parameters(part, expert, leaf))
 
+    def held(self) -> frozenset[str]:
+        """All parameters that the node has."""
+        leaves = ("weight", "bias") if self.biased else ("weight",)
+        return frozenset(name for part in ("fc1", "fc2") for leaf in leaves for name in self.all_parameters(part, leaf))
+
 
 def mixture_of(module: str, experts: Experts, weights: RunWeights) -> Mixture | str:
     """What to make of the experts called `module`; or why they cannot be a node, for a line."""
+    mixture = possible_mixture(module, experts, weights)
+    if isinstance(mixture, str):
+        return mixture
+    parts = [mixture.all_parameters(part) for part in ("fc1", "fc2")]
+    layouts = [{_form(weights.layout((name,))) for name in parameters} for parameters in parts]
+    if any(len(forms) > 1 for forms in layouts):
+        return "they differ in bits or block size"
+    (bits, block), (down_bits, down_block) = (next(iter(forms)) for forms in layouts)
+    if (bits, down_bits) != (EXACT_BITS, EXACT_BITS):
+        return f"QMoE computes exactly with {EXACT_BITS} bits only, and they have {bits} and {down_bits}"
+    if block != down_block:
+        return f"QMoE has one block size, and theirs are {block} and {down_block}"
+    return mixture
+
+
+def possible_mixture(module: str, experts: Experts, weights: RunWeights) -> Mixture | str:
+    """What `mixture_of` gives where the experts have one type of `EXACT_BITS`; they are quantized in this run."""
     first: Any = experts[0]
     if isinstance(experts, ExpertsOfAllTokens):
         return "their inputs are weighted, and QMoE weights outputs"
@@ -78,17 +100,8 @@ def mixture_of(module: str, experts: Experts, weights: RunWeights) -> Mixture | 
     if activation is None:
         return "QMoE on CPUs has no gate with their activation"
     mixture = Mixture(module, len(experts), first.up_proj.bias is not None, activation)
-    parts = [mixture.all_parameters(part) for part in ("fc1", "fc2")]
-    if not all(weights.is_quantized(parameters) for parameters in parts):
+    if not all(weights.is_quantized(mixture.all_parameters(part)) for part in ("fc1", "fc2")):
         return "they are not all quantized"
-    layouts = [{_form(weights.layout((name,))) for name in parameters} for parameters in parts]
-    if any(len(forms) > 1 for forms in layouts):
-        return "they differ in bits or block size"
-    (bits, block), (down_bits, down_block) = (next(iter(forms)) for forms in layouts)
-    if (bits, down_bits) != (_EXACT_BITS, _EXACT_BITS):
-        return f"QMoE computes exactly with {_EXACT_BITS} bits only, and they have {bits} and {down_bits}"
-    if block != down_block:
-        return f"QMoE has one block size, and theirs are {block} and {down_block}"
     return mixture
 
 

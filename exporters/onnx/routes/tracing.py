@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.onnx.artifact.check import check_complete
+from exporters.onnx.bindings import Binding
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx.routes.genai_config import write_genai_config
 from exporters.onnx.routes.graph import FinishedGraph, copy_config_files, replace_weights
@@ -70,19 +71,43 @@ def trace(weights: RunWeights, companions: Path, options: OnnxOptions, no_qmoe: 
     """
     if options.no_cache:
         options.log("onnx: the graph has no KV cache: it runs in plain ONNX Runtime, not in onnxruntime-genai")
-    traced = trace_graph(weights, not options.no_cache, options.log, no_qmoe)
-    model = traced.model
-    options.log("onnx: matching the graph's weights with the run directory")
-    experts = set_expert_weights(model.graph, traced.mixtures, weights)
-    in_nodes = frozenset(name for binding in experts for name in binding.parameters)
-    matched = match_weights(model.graph, weights, limit=0.0, elsewhere=in_nodes).bindings
-    check_complete(matched + experts, weights)
+    return finish(matched_trace(weights, not options.no_cache, options.log, no_qmoe), weights, companions, options)
+
+
+def matched_trace(weights: RunWeights, with_cache: bool, log: Callable[[str], None], no_qmoe: str) -> MatchedTrace:
+    """A traced graph of floats, and where it has the run's parameters; see `trace_graph` and `trace`."""
+    traced = trace_graph(weights, with_cache, log, no_qmoe)
+    log("onnx: matching the graph's weights with the run directory")
+    in_nodes = frozenset(name for mixture in traced.mixtures for name in mixture.held())
+    matched = match_weights(traced.model.graph, weights, limit=0.0, elsewhere=in_nodes).bindings
+    return MatchedTrace(traced.model, traced.mixtures, matched)
+
+
+def finish(found: MatchedTrace, weights: RunWeights, companions: Path, options: OnnxOptions) -> FinishedGraph:
+    """The run's weights in a traced graph, which is edited, and the files beside it; see `trace`."""
+    model = found.model
+    experts = set_expert_weights(model.graph, found.mixtures, weights)
+    check_complete(found.bindings + experts, weights)
     copy_config_files(weights.run, companions)
     if not options.no_cache:
         logits = next(value for value in model.graph.outputs if value.name == "logits")
         write_genai_config(companions, states_of(model.graph), int(logits.shape[-1]))
-    bindings = replace_weights(model, matched, weights, options) + experts
+    bindings = replace_weights(model, found.bindings, weights, options) + experts
     return FinishedGraph(model, bindings, f"torch.onnx.export (torch {torch.__version__})", not options.no_cache)
+
+
+@dataclass(frozen=True)
+class MatchedTrace:
+    """A traced graph of floats, and what it holds.
+
+    Attributes:
+        model, mixtures: see `Traced`.
+        bindings: of all parameters but those of the mixtures.
+    """
+
+    model: ir.Model
+    mixtures: list[Mixture]
+    bindings: list[Binding]
 
 
 @dataclass(frozen=True)

@@ -196,12 +196,7 @@ class _Problem:
         self.target, self.entries = target, {entry.name: entry for entry in base.tensors}
         named = {name for names in groups for name in names}
         self.in_floats = [e.name for e in base.tensors if (e.format or e.fallback_from) and e.name not in named]
-        # Of experts a type that makes them one node, as planned ones mostly are: a graph without takes long to trace.
-        largest = {
-            name: max(own, key=lambda kind, first=names[0]: (kind in fast.get(first, ()), _bits(kind)))
-            for names, own in groups.items()
-            for name in names
-        }
+        largest = {name: _largest(own, fast.get(names[0], ())) for names, own in groups.items() for name in names}
         kept: dict[str, str | None] = {name: largest.get(name) for name in base_formats(base)}
         self.run = run.with_types(kept)
         stored = bytes_by_type(groups, self.entries, lambda types: sizes.tensor_bytes(self.run.with_types(types)))
@@ -339,6 +334,12 @@ def _shared(names: tuple[str, ...], kinds: Mapping[str, tuple[str, ...]]) -> tup
 def base_formats(plan: Plan) -> dict[str, str]:
     """Parameter name → type, of those that have one."""
     return {entry.name: entry.format for entry in plan.tensors if entry.format is not None}
+
+
+def _largest(kinds: Sequence[str], preferred: Sequence[str]) -> str:
+    """The type of most bits; of experts, of those that make them one node, as planned ones mostly are: a graph without
+    takes long to trace."""
+    return max(kinds, key=lambda kind: (kind in preferred, _bits(kind)))
 
 
 def _bits(kind: str) -> float:

@@ -10,7 +10,7 @@ step's floor is the larger of the time for its matrix products and that for the 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from benchmarks.gpu.shapes import SHAPES, Shape
 from signround_edge.tuning.cost.memory import block_bytes, hidden_bytes
@@ -112,7 +112,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=list(RECIPES), default="default")
-    settings = replace(RECIPES[parser.parse_args().recipe], hidden_dtype="bfloat16")  # as "auto" is there
+    settings = RECIPES[parser.parse_args().recipe]
     print(f"| {' | '.join(_HEAD)} |\n|{'---|' * len(_HEAD)}")
     for shape in SHAPES.values():
         for device in DEVICES:

@@ -199,7 +199,7 @@ class FakeBlock:
         for name, parameter in list(block.named_parameters()):
             set_tensor(block, name, _frozen(torch.empty(parameter.shape, device=DEVICE)))
         width = weight_of(decoder.embedding).shape[1]
-        dtype = getattr(torch, hidden_dtype(settings, [get_grid(grid)], DEVICE))
+        dtype = torch.bfloat16 if hidden_dtype(settings) == "bfloat16" else torch.float32
         store = Store(hidden_on, dtype=dtype, pinned=hidden_on == CPU)
         hidden, target = (store.empty((*tokens.shape, width)) for _ in range(2))
         stream = Stream(hidden)

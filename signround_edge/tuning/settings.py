@@ -49,7 +49,7 @@ class TuningSettings:
         compute_dtype: dtype of matrix products while tuning: "auto", "float32" or "bfloat16".
             "auto" is bfloat16 for codes of up to 5 bits where the hardware multiplies it natively.
         hidden_dtype: dtype in which hidden states of all samples are kept between blocks: "auto", "float32" or
-            "bfloat16". "auto" is bfloat16 on a GPU where all codes have up to 5 bits. A run that has begun knows which.
+            "bfloat16", which halves them. "auto" is float32.
         whole_model_steps: gradient steps of the whole-model stage after the blocks; 0 leaves it out.
         whole_model_batch_size: samples a step there.
         whole_model_lr: relative learning rate of scales, norms and biases there, falling linearly to 0.

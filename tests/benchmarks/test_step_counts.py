@@ -14,7 +14,7 @@ from signround_edge.tuning.settings import TuningSettings
 
 SETTINGS = TuningSettings(steps=4, samples=8, seqlen=32, batch_size=4)
 HIDDEN = 256  # of the tiny Llama
-STATES = 2 * SETTINGS.batch_size * SETTINGS.seqlen * HIDDEN  # bf16
+STATES = 4 * SETTINGS.batch_size * SETTINGS.seqlen * HIDDEN
 
 
 def of_block(hidden_on: torch.device) -> dict[str, Counts]:

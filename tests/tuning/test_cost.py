@@ -14,21 +14,19 @@ from support import SIZES, assert_same_files, save_random_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from signround_edge.errors import UserError
-from signround_edge.formats import get_grid
 from signround_edge.model.decoder import weight_of
 from signround_edge.model.weights import ModelWeights
 from signround_edge.progress import Progress
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.plan import make_plan
 from signround_edge.schemes.scheme import parse_scheme
-from signround_edge.tuning.block.compute import hidden_dtype
 from signround_edge.tuning.calibration.activations import Store
 from signround_edge.tuning.cost.estimate import Estimate, Limits, _fitting, estimate
 from signround_edge.tuning.cost.memory import block_bytes
 from signround_edge.tuning.cost.work import BlockShape, MatrixShape, block_shapes, block_work
 from signround_edge.tuning.outside import open_shell, release_lookups
 from signround_edge.tuning.quantize import quantize
-from signround_edge.tuning.settings import TuningSettings, settings_from
+from signround_edge.tuning.settings import TuningSettings
 
 SMALL = TuningSettings(steps=4, samples=16, seqlen=32, batch_size=4, lr=0.02, compute_dtype="float32")
 SCHEME = parse_scheme("gguf:q4_0")
@@ -125,18 +123,6 @@ def test_a_step_is_cut_into_the_fewest_parts_that_fit() -> None:
     assert _fitting([block], settings, 16, 2, needed[2])[0].step_parts == 3
     with pytest.raises(UserError, match=r"--max-gpu-memory.*--seqlen"):
         _fitting([block], settings, 16, 2, needed[-1] - 1)
-
-
-def test_hidden_states_are_bf16_by_themselves_only_on_a_gpu_and_where_codes_are_coarse() -> None:
-    cuda, coarse, fine = (
-        torch.device("cuda"),
-        [get_grid("Q4_K"), get_grid("Q5_K")],
-        [get_grid("Q4_K"), get_grid("Q6_K")],
-    )
-    assert hidden_dtype(SMALL, coarse, cuda) == "bfloat16"
-    assert hidden_dtype(SMALL, fine, cuda) == hidden_dtype(SMALL, coarse, CPU) == "float32"
-    for named in ("float32", "bfloat16"):
-        assert hidden_dtype(settings_from("fast", {"hidden_dtype": named}), fine, cuda) == named
 
 
 def test_hidden_states_in_bf16_take_half_the_memory_and_make_another_run(

@@ -136,7 +136,7 @@ def estimate(
     shapes = block_shapes(plan, decoder)
     grids = {get_grid(m.grid) for shape in shapes for m in shape.matrices}
     width, on_gpu = compute_dtype(settings, grids, device), device.type == "cuda"
-    settings = replace(settings, hidden_dtype=hidden_dtype(settings, grids, device))
+    settings = replace(settings, hidden_dtype=hidden_dtype(settings))
     hidden = max(hidden_bytes(shape, settings, samples) for shape in shapes)
     gpu, hidden_on, block = None, "memory", 0.0
     if on_gpu:

@@ -291,7 +291,7 @@ class _Problem:
                 return chosen, self.fixed + sum(option.nbytes for option in chosen)
             if size <= budget:
                 return chosen, size
-            room -= size - budget
+            room = sum(option.nbytes for option in chosen) - (size - budget)  # so that these are not chosen again
             if room < least_bytes(self.options):
                 break
         raise UserError(f"no types were found whose file has at most {budget:,} bytes; give a little more")

@@ -60,7 +60,7 @@ def written_folder(run: RunDirectory, out: Path, lines: list[str]) -> int:
 def test_a_traced_folder_has_the_planned_bytes_and_its_experts_stay_one_node(tiny_llama: Path, tmp_path: Path) -> None:
     model = save_random_model(MOE, tmp_path / "model", tokenizer_from=tiny_llama)
     options = {"format": "onnx", "cache": tmp_path / "cache"}
-    found = plan(model, target_size="480k", pin="lm_head=w4g64-asym", **options)
+    found = plan(model, target_size="740k", pin="lm_head=w4g64-asym", **options)
     assert found.exact
     traces = list((tmp_path / "cache" / "graphs").rglob("graph.onnx"))
     assert len(traces) == 1
@@ -74,7 +74,7 @@ def test_a_traced_folder_has_the_planned_bytes_and_its_experts_stay_one_node(tin
     assert written_folder(quantized(model, found, tmp_path), tmp_path / "out", lines) == found.planned.file_bytes
     assert any("2 layers of experts are a QMoE each" in line for line in lines)
     # A second budget reads what the first one has kept.
-    more = plan(model, target_size="500k", **options)
+    more = plan(model, target_size="770k", **options)
     assert [path.stat().st_mtime_ns for path in traces] == [before]
     assert more.planned.file_bytes > found.planned.file_bytes
 
@@ -93,6 +93,7 @@ def test_traced_folders_of_other_models_have_the_planned_bytes(name: str, tiny_l
         assert written_folder(run, tmp_path / str(number) / "out", []) == found.planned.file_bytes
 
 
+@pytest.mark.full
 def test_types_that_make_no_node_are_planned_where_they_are_asked_for(tiny_llama: Path, tmp_path: Path) -> None:
     """Then all experts compute for every token, and the graph is another one."""
     model = save_random_model(MOE, tmp_path / "model", tokenizer_from=tiny_llama)

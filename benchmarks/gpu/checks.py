@@ -78,7 +78,7 @@ def _settings(bench: Bench) -> TuningSettings:
 def search(bench: Bench) -> Iterator[Row]:
     """Rows of the table "search": scale search alone, as with --steps 0, on every grid."""
     pairs = _Pair.open(bench, _settings(bench)).matrices(bench)
-    for grid in GRIDS.values():
+    for grid in _all_grids(bench):
         found, errors = [], [0.0, 0.0]
         for both in pairs:
             tensors = [

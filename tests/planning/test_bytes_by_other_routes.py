@@ -49,7 +49,7 @@ def plan(model: Path, cache: Path, **options: Any) -> FoundPlan:
 
 def quantized(model: Path, found: FoundPlan, out: Path) -> RunDirectory:
     found.planned.save(out / "plan.json")
-    return api.quantize(model, None, out / "run", plan=out / "plan.json", settings=SETTINGS)
+    return api.quantize(model, None, out / "run", plan=out / "plan.json", settings=SETTINGS, source_check="off")
 
 
 def written_folder(run: RunDirectory, out: Path, lines: list[str]) -> int:
@@ -57,6 +57,7 @@ def written_folder(run: RunDirectory, out: Path, lines: list[str]) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.name not in NOTES)
 
 
+@pytest.mark.full
 def test_a_traced_folder_has_the_planned_bytes_and_its_experts_stay_one_node(tiny_llama: Path, tmp_path: Path) -> None:
     model = save_random_model(MOE, tmp_path / "model", tokenizer_from=tiny_llama)
     options = {"format": "onnx", "cache": tmp_path / "cache"}
@@ -77,6 +78,15 @@ def test_a_traced_folder_has_the_planned_bytes_and_its_experts_stay_one_node(tin
     more = plan(model, target_size="770k", **options)
     assert [path.stat().st_mtime_ns for path in traces] == [before]
     assert more.planned.file_bytes > found.planned.file_bytes
+
+
+def test_a_traced_folder_has_the_planned_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+    model = save_random_model(OTHERS["gpt2"], tmp_path / "model", tokenizer_from=tiny_llama)
+    options = {"format": "onnx", "types": "w4g32-asym,w8g32-asym", "cache": tmp_path / "cache"}
+    found = plan(model, target_size=860_000, **options)
+    assert found.exact
+    assert len(set(found.planned.types.values())) == 2
+    assert written_folder(quantized(model, found, tmp_path), tmp_path / "out", []) == found.planned.file_bytes
 
 
 @pytest.mark.full

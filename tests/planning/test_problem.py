@@ -10,7 +10,7 @@ from signround_edge.errors import UserError
 from signround_edge.evaluation.cache_types import CacheTypes
 from signround_edge.model.cache_shape import cache_shape
 from signround_edge.planning.memory import needs_of
-from signround_edge.planning.problem import grouped
+from signround_edge.planning.problem import as_nodes, grouped
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}
 
@@ -20,6 +20,15 @@ def test_experts_of_a_layer_and_tensors_of_one_tensor_share_a_type() -> None:
     q, k, v = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv")
     found = grouped([*experts, q, k, v], [(q, k), ("model.norm.weight",)])
     assert found == [tuple(experts[:3]), tuple(experts[3:]), (q, k), (v,)]
+
+
+def test_matrices_of_one_node_keep_to_its_types_unless_others_are_asked_for() -> None:
+    kinds = dict.fromkeys(("up", "down", "q"), ("w2", "w4", "w8"))
+    node = {("up", "down"): ("w4",)}
+    assert as_nodes(kinds, node, only=True) == ({"up": ("w4",), "down": ("w4",), "q": kinds["q"]}, [("up", "down")])
+    assert as_nodes(kinds, node, only=False) == (kinds, [("up", "down")])
+    pinned = {**kinds, "down": ("w8",)}
+    assert as_nodes(pinned, node, only=True) == (pinned, [])
 
 
 @pytest.mark.parametrize(

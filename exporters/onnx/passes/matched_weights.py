@@ -175,5 +175,10 @@ def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
 
 
 def _put(graph: ir.Graph, old: ir.Node, chain: list[ir.Node]) -> None:
-    """Put nodes in the place of `old`; the last one writes its output."""
+    """Put nodes in the place of `old`; the last one writes its output.
+
+    The others' outputs get names here, as those that the graph would give depend on how many it has given.
+    """
+    for node in chain[:-1]:
+        node.outputs[0].name = f"{node.name}/output_0"
     ir.convenience.replace_nodes_and_values(graph, old, [old], chain, old.outputs, chain[-1].outputs)

@@ -50,6 +50,10 @@ def open_template(path: Path) -> ir.Model:
     Raises:
         UserError: it is no ONNX file, lacks data, is already quantized, or is no language model.
     """
+    if not path.exists():
+        raise UserError(
+            f"--template {path} does not exist; give a float graph: an .onnx file, or a folder that holds one"
+        )
     model = open_model(path, remedy="give --template a complete ONNX model")
     quantized = Counter(node.op_type for node in model.graph.all_nodes() if node.op_type in _QUANTIZED_OPERATORS)
     if quantized:

@@ -4,6 +4,7 @@
     python -m benchmarks.run --model HF_FOLDER --calibration C.jsonl --text T.txt --tool auto-round
     python -m benchmarks.run --scheme gguf:q4_k_s --tool signround-edge --tool llama-quantize-imatrix --tool auto-round
     python -m benchmarks.run --scheme onnx:w4g32 --tool onnx-peers  # what peers have of these bits and block size
+    python -m benchmarks.run --scheme plan:gguf:q2_k --tool signround-edge --tuned-only  # planned types, same bytes
 
 Results go to benchmarks/results/<model>.json, one entry per row, and are printed at the end; a row that is there
 already is not measured again unless --again is given. Where a peer cannot run, its row says why. Two of these commands
@@ -34,6 +35,7 @@ from benchmarks import auto_round, llama_quantize, olive_gptq, onnx_peers
 from benchmarks.float_gguf import write_float_gguf
 from benchmarks.gguf_in_torch import load_llama_gguf
 from benchmarks.measure import Cost, run_measured
+from benchmarks.planned_types import MARK, PlannedFile, plan_beside
 from benchmarks.processor import processor
 from benchmarks.rows import OURS, steps_of
 from benchmarks.scoring import RememberingSession
@@ -144,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--n-ctx", type=int, default=512)
     parser.add_argument("--tool", action="append", choices=(*TOOLS, *ONNX_PEERS), help="repeatable (default: all)")
+    parser.add_argument("--tuned-only", action="store_true", help="leave out our rows of 0 steps")
     parser.add_argument("--again", action="store_true", help="replace rows that were measured before")
     return parser
 
@@ -154,7 +157,8 @@ def _planned(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     tools = args.tool or TOOLS
     for scheme in args.scheme or DEFAULT_SCHEMES if OURS in tools else ():
-        for steps, whole in dict.fromkeys([(0, 0), (args.steps, args.whole_model_steps)]):
+        untuned = [] if args.tuned_only else [(0, 0)]
+        for steps, whole in dict.fromkeys([*untuned, (args.steps, args.whole_model_steps)]):
             special = {"whole_model_steps": whole, **_whole_model_rates(args)} if whole else {}
             if steps:
                 special |= {"positions": "follow"} if args.positions == "follow" else {}
@@ -217,9 +221,16 @@ def _ours(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
         shutil.rmtree(out, ignore_errors=True)
     elif (out / "manifest.json").is_file():
         raise SystemExit(f"{out} is there already, without its row; remove it to measure anew")
-    cost = _quantize(args, row, out)
+    plan = _plan(args, row["scheme"]) if row["scheme"].startswith(MARK) else None
+    cost = _quantize(args, row, out, plan=plan)
     run = RunDirectory.open(out)
-    return {**_size(run), **_score(args, TorchSession(load_run_model(run))), **asdict(cost)}
+    beside = {} if plan is None else {"file_bytes": plan.file_bytes, "predicted_kl": plan.predicted_kl}
+    return {**_size(run), **beside, **_score(args, TorchSession(load_run_model(run))), **asdict(cost)}
+
+
+def _plan(args: argparse.Namespace, scheme: str) -> PlannedFile:
+    folder = _made(CACHE / "plans" / f"{args.name or args.model.name}-{_samples_name(args)}")
+    return plan_beside(args.model, scheme, args.calibration, args.samples, args.seqlen, folder)
 
 
 def _size(run: RunDirectory) -> dict[str, Any]:
@@ -312,13 +323,16 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _quantize(args: argparse.Namespace, row: dict[str, Any], out: Path, *more: str) -> Cost:
+def _quantize(
+    args: argparse.Namespace, row: dict[str, Any], out: Path, *more: str, plan: PlannedFile | None = None
+) -> Cost:
     """Our run directory of a row, with its log beside it; SystemExit where it fails, which is no peer's fault."""
     settings = {"samples": args.samples, "seqlen": args.seqlen, "batch_size": args.batch_size}
     chosen = ("steps", "start", "positions", "whole_model_steps", "whole_model_lr", "whole_model_code_lr")
     settings |= {name: row[name] for name in chosen if name in row}
     flags = [str(x) for name, value in settings.items() for x in (f"--{name.replace('_', '-')}", value)]
-    command = [sys.executable, "-m", "signround_edge.cli", "quantize", str(args.model), "--scheme", row["scheme"]]
+    types = ["--scheme", row["scheme"]] if plan is None else ["--plan", str(plan.file)]
+    command = [sys.executable, "-m", "signround_edge.cli", "quantize", str(args.model), *types]
     command += ["-o", str(out), "--calibration", str(args.calibration), *flags, *more]
     try:
         return run_measured(command, Path(f"{out}.log"))

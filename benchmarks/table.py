@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks import summary
 from benchmarks.onnx_peers import block_scheme
+from benchmarks.planned_types import MARK
 from benchmarks.rows import (
     IMATRIX,
     OURS,
@@ -45,6 +46,9 @@ follow" also with `--positions follow` (codes moved with the scales): until Nove
 Tables "presets beside llama-quantize" put side by side what each preset keeps: bytes are ours, and an importance matrix
 is of the same calibration text as our tuning. "tuned" is the default way, with the whole-model stage where its steps
 are named ("100 + 500").
+
+Tables "planned types at the bytes of a scheme" hold what `signround-edge plan --target-size` makes of the bytes of the
+scheme's file, tuned with the same recipe; "predicted" is what the plan said before any run.
 
 Tables "ONNX beside ONNX Runtime's quantizers" hold rows of one number of bits and block size, best first. Rows `ort-…`
 are onnxruntime's `matmul_nbits_quantizer` on the float graph that our export starts from, its decoder matrices among
@@ -95,7 +99,8 @@ def sections(name: str, rows: list[dict[str, Any]]) -> list[str]:
     found = measured(rows)
     of_files = [r for r in found if not is_onnx_peer(r)]
     parts = [_section(name, of_files)] if of_files else []
-    return [*parts, *preset_sections(name, found), *_onnx_sections(name, found), *_failures(name, rows)]
+    parts += [*preset_sections(name, found), *planned_sections(name, found), *_onnx_sections(name, found)]
+    return [*parts, *_failures(name, rows)]
 
 
 def _failures(name: str, rows: list[dict[str, Any]]) -> list[str]:
@@ -183,19 +188,39 @@ def _preset_section(name: str, text: str, rows: list[dict[str, Any]]) -> str:
         of = {r["tool"]: r for r in of_preset if r["tool"] != OURS}
         ours = [r for r in of_preset if r["tool"] == OURS and is_of_today(r)]
         ours.sort(key=lambda r: (int(r["steps"]), int(r.get("whole_model_steps", 0))))
-        if not ours or is_tuned(ours[0]):
+        if not ours:
             continue
-        rounded, tuned = ours[0], ours[-1] if is_tuned(ours[-1]) else None
-        imatrix, bytes_ = of[IMATRIX], rounded["bytes"]
+        rounded, tuned = None if is_tuned(ours[0]) else ours[0], ours[-1] if is_tuned(ours[-1]) else None
+        imatrix, bytes_ = of[IMATRIX], ours[0]["bytes"]
         kls = " | ".join(_kl_beside(r, bytes_) for r in (of.get("llama-quantize"), imatrix, rounded, tuned))
         ratio, ppl, top1 = ("–",) * 3
         if tuned:
             ratio = f"{tuned['kld_mean'] / imatrix['kld_mean']:.2f} ×"
             ppl = f"{imatrix['ppl']:.2f} → {tuned['ppl']:.2f}"
             top1 = f"{100 * imatrix['top1_agreement']:.1f} → {100 * tuned['top1_agreement']:.1f} %"
-        size = f"{bytes_:,} | {rounded['bits_per_weight']:.3f}"
+        size = f"{bytes_:,} | {ours[0]['bits_per_weight']:.3f}"
         lines.append(f"| {scheme} | {size} | {kls} | {ratio} | {ppl} | {top1} |")
     return "\n".join([*lines, "", f"Calibration → evaluation: {text}.", ""])
+
+
+def planned_sections(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    """A table of planned types, each beside the scheme whose bytes they keep, with the same steps and text."""
+    lines = []
+    for planned in (r for r in rows if r["scheme"].startswith(MARK)):
+        same = {key: planned.get(key) for key in ("tool", "steps", "whole_model_steps")}
+        same["scheme"] = planned["scheme"].removeprefix(MARK)
+        beside = [r for r in rows if is_of_today(r) and {key: r.get(key) for key in same} == same]
+        of_text = [r for r in beside if text_of(r) == text_of(planned)]
+        if not of_text:
+            continue
+        kls = f"{kl(of_text[0]['kld_mean'])} | {kl(planned['kld_mean'])} | {planned['predicted_kl']:.4f}"
+        sizes = f"{of_text[0]['bytes']:,} | {planned['bytes']:,}"
+        ratio = planned["kld_mean"] / of_text[0]["kld_mean"]
+        lines.append(f"| {same['scheme']} | {steps_of(planned)} | {sizes} | {kls} | {ratio:.2f} × |")
+    head = [f"### {name}: planned types at the bytes of a scheme, mean KL", ""]
+    head += ["| scheme | steps | bytes of tensors | planned | KL | planned | predicted | planned over the scheme |"]
+    head += ["|---|---|---|---|---|---|---|---|"]
+    return ["\n".join([*head, *lines, ""])] if lines else []
 
 
 def _kl_beside(row: dict[str, Any] | None, size: int) -> str:

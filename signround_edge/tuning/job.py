@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -127,12 +128,20 @@ class Job:
             self._among_own(self._of_rank(held_out, len(held_out), rank)),
         )
 
-    def own_batches(self, index: int) -> Iterator[Tensor]:
-        """What of each batch this rank has, as indices of `own_tokens`."""
-        batches = self.batches(index, self.split()[0])
+    def own_batches(self, index: int, batch_size: int | None = None) -> Iterator[Tensor]:
+        """What of each batch this rank has, as indices of `own_tokens`.
+
+        Args:
+            batch_size: one that is not the settings'; of several ranks both must be `shareable`.
+        """
+        batches = self.batches(index, self.split()[0], batch_size)
         if self.ranks.alone:
             return batches
         return (self._among_own(batch[self.ranks.rank :: self.ranks.world]) for batch in batches)
+
+    def shareable(self, batch_size: int) -> bool:
+        """Whether every rank has as many samples of each batch of this size: their number divides both sizes."""
+        return len(self.split()[0]) >= batch_size and math.gcd(batch_size, self.batch_samples) % self.ranks.world == 0
 
     def _among_own(self, samples: Tensor) -> Tensor:
         return torch.searchsorted(self.shards[self.ranks.rank], samples.contiguous())

@@ -228,9 +228,14 @@ def _execute(job: Job) -> None:
 
 
 def _whole_model(job: Job, shell: Shell, exact: Tensor) -> None:
-    """The whole-model stage, by the first rank alone; `exact` is what leaves its own samples' exact last block."""
-    if not job.ranks.alone:
-        job.progress.line("whole model: by the first process alone; the others wait")
+    """The whole-model stage; `exact` is what leaves the exact last block of this rank's own samples."""
+    if job.ranks.alone or job.shareable(job.settings.whole_model_batch_size):
+        revise_whole_model(job, shell, exact)
+        return
+    job.progress.line(
+        f"whole model: by the first process alone, the others wait; {job.ranks.world} share it where that number "
+        "divides --batch-size and --whole-model-batch-size"
+    )
     hidden = job.ranks.on_first(exact.cpu().float(), job.shards)
     if hidden is not None:
         revise_whole_model(replace(job, ranks=ALONE), shell, hidden)

@@ -12,7 +12,7 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,22 @@ class Ranks:
             with _in_touch():
                 dist.all_reduce(tensor)
         return tensor
+
+    def sum_gradients(self, weights: Sequence[Tensor], sometimes: bool) -> None:
+        """Give every rank the sum of all ranks' gradients of some weights.
+
+        Args:
+            sometimes: whether a rank may have none, of an expert that its samples were not routed to.
+        """
+        if self.alone:
+            return
+        reached = torch.ones(len(weights), dtype=torch.int32)
+        if sometimes:
+            reached = self.sum(torch.tensor([weight.grad is not None for weight in weights]).int())
+        for weight, ranks in zip(weights, reached.tolist(), strict=True):
+            if ranks:
+                gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad.contiguous()
+                weight.grad = self.sum(gradient)
 
     def total(self, number: int) -> int:
         """The sum of a number over all ranks."""

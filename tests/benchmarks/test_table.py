@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.table import preset_sections, sections
+from benchmarks.table import planned_sections, preset_sections, sections
 
 TEXT = "64x256, batch 8, a.txt → b.txt"
 
@@ -65,3 +65,21 @@ def test_rows_of_two_machines_are_told_apart() -> None:
     (table,) = sections("model", rows[:1])
     assert "| 2 | 1 | 3 |" in table
     assert table.rstrip().endswith("b.txt. fast.")
+
+
+def test_planned_types_stand_beside_the_scheme_whose_bytes_they_keep() -> None:
+    other_text = {"key": "signround-edge 20 steps, other text"}
+    rows = [
+        row("signround-edge", 0.19),
+        row("signround-edge", 0.02, 20, scheme="plan:gguf:q4_0", size=990, predicted_kl=0.021),
+        row("signround-edge", 0.03, 20) | other_text,
+    ]
+    assert planned_sections("model", rows) == []
+    (section,) = planned_sections("model", [*rows, row("signround-edge", 0.04, 20)])
+    assert section.splitlines()[-1] == "| gguf:q4_0 | 20 | 1,000 | 990 | 0.0400 | 0.0200 | 0.0210 | 0.50 × |"
+
+
+def test_presets_may_have_no_row_of_rounding() -> None:
+    assert "| – | 0.2000 | – | 0.0500 | 0.25 × |" in last_line(
+        [row("llama-quantize-imatrix", 0.2), row("signround-edge", 0.05, 20)]
+    )

@@ -109,7 +109,9 @@ def test_the_second_plan_measures_nothing(made: Made, tiny_llama: Path, cache: P
 def test_one_byte_less_is_another_plan(made: Made, tiny_llama: Path, cache: Path) -> None:
     target, size = made.found.planned.target, made.found.planned.file_bytes
     less = plan(tiny_llama, cache, format=target, target_size=size - 1)
-    assert size - 5_000 < less.planned.file_bytes < size
+    # Which plan is next depends on costs that differ in their last bits between processors.
+    assert 0.99 * size < less.planned.file_bytes < size
+    assert less.planned.predicted_kl > made.found.planned.predicted_kl
 
 
 def test_the_first_plan_says_what_it_measures(tiny_llama: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import LlamaConfig, MixtralConfig
 
 from signround_edge.cli import main
-from signround_edge.errors import LostProcess, ToldElsewhere, UserError
+from signround_edge.errors import LostProcess, ToldElsewhere
 from signround_edge.formats import get_grid
 from signround_edge.progress import SILENT, Progress
 from signround_edge.run_directory import RunDirectory
@@ -97,7 +97,7 @@ def one_of(what: Any, task: Task, rank: int, world: int, port: int, results: Any
         with joined() as ranks:
             what(task, Dying(*vars(ranks).values()) if rank == task.dies else ranks, said)
         results.put((rank, None, "", said))
-    except UserError as error:
+    except Exception as error:  # of any kind: the others wait for what this one puts
         results.put((rank, type(error), str(error), said))
     results.close()
     results.join_thread()
@@ -220,6 +220,23 @@ def test_processes_whose_codes_differ_end_the_run_and_one_of_them_says_so(tmp_pa
     assert "have not computed the same codes of block 1" in said
 
 
+@pytest.mark.parametrize(
+    ("world", "batch_size", "whole_model_batch_size", "shareable"),
+    [(2, 6, 4, True), (4, 8, 4, True), (3, 6, 4, False), (4, 6, 4, False), (2, 6, 3, False), (2, 6, 20, False)],
+)
+def test_the_whole_model_stage_is_shared_where_every_rank_has_as_many_samples(
+    world: int, batch_size: int, whole_model_batch_size: int, shareable: bool
+) -> None:
+    jobs = [job(Ranks(rank, world), batch_size=batch_size) for rank in range(world)]
+    assert [each.shareable(whole_model_batch_size) for each in jobs] == [shareable] * world
+    if shareable:
+        batches = [each.own_batches(2, whole_model_batch_size) for each in jobs]
+        whole = job(Ranks(), batch_size=batch_size).own_batches(2, whole_model_batch_size)
+        for _ in range(5):
+            parts = [each.shards[each.ranks.rank][next(own)] for each, own in zip(jobs, batches, strict=True)]
+            assert sorted(torch.cat(parts).tolist()) == sorted(next(whole).tolist())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_gpus_are_refused_where_there_are_none(tmp_path: Path, llama: Path) -> None:
     arguments = ["quantize", str(llama), "--scheme", "gguf:q4_0", "-o", str(tmp_path / "run"), "--gpus"]
@@ -272,7 +289,13 @@ def test_experts_that_only_some_processes_see_are_tuned_alike(
 ) -> None:
     config = MixtralConfig(**{**SIZES, "vocab_size": 3072}, num_local_experts=8, num_experts_per_tok=1)
     model = save_random_model(config, tmp_path / "model", tokenizer_from=tiny_llama)
-    for name, changes in (("nearest", {}), ("gptq", {"start": "gptq"}), ("adam", {"optimizer": "adam"})):
+    ways: dict[str, dict[str, Any]] = {
+        "nearest": {},
+        "gptq": {"start": "gptq"},
+        "adam": {"optimizer": "adam"},
+        "whole": {"whole_model_steps": 2},
+    }
+    for name, changes in ways.items():
         settings = replace(EXACT, seqlen=4, **changes)
         one, two = (Task(model, tmp_path / f"{name}-{run}", calibration_text, settings) for run in ("one", "two"))
         tune(one, None, [])

@@ -271,6 +271,7 @@ def test_gradients_are_those_of_the_model_as_a_whole(
         tokens=tokens,
         inputs=inputs,
         exact=exact,
+        dtypes=dict.fromkeys(names, torch.float32),
         tunables={n: FloatShift(model.get_parameter(n).detach()) for n in names},
         autocast=torch.autocast("cpu", enabled=False),
         device=CPU,

@@ -134,25 +134,14 @@ class _Steps:
                 output = unit.forward(part).float()
             output.backward(loss_gradient(unit, output.detach(), part, self.samples or len(index)))
             del output
-        if not self.ranks.alone:
-            self._add_up()
+        experts = any(split_expert(m.name)[1] is not None for m in self.matrices)
+        self.ranks.sum_gradients([self.weights[m.name] for m in self.matrices], sometimes=experts)
         for matrix in self.matrices:
             weight = self.weights[matrix.name]
             if weight.grad is not None:
                 self._update(matrix, weight)
             elif matrix.name not in self.done:  # an expert that no token of these samples was routed to
                 assert split_expert(matrix.name)[1] is not None, matrix.name
-
-    def _add_up(self) -> None:
-        """Give every rank the gradients of all: the signs are those of the sums."""
-        reached = torch.ones(len(self.matrices), dtype=torch.int32)
-        if any(split_expert(m.name)[1] is not None for m in self.matrices):
-            reached = self.ranks.sum(torch.tensor([self.weights[m.name].grad is not None for m in self.matrices]).int())
-        for matrix, ranks in zip(self.matrices, reached.tolist(), strict=True):
-            weight = self.weights[matrix.name]
-            if ranks:
-                gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad.contiguous()
-                weight.grad = self.ranks.sum(gradient)
 
     def _update(self, matrix: Matrix, weight: Tensor) -> None:
         """From a weight's gradient to the next weight, and no gradient."""

@@ -8,6 +8,10 @@ Tuned are the codes, by SignRound's sign step, and what every format stores in f
 minimums, super-scales) of the matrices, norm weights and biases. Nothing new is stored, so files stay valid. Each fp16
 field f is f₀·(1 + a), rounded to fp16 in the forward pass with the gradient passed straight through; ŵ is linear in it,
 so ∂L/∂a = f₀·∂ŵ/∂f·G with G = ∂L/∂ŵ. a and the float tensors descend by Adam (Kingma and Ba 2015).
+
+Several ranks share samples and tunables (as ZeRO does, arXiv 1910.02054): each runs its own samples through all blocks,
+but keeps codes, positions and moments of its own tunables alone. When a block runs, owners send its weights; after it
+they step on the sum of all gradients.
 """
 
 from __future__ import annotations
@@ -22,9 +26,11 @@ from torch import Tensor, nn
 
 from signround_edge.formats import QuantizedTensor
 from signround_edge.model.decoder import Decoder, set_tensor
+from signround_edge.model.experts import split_expert
 from signround_edge.progress import Progress
 from signround_edge.tuning.calibration.block_call import Shared
 from signround_edge.tuning.calibration.shell import Shell
+from signround_edge.tuning.ranks import ALONE, Ranks
 from signround_edge.tuning.schedule import check_steps
 from signround_edge.tuning.settings import TuningSettings
 from signround_edge.tuning.whole_model.divergence import TopProbabilities, kl_divergence
@@ -61,11 +67,13 @@ class WholeModel:
     Attributes:
         decoder: the tuned parameters of its blocks are there while a block runs, and on the meta device otherwise.
         shell: of the same decoder.
-        tokens: int64 [samples, seqlen].
+        tokens: int64 [samples, seqlen], this rank's own.
         inputs: what enters the quantized model's block 0, f32 [samples, seqlen, hidden].
         exact: the exact model's next-token probabilities at each position of `tokens`, one sample after another.
-        tunables: parameter name → what is tuned.
+        dtypes: parameter name → dtype of its value in the model, of all that is tuned.
+        tunables: parameter name → what is tuned, of those that this rank owns.
         autocast: context of the matrix products in the blocks.
+        ranks: the processes that share samples and tunables.
     """
 
     decoder: Decoder
@@ -73,17 +81,23 @@ class WholeModel:
     tokens: Tensor
     inputs: Tensor
     exact: TopProbabilities
+    dtypes: dict[str, torch.dtype]
     tunables: dict[str, Tunable]
     autocast: torch.autocast
     device: torch.device
+    ranks: Ranks = ALONE
 
     def stored(self) -> dict[str, Tensor | QuantizedTensor]:
-        """What is tuned, by parameter name, as the run directory stores it."""
+        """What this rank tunes, by parameter name, as the run directory stores it."""
         return {name: tunable.stored() for name, tunable in self.tunables.items()}
 
     def train_step(self, samples: Tensor, code_rate: float) -> float:
-        """Set the gradients of all tunables on samples [n], and move the codes; returns the mean KL divergence."""
-        count = samples.numel() * self.tokens.shape[1]
+        """Set the gradients of all tunables on samples [n], as many on each rank, and move the codes.
+
+        Returns:
+            the mean KL divergence, or of several ranks what this one adds to it.
+        """
+        count = self.ranks.world * samples.numel() * self.tokens.shape[1]
         block_inputs: list[tuple[Tensor, Shared]] = []
         hidden = self.inputs[samples].to(self.device)
         shared: Shared = {}
@@ -114,7 +128,7 @@ class WholeModel:
         return total / count
 
     def divergence(self, samples: Tensor, batch_size: int) -> float:
-        """Mean KL divergence over samples [n]; each block is made once for all of them."""
+        """Mean KL divergence over the samples [n] of all ranks; each block is made once for all of them."""
         batches: list[tuple[Tensor, Tensor, Shared]] = [
             (part, self.inputs[part].to(self.device), {}) for part in samples.split(batch_size)
         ]
@@ -123,18 +137,17 @@ class WholeModel:
                 with self._in_model(self._tunables_of_block[index]):
                     batches = [(part, self._block(index, part, hidden, left), left) for part, hidden, left in batches]
             with self._in_model(self._tunables_outside):
-                total = sum(
-                    float(found.double().sum())
-                    for part, hidden, _ in batches
-                    for found in self._divergences(part, hidden)
-                )
-        return total / (samples.numel() * self.tokens.shape[1])
+                total = torch.zeros((), dtype=torch.float64)
+                for part, hidden, _ in batches:
+                    for found in self._divergences(part, hidden):
+                        total += found.double().sum().cpu()
+        return float(self.ranks.sum(total)) / (self.ranks.total(samples.numel()) * self.tokens.shape[1])
 
     @contextlib.contextmanager
     def _in_model(self, names: Sequence[str]) -> Iterator[None]:
         """Tuned parameters as they are now; within, the model has them, and memory for no others."""
         for name in names:
-            set_tensor(self.decoder.model, name, nn.Parameter(self.tunables[name].value()))
+            set_tensor(self.decoder.model, name, nn.Parameter(self._value(name)))
         try:
             yield
         finally:
@@ -142,15 +155,30 @@ class WholeModel:
                 parameter = self.decoder.model.get_parameter(name)
                 set_tensor(self.decoder.model, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
+    def _value(self, name: str) -> Tensor:
+        tunable = self.tunables.get(name)
+        if tunable is None:
+            shape = self.decoder.model.get_parameter(name).shape
+            value = torch.empty(shape, dtype=self.dtypes[name], device=self.device)
+        else:
+            value = tunable.value()
+        self.ranks.take(self.numbers[name], value)
+        return value
+
+    @functools.cached_property
+    def numbers(self) -> dict[str, int]:
+        """Parameter name → the number by which a rank `owns` it."""
+        return {name: number for number, name in enumerate(self.dtypes)}
+
     @functools.cached_property
     def _tunables_of_block(self) -> list[list[str]]:
         prefixes = [self.decoder.block_prefix(index) for index in range(len(self.decoder.blocks))]
-        return [[name for name in self.tunables if name.startswith(prefix)] for prefix in prefixes]
+        return [[name for name in self.dtypes if name.startswith(prefix)] for prefix in prefixes]
 
     @functools.cached_property
     def _tunables_outside(self) -> list[str]:
         inside = {name for names in self._tunables_of_block for name in names}
-        return [name for name in self.tunables if name not in inside]
+        return [name for name in self.dtypes if name not in inside]
 
     def _block(self, index: int, samples: Tensor, hidden: Tensor, shared: Shared) -> Tensor:
         call = self.shell.block_call(index, self.tokens[samples], self.device)
@@ -166,9 +194,11 @@ class WholeModel:
 
     def _receive(self, names: Iterable[str], code_rate: float) -> None:
         """Pass the gradients of parameters on to their tunables, and let go of them."""
-        for name in names:
-            parameter = self.decoder.model.get_parameter(name)
-            if parameter.grad is not None:
+        parameters = {name: self.decoder.model.get_parameter(name) for name in names}
+        experts = any(split_expert(name)[1] is not None for name in names)
+        self.ranks.sum_gradients(list(parameters.values()), sometimes=experts)
+        for name, parameter in parameters.items():
+            if parameter.grad is not None and name in self.tunables:
                 self.tunables[name].receive(parameter.grad, code_rate)
             parameter.grad = None
 
@@ -176,7 +206,7 @@ class WholeModel:
 def tune_whole_model(
     model: WholeModel, settings: TuningSettings, batches: Iterator[Tensor], held_out: Tensor, progress: Progress
 ) -> tuple[dict[str, Tensor | QuantizedTensor], WholeModelReport]:
-    """Tune the model's tunables; returns what is kept of each, by parameter name, as the run directory stores it.
+    """Tune the model's tunables; returns what is kept of this rank's own, as the run directory stores it.
 
     Args:
         batches: endless iterator of sample indices to train on.

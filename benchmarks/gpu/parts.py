@@ -72,6 +72,9 @@ def planned(options: Options) -> list[Part]:
     parts += _of_block("Llama-3-70B", "Q4_0", options)
     parts.append(Part("whole model: SmolLM2-135M", "whole", "benchmarks.gpu.whole:whole_model", 100))
     parts += _of_block("Qwen3-0.6B", "Q4_0", options)
+    for shape in ("Qwen3-0.6B", "Llama-3-8B"):
+        arguments = {"shape": shape, "name": "Q4_0"}
+        parts.append(Part(f"compiled: {shape}", "compiled_block", "benchmarks.gpu.steps:compiled_block", 60, arguments))
     peer_s = 60 if importlib.util.find_spec("auto_round") else 2
     parts.append(Part("auto-round", "peer", "benchmarks.gpu.peer:auto_round", peer_s, {"shape": "Llama-3-8B"}))
     if options.tiny:

@@ -17,11 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.bench import Bench, PreparedBlock
 from benchmarks.gpu.parts import Row
-from benchmarks.gpu.timing import Sections, median_seconds
+from benchmarks.gpu.timing import Sections, median_seconds, timed
 from signround_edge.model.decoder import set_weight, weight_of
 from signround_edge.tuning.block.loss import loss_gradient
 from signround_edge.tuning.block.sign_step import RoundingState, fused_step
 from signround_edge.tuning.block.start import initial_scales
+from signround_edge.tuning.calibration.block_call import Runner, compiled_runner
 
 # Bytes of a weight that a fused step must at least read or write: u, V twice; gradient and ŵ besides.
 _STATE_BYTES = 2 + 2 * 2
@@ -118,6 +119,37 @@ def apart(bench: Bench, shape: str, name: str) -> Iterator[Row]:
         "first_update_s": times.first("update"),
     }
     yield from _updates(bench, stepper, bench.shape(shape).name, name)
+
+
+def compiled_block(bench: Bench, shape: str, name: str) -> Iterator[Row]:
+    """A row of the table "compiled_block": forward and backward pass as they are, and with `--compile-blocks`."""
+    block = bench.block(shape, name)
+    stepper, device = Stepper(block), bench.device
+    call = block.shell.block_call(0, block.job.tokens[stepper.index], device)
+    inputs, module = block.batch_inputs(), block.job.decoder.blocks[0]
+    slope = torch.randn(inputs.shape, device=device)
+
+    def passes(runner: Runner | None) -> None:
+        with block.autocast:
+            output = call.run(module, inputs, runner=runner).float()
+        output.backward(slope)
+        for weight in stepper.weights.values():
+            weight.grad = None
+
+    runner = compiled_runner("aot_eager" if bench.options.tiny else "inductor")
+    compile_s = timed(lambda: passes(runner), device)
+    plain_s, compiled_s = (median_seconds(functools.partial(passes, way), device, 10) for way in (None, runner))
+    tflop = bench.shape(shape).step_flops(len(stepper.index), block.job.tokens.shape[1]) / 1e12
+    yield {
+        "table": "compiled_block",
+        "block": bench.shape(shape).name,
+        "format": name,
+        "compile_s": compile_s,
+        "plain_ms": 1e3 * plain_s,
+        "compiled_ms": 1e3 * compiled_s,
+        "compiled_over_plain": compiled_s / plain_s,
+        "tflops": tflop / compiled_s,
+    }
 
 
 def _counted_flops(stepper: Stepper) -> int:

@@ -143,6 +143,18 @@ TABLES: dict[str, Table] = {
             ("first_update_s", "first sign step, s"),
         ),
     ),
+    "compiled_block": Table(
+        "Forward and backward pass, compiled",
+        "With `--compile-blocks`, beside operator by operator; median of ten.",
+        _columns(
+            *_BLOCK,
+            ("compile_s", "compiling, s"),
+            ("plain_ms", "as it is, ms"),
+            ("compiled_ms", "compiled, ms"),
+            ("compiled_over_plain", "compiled / as it is"),
+            ("tflops", "TFLOP/s, compiled"),
+        ),
+    ),
     "sign_steps": Table(
         "The sign step of a matrix",
         "GB/s are of the bytes that it must at least read or write: the weight's position, V twice, gradient and ŵ.",

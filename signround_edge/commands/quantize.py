@@ -54,7 +54,9 @@ def _transforms(
 @click.option("--optimizer", type=choice("optimizer"), help="Optimizer of the rounding.")
 @click.option("--compute-dtype", type=choice("compute_dtype"), help="Matrix products in tuning.")
 @click.option("--hidden-dtype", type=choice("hidden_dtype"), help="Hidden states that are kept between blocks.")
+@click.option("--compile-blocks", is_flag=True, default=None, help="Steps by kernels that torch.compile makes.")
 @click.option("--whole-model-steps", type=int, help="Steps of tuning the whole model on its KL divergence; 0: none.")
+@click.option("--whole-model-batch-size", type=int, help="Samples a step there.")
 @click.option("--whole-model-lr", type=float, help="Relative learning rate of scales and norms there.")
 @click.option("--whole-model-code-lr", type=float, help="Learning rate of codes there; 0: frozen.")
 @click.option(

@@ -50,6 +50,8 @@ class TuningSettings:
             "auto" is bfloat16 for codes of up to 5 bits where the hardware multiplies it natively.
         hidden_dtype: dtype in which hidden states of all samples are kept between blocks: "auto", "float32" or
             "bfloat16", which halves them. "auto" is float32.
+        compile_blocks: whether torch.compile makes kernels of a block's steps, forward and backward, once for all
+            blocks of one shape.
         whole_model_steps: gradient steps of the whole-model stage after the blocks; 0 leaves it out.
         whole_model_batch_size: samples a step there.
         whole_model_lr: relative learning rate of scales, norms and biases there, falling linearly to 0.
@@ -78,6 +80,7 @@ class TuningSettings:
     checks: int = 3
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     hidden_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile_blocks: bool = False
     whole_model_steps: int = 0
     whole_model_batch_size: int = 4
     whole_model_lr: float = 2e-4

@@ -131,7 +131,7 @@ class _Steps:
         self.step, self.done = step, set()
         for part in index.chunk(self.settings.step_parts):
             with autocast:
-                output = unit.forward(part).float()
+                output = (unit.train_forward or unit.forward)(part).float()
             output.backward(loss_gradient(unit, output.detach(), part, self.samples or len(index)))
             del output
         experts = any(split_expert(m.name)[1] is not None for m in self.matrices)

@@ -59,6 +59,7 @@ class Unit:
         train, held_out: sample indices; of several ranks each has its own samples.
         module: what `forward` runs: the block, or the matrix's own module.
         ranks: the processes among which the samples are spread.
+        train_forward: `forward` as the steps take it; None: the same.
     """
 
     matrices: list[Matrix]
@@ -69,6 +70,7 @@ class Unit:
     held_out: Tensor
     module: nn.Module
     ranks: Ranks = ALONE
+    train_forward: Callable[[Tensor], Tensor] | None = None
 
     def install(self, tensors: dict[str, QuantizedTensor], dtype: torch.dtype = torch.float32) -> None:
         """Put the dequantized weights into the modules.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from signround_edge.schemes.roles import writes_to_stream
 from signround_edge.tuning.block.compute import compute_context
 from signround_edge.tuning.block.unit import Matrix, Unit
 from signround_edge.tuning.calibration.activations import Stream, fetch, run_block
+from signround_edge.tuning.calibration.block_call import Runner, compiled_runner
 from signround_edge.tuning.calibration.input_moments import InputMoments, SecondMoments
 from signround_edge.tuning.calibration.shell import Shell
 from signround_edge.tuning.job import Job
@@ -67,12 +69,15 @@ def block_unit(job: Job, shell: Shell, index: int, matrices: list[Matrix], input
     """
     block = job.decoder.blocks[index]
 
-    def forward(samples: Tensor) -> Tensor:
+    def forward(samples: Tensor, runner: Runner | None = None) -> Tensor:
         call = shell.block_call(index, job.own_tokens[samples], job.device)
-        return call.run(block, *inputs.at(samples, job.device))
+        return call.run(block, *inputs.at(samples, job.device), runner)
 
     targets = (lambda samples: fetch(target, samples, job.device).float(), job.token_weights)
-    return Unit(matrices, forward, *targets, *job.own_split(), block, job.ranks)
+    # The number of tokens that come to an expert is another at each step, and would be compiled anew.
+    compiles = job.settings.compile_blocks and all(split_expert(m.name)[1] is None for m in matrices)
+    compiled = functools.partial(forward, runner=compiled_runner()) if compiles else None
+    return Unit(matrices, forward, *targets, *job.own_split(), block, job.ranks, compiled)
 
 
 def layer_unit(job: Job, shell: Shell, index: int, matrix: Matrix, inputs: Stream) -> Unit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from signround_edge.model.decoder import first_hidden
 
+# (block, hidden states, further arguments) → hidden states.
+Runner = Callable[[nn.Module, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 # Argument name → key → what an earlier block has put there for later ones, each [n, …]: keys and values of layers that
 # share them. Blocks fill a mapping that all of them are given.
 Shared = dict[str, dict[Any, tuple[Tensor, ...]]]
@@ -42,7 +45,9 @@ class BlockCall:
         self.mapped(keep)
         return found
 
-    def run(self, block: nn.Module, hidden: Tensor, shared: Shared | None = None) -> Tensor:
+    def run(
+        self, block: nn.Module, hidden: Tensor, shared: Shared | None = None, runner: Runner | None = None
+    ) -> Tensor:
         """Hidden states [n, seqlen, hidden] after the block.
 
         Under autocast RoPE's cosines and sines have its dtype, or queries and keys would be rotated in f32; where they
@@ -50,6 +55,7 @@ class BlockCall:
 
         Args:
             shared: what the blocks before have put into arguments that all blocks share; this one's is added.
+            runner: what calls the block; None: plainly.
         """
         call = self.mapped(lambda tensor: tensor)  # with mappings of its own, for blocks write into them
         kwargs = call.kwargs
@@ -59,7 +65,7 @@ class BlockCall:
         mappings = {name: (value, dict(value)) for name, value in kwargs.items() if isinstance(value, MutableMapping)}
         for name, (mapping, _) in mappings.items():
             mapping.update({} if shared is None else shared.get(name, {}))
-        output = tokens_first(first_hidden(block(streams_first(hidden), *call.args, **kwargs)))
+        output = tokens_first((runner or run_plainly)(block, streams_first(hidden), call.args, kwargs))
         for name, (mapping, before) in mappings.items():
             left = {key: value for key, value in mapping.items() if value is not before.get(key)}
             if left and shared is not None:
@@ -76,6 +82,21 @@ class BlockCall:
     def mapped(self, change: Callable[[Tensor], Tensor]) -> BlockCall:
         """The same call with changed tensors, in mappings and lists of its own."""
         return BlockCall(_map(self.args, change), _map(self.kwargs, change))
+
+
+def run_plainly(block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Call a block, operator by operator."""
+    return first_hidden(block(hidden, *args, **kwargs))
+
+
+@functools.cache
+def compiled_runner(backend: str = "inductor") -> Runner:
+    """Call a block by kernels that torch.compile has made of its forward and backward pass.
+
+    They are made once for all blocks of one kind and shape: weights are arguments of theirs.
+    """
+    compiled: Runner = torch.compile(run_plainly, dynamic=False, backend=backend)
+    return compiled
 
 
 def moved_calls(calls: list[BlockCall], device: torch.device) -> list[BlockCall]:

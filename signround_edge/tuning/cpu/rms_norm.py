@@ -23,12 +23,19 @@ def use_cached_rms_norm(model: nn.Module, device: torch.device) -> None:
 
     On CPUs they compute in cache-sized pieces; elsewhere what they give is converted once for all that read it.
     """
-    plain: dict[type, bool] = {}
+    adapted: dict[type, type | None] = {}
     for module in model.modules():
         kind = type(module)
-        if kind.__name__.endswith("RMSNorm") and plain.setdefault(kind, _is_plain(module)):
-            replaced = _replacement if device.type == "cpu" else _converted
-            module.forward = replaced(module, module.forward)  # type: ignore[method-assign, assignment]
+        if kind.__name__.endswith("RMSNorm"):
+            if kind not in adapted:
+                adapted[kind] = _adapted(kind, device) if _is_plain(module) else None
+            module.__class__ = adapted[kind] or kind
+
+
+def _adapted(kind: type, device: torch.device) -> type:
+    """The class with another forward pass: one for all modules, so that a compiled block is one for all blocks."""
+    forward = _cached_forward if device.type == "cpu" else _converted_forward
+    return type(kind.__name__, (kind,), {"forward": forward(kind), "__module__": kind.__module__})
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -51,25 +58,25 @@ def _epsilon(module: nn.Module) -> Any:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
-def _replacement(module: nn.Module, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    epsilon = _epsilon(module)
-
-    def forward(hidden_states: Tensor) -> Tensor:
+def _cached_forward(kind: Any) -> Callable[[nn.Module, Tensor], Tensor]:
+    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
         if hidden_states.dtype != torch.float32 or not torch.is_autocast_enabled("cpu"):
-            return original(hidden_states)
-        weight = module._parameters["weight"]
+            found: Tensor = kind.forward(self, hidden_states)
+            return found
+        weight = self._parameters["weight"]
         assert weight is not None
-        return rms_norm(hidden_states, weight, epsilon, torch.get_autocast_dtype("cpu"))
+        return rms_norm(hidden_states, weight, _epsilon(self), torch.get_autocast_dtype("cpu"))
 
     return forward
 
 
-def _converted(module: nn.Module, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def forward(hidden_states: Tensor) -> Tensor:
-        kind, found = hidden_states.device.type, original(hidden_states)
-        if hidden_states.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
-            return found
-        return found.to(torch.get_autocast_dtype(kind))
+def _converted_forward(kind: Any) -> Callable[[nn.Module, Tensor], Tensor]:
+    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        device, found = hidden_states.device.type, kind.forward(self, hidden_states)
+        if hidden_states.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+            return found  # type: ignore[no-any-return]
+        converted: Tensor = found.to(torch.get_autocast_dtype(device))
+        return converted
 
     return forward
 

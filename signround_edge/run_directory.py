@@ -86,6 +86,8 @@ class RunDirectory:
         """Open and check; UserError when it is no run directory, incomplete, or a part is missing or was changed."""
         path = path_of("the run", path)
         file = path / "manifest.json"
+        if not path.exists():
+            raise UserError(f"{path} does not exist; give the folder that `quantize -o` has written")
         if not file.is_file():
             raise UserError(f"{path} is not a run directory (it has no manifest.json); make one with `quantize`")
         try:

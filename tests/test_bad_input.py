@@ -232,6 +232,11 @@ def test_folder_that_is_no_run(model: Path) -> None:
     assert_refused(result, "is not a run directory", "quantize")
 
 
+def test_run_that_does_not_exist(tmp_path: Path) -> None:
+    result = run_cli("export", tmp_path / "none", "--format", "gguf", "-o", tmp_path / "out.gguf")
+    assert_refused(result, "none does not exist; give the folder that `quantize -o` has written")
+
+
 def test_out_folder_with_other_files_is_left_alone(model: Path, calibration_text: Path) -> None:
     other = model.parent / "run"
     other.mkdir()

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import MixtralConfig
 
 from signround_edge import api
+from signround_edge.errors import UserError
 from signround_edge.tuning.block import units
 from signround_edge.tuning.calibration import block_call
 from signround_edge.tuning.settings import TuningSettings
@@ -46,6 +47,17 @@ def check(model: Path, out: Path, counter: CompileCounterWithBackend, graphs: in
 
 def test_one_graph_is_for_all_blocks(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(tiny_llama, tmp_path, counted(monkeypatch, "aot_eager"), 1)
+
+
+def test_without_a_compiler_there_is_one_sentence(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent"))
+    with pytest.raises(UserError, match=r"cannot make kernels here \(.*C\+\+.*\); install a C\+\+ compiler, or leave"):
+        tuned(tiny_llama, tmp_path / "run", compile_blocks=True)
 
 
 @pytest.mark.full

@@ -1,12 +1,14 @@
-"""The dtype of matrix products while a unit is tuned."""
+"""How a unit is computed while it is tuned: the dtype of its matrix products, and kernels that torch.compile makes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
 
+from signround_edge.errors import UserError
 from signround_edge.formats import Grid
 from signround_edge.tuning.settings import TuningSettings
 
@@ -35,3 +37,19 @@ def compute_context(settings: TuningSettings, grids: Iterable[Grid], device: tor
     """Within, matrix products have `compute_dtype`."""
     dtype = compute_dtype(settings, grids, device)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+@contextlib.contextmanager
+def compiling(device: torch.device) -> Iterator[None]:
+    """Within, kernels may be compiled; UserError where that is impossible."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's own kinds of it, whose modules take seconds to import
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        missing, otherwise = ("Triton and a C compiler", "give --device cpu")
+        if device.type == "cpu":
+            missing, otherwise = ("a C++ compiler", "leave out --compile-blocks")
+        raise UserError(
+            f"torch.compile cannot make kernels here ({str(error).splitlines()[0]}); install {missing}, or {otherwise}"
+        ) from error

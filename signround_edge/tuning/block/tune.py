@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from signround_edge.formats import QuantizedTensor
 from signround_edge.model.decoder import is_transposed, set_weight, weight_of
 from signround_edge.model.experts import split_expert
-from signround_edge.tuning.block.compute import compute_context, compute_dtype
+from signround_edge.tuning.block.compute import compiling, compute_context, compute_dtype
 from signround_edge.tuning.block.loss import held_out_loss, loss_gradient
 from signround_edge.tuning.block.sign_step import RoundingState, fused_step
 from signround_edge.tuning.block.start import find_start, quantized
@@ -78,7 +78,8 @@ def tune_unit(unit: Unit, settings: TuningSettings, batches: Iterator[Tensor], d
     if settings.steps:
         steps.watch(tuned, dtype)
     for step in range(settings.steps if tuned else 0):
-        steps.take(step, unit, next(batches), autocast)
+        with compiling(device):
+            steps.take(step, unit, next(batches), autocast)
         if step + 1 in check_at:
             candidate = quantized(states)
             found = held_out_loss(unit, settings, autocast)

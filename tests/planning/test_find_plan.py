@@ -111,7 +111,7 @@ def test_one_byte_less_is_another_plan(made: Made, tiny_llama: Path, cache: Path
     less = plan(tiny_llama, cache, format=target, target_size=size - 1)
     # Which plan is next depends on costs that differ in their last bits between processors.
     assert 0.99 * size < less.planned.file_bytes < size
-    assert less.planned.predicted_kl > made.found.planned.predicted_kl
+    assert less.planned.predicted_kl > (1 - 1e-5) * made.found.planned.predicted_kl  # the solver stops within 1e-6
 
 
 def test_the_first_plan_says_what_it_measures(tiny_llama: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from signround_edge.manifest import TensorEntry
 from signround_edge.model.weights import ModelWeights
 from signround_edge.progress import Progress
 from signround_edge.schemes.plan import Plan
-from signround_edge.sensitivity.cost import head_cost, lookup_cost, matrix_cost
+from signround_edge.sensitivity.cost import Cost, head_cost, lookup_cost, matrix_cost
 from signround_edge.sensitivity.measured import Measured
 from signround_edge.sensitivity.store import Store
 
@@ -42,12 +42,13 @@ class Costs:
         missing = {name: kinds for name, kinds in missing.items() if kinds}
         entries = {entry.name: entry for entry in self.plan.tensors}
         for number, (name, kinds) in enumerate(missing.items()):
-            weight = self._weight(entries[name])
-
-            def cost(kind: str, name: str = name, weight: Tensor = weight) -> float:
-                return self._cost(name, weight, kind)
-
             with torch.no_grad():
+                parts = self._parts(name, self._weight(entries[name]))
+
+                def cost(kind: str, parts: list[Cost] = parts) -> float:
+                    grid = get_grid(kind)
+                    return sum(part(grid) for part in parts)
+
                 found = over_chunks(cost, kinds)
             costs.setdefault(name, {}).update(zip(kinds, found, strict=True))
             if number % 50 == 49:
@@ -61,12 +62,13 @@ class Costs:
         weight = self.weights.tensor(entry.name)
         return weight.T if entry.transposed else weight
 
-    def _cost(self, name: str, weight: Tensor, kind: str) -> float:
-        grid, total = get_grid(kind), 0.0
+    def _parts(self, name: str, weight: Tensor) -> list[Cost]:
+        """What a tensor's cost is the sum of: a tied embedding is looked up and is the head."""
         if name in self.measured.matrices:
-            return matrix_cost(self.measured.matrices[name], weight, grid)
+            return [matrix_cost(self.measured.matrices[name], weight)]
+        parts = []
         if name in self.measured.lookups:
-            total += lookup_cost(self.measured.lookups[name], weight, grid)
+            parts.append(lookup_cost(self.measured.lookups[name], weight))
         if name == self.plan.head:
-            total += head_cost(self.measured.head, weight, grid)
-        return total
+            parts.append(head_cost(self.measured.head, weight))
+        return parts

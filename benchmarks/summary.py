@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.planned_types import MARK
 from benchmarks.rows import (
     AUTO_ROUND,
     IMATRIX,
@@ -32,6 +33,7 @@ from benchmarks.rows import (
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 GGUF = ("q2_k_s", "q3_k_s", "iq4_xs", "q4_0", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k")
+VECTORS = ("iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_s")
 ONNX = ("w2g32-asym", "w4g128-asym")
 _PEERS = {IMATRIX: "llama.cpp, importance matrix", AUTO_ROUND: "auto-round", OLIVE: "Olive's GPTQ"}
 _OURS_AND_RATIO = ("**signround-edge**", "KL over the best other's")
@@ -123,6 +125,18 @@ def with_whole_model_stage(rows: Sequence[Row], presets: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
+def with_planned_types(rows: Sequence[Row]) -> str:
+    """A row for each plan: the scheme whose bytes it keeps, tuned; and its own prediction."""
+    lines = _head(["at the bytes of", "MB", "tuned", "**types by `plan`, tuned**", "predicted", "KL over the scheme's"])
+    found = measured(list(rows))
+    for planned in (r for r in found if r["scheme"].startswith(MARK)):
+        scheme = planned["scheme"].removeprefix(MARK)
+        ours = _ours(r for r in found if r["scheme"] == scheme)
+        cells = [_cell(ours, ours), f"**{_cell(planned, ours)}**", kl(planned["predicted_kl"]), _over(planned, [ours])]
+        lines.append(_line([f"`{scheme}`", _mb(planned["bytes"]), *cells]))
+    return "\n".join(lines)
+
+
 def _head(titles: Sequence[str]) -> list[str]:
     return [_line(titles), "|" + "---|" * len(titles)]
 
@@ -181,6 +195,8 @@ def _of(name: str, text: str = "") -> list[Row]:
 _OFF_GRID, _SHIPPED = "smollm2-135m-offgrid", "smollm2-135m-shipped"
 TABLES: dict[str, Callable[[], str]] = {
     "off-grid GGUF": lambda: beside_gguf(_of(f"{_OFF_GRID}-presets"), GGUF),
+    "off-grid vectors": lambda: beside_gguf(_of(f"{_OFF_GRID}-presets"), VECTORS),
+    "off-grid planned": lambda: with_planned_types(_of(f"{_OFF_GRID}-presets")),
     "off-grid ONNX": lambda: beside_onnx(_of(f"{_OFF_GRID}-presets"), ONNX),
     "off-grid more steps": lambda: with_more_steps(_of(_OFF_GRID)),
     "as shipped GGUF": lambda: beside_gguf(_of(f"{_SHIPPED}-presets"), GGUF),

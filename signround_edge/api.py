@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from runtime_tests.report.report import VerifyReport
     from signround_edge.evaluation.metrics import Scores
     from signround_edge.inspection import Inspection
-    from signround_edge.planning.plan import Finished, FoundPlan
+    from signround_edge.planning.found_plan import FoundPlan
+    from signround_edge.planning.request import Finished
     from signround_edge.run_directory import RunDirectory
     from signround_edge.schemes.scheme import Scheme
     from signround_edge.tuning.ranks import Ranks
@@ -379,9 +380,10 @@ def plan(
     from signround_edge.model.tokenizer import load_tokenizer
     from signround_edge.planning.budget import Budget
     from signround_edge.planning.candidates import parse_wish
-    from signround_edge.planning.plan import Request, find_plan
+    from signround_edge.planning.plan import find_plan
+    from signround_edge.planning.request import Request
     from signround_edge.planning.sizes import exporter_sizes
-    from signround_edge.sensitivity.store import default_cache
+    from signround_edge.sensitivity.store import default_cache, usable_cache
     from signround_edge.tuning.calibration.text import calibration_tokens
     from signround_edge.tuning.quantize import chosen_device
 
@@ -390,7 +392,7 @@ def plan(
         raise UserError(
             "give one of --target-size, --target-bpw, --device and --memory: it says how large the file may be"
         )
-    where = default_cache() if cache is None else path_of("--cache", cache)
+    where = usable_cache(default_cache() if cache is None else path_of("--cache", cache))
     sizes = exporter_sizes(format, where, _path("--template", template))
     if target_size is not None:
         budget = Budget(size=bytes_of("--target-size", str(target_size)), asked=f"--target-size {target_size}")
@@ -431,7 +433,7 @@ def _finished(run: RunDirectory, model: Path, text: StrPath | None, progress: Pr
     from signround_edge.demo import evaluation_text_path
     from signround_edge.evaluation.scoring import score
     from signround_edge.model.source import SourceModel
-    from signround_edge.planning.plan import Finished
+    from signround_edge.planning.request import Finished
 
     if run.manifest.source["files"] != SourceModel.open(model).hashes():
         raise UserError(f"--from-run {run.path} is of another model; give a run of {model}")

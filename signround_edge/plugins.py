@@ -30,8 +30,10 @@ def exporter_of(artifact: Path) -> Exporter:
     for exporter in found.values():
         if exporter.recognises(artifact):
             return exporter
+    what = "an empty folder" if artifact.is_dir() and not any(artifact.iterdir()) else "nothing that is known here"
+    formats = " or ".join(map(str.upper, found))
     raise UserError(
-        f"{artifact} is neither {' nor '.join(name.upper() for name in found)}; give a file made by `export`"
+        f"{artifact} is {what}; give a run directory that `quantize` has written, or {formats} that `export` has"
     )
 
 

@@ -227,6 +227,19 @@ def test_model_that_does_not_exist(tmp_path: Path, calibration_text: Path) -> No
     assert_refused(quantize(tmp_path / "none", calibration_text), "none does not exist")
 
 
+def test_folder_that_is_empty(tmp_path: Path, evaluation_text: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for command in (["inspect"], ["evaluate", "--text", evaluation_text]):
+        found = run_cli(*command, tmp_path / "out")
+        assert_refused(found, "out is an empty folder; give a run directory that `quantize` has written, or ")
+
+
+def test_cache_of_plans_that_is_a_file(model: Path, calibration_text: Path) -> None:
+    more = ["--target-bpw", "4", "--calibration", calibration_text, "--cache", calibration_text]
+    refused = run_cli("plan", model, *more)
+    assert_refused(refused, "the cache of plans cannot be kept in", "give another folder with --cache or $SIGN")
+
+
 def test_folder_that_is_no_run(model: Path) -> None:
     result = run_cli("export", model, "--format", "gguf", "-o", model.parent / "out.gguf")
     assert_refused(result, "is not a run directory", "quantize")

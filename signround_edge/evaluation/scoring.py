@@ -68,7 +68,7 @@ def _open(path: str, reference_dir: Path | None, cache_types: CacheTypes | None)
         run = RunDirectory.open(local)
         return TorchSession(load_run_model(run)), run.config_dir
     if in_torch:
-        folder = resolve_model(path)
+        folder = resolve_model(path, "a run directory, a GGUF file, an ONNX folder, a model folder")
         return TorchSession(load_source_model(folder)), folder
     artifact_format = exporter_of(local).name
     tokenizer_dir = local if (local / "tokenizer.json").is_file() else reference_dir

@@ -25,8 +25,12 @@ ADAPTER_FILE = "adapter_config.json"  # of PEFT
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def resolve_model(model: str) -> Path:
-    """A local model folder: the path itself, or a download from the Hugging Face Hub when it is no path."""
+def resolve_model(model: str, wanted: str = "a model folder") -> Path:
+    """A local model folder: the path itself, or a download from the Hugging Face Hub when it is no path.
+
+    Args:
+        wanted: what may be given besides a name, for the message.
+    """
     if not model:
         raise UserError("the name of the model is empty; give a model folder or a Hugging Face name such as org/model")
     path = Path(model)
@@ -35,7 +39,7 @@ def resolve_model(model: str) -> Path:
     if path.exists():
         raise UserError(f"{model} is a file; give the model's folder (with config.json and *.safetensors)")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UserError(f"{model} does not exist; give a model folder or a Hugging Face name such as org/model")
+        raise UserError(f"{model} does not exist; give {wanted} or a Hugging Face name such as org/model")
     from huggingface_hub import snapshot_download
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from signround_edge.errors import UserError
@@ -44,3 +45,11 @@ class Budget:
                 f"buffers {needs.buffers / 1e6:.1f}) of {self.memory / 1e6:.1f} MB; give a smaller --context"
             )
         return left
+
+    def holding(self, file_bytes: int, weights: int, head: int, needs: Needs) -> str:
+        """The least budget of this kind that such a file keeps, as an option of the command line."""
+        if self.size is not None:
+            return f"--target-size {file_bytes}"
+        if self.bits_per_weight is not None:
+            return f"--target-bpw {math.ceil(8e3 * (file_bytes - head) / weights) / 1e3}"
+        return f"--memory {math.ceil((file_bytes + needs.total) / 1e6)}M"

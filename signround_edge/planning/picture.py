@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 
-from signround_edge.planning.plan import FoundPlan
+from signround_edge.planning.found_plan import FoundPlan
 from signround_edge.svg import LEFT, WIDTH, frame, label_below, legend, points, scale_x, scale_y, standing_alone
 
 _TICKS = 5

@@ -6,7 +6,6 @@ import functools
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,16 +13,16 @@ import torch
 from torch import Tensor
 
 from signround_edge.errors import UserError
-from signround_edge.evaluation.cache_types import CacheTypes
 from signround_edge.formats import get_grid
 from signround_edge.model.cache_shape import cache_shape
 from signround_edge.model.source import model_name
 from signround_edge.model.weights import ModelWeights
-from signround_edge.planning.budget import Budget
-from signround_edge.planning.candidates import Wish, allowed_types, check_wishes, types_of
+from signround_edge.planning.candidates import allowed_types, check_wishes, types_of
+from signround_edge.planning.found_plan import FoundPlan
 from signround_edge.planning.knapsack import Option, frontier, least_bytes, most_bytes, solve
 from signround_edge.planning.memory import Needs, needs_of
-from signround_edge.planning.problem import Group, Types, as_nodes, bytes_by_type, grouped
+from signround_edge.planning.problem import Group, as_nodes, bytes_by_type, grouped
+from signround_edge.planning.request import Finished, Request
 from signround_edge.planning.untuned_run import UntunedRun, untuned_run
 from signround_edge.progress import Progress
 from signround_edge.schemes.gguf_presets import GGUF_PRESETS
@@ -52,76 +51,6 @@ class Sizes(Protocol):
     def file_bytes(self, run: UntunedRun) -> int | None: ...
 
     def one_node(self, run: UntunedRun) -> dict[tuple[str, ...], tuple[str, ...]]: ...
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for.
-
-    Attributes:
-        target: "gguf" or "onnx".
-        context: tokens that the runtime's cache is to hold.
-        wishes: pins and least types.
-        types: the types to choose from, joined by commas; None: all of the target.
-        calibration: what the sensitivity is measured on, for people.
-        seed: of the labels.
-        cache_types: of llama.cpp's cache; None: its own.
-    """
-
-    target: str
-    budget: Budget
-    context: int
-    wishes: tuple[Wish, ...] = ()
-    types: str | None = None
-    calibration: str = ""
-    seed: int = 0
-    cache_types: CacheTypes | None = None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A finished run of the model: its types, and the KL divergence that was measured."""
-
-    types: Types
-    kl: float
-
-
-@dataclass(frozen=True)
-class FoundPlan:
-    """A plan and what stands beside it.
-
-    Attributes:
-        planned: what plan.json holds.
-        groups: with all their options.
-        chosen: the options of the groups.
-        fixed: bytes of the file that no choice changes.
-        frontier, presets: (bytes, predicted KL), of mixtures and by name of schemes.
-        neighbours: bytes more (or less, negative) → predicted KL.
-        needs: of a runtime besides the file.
-        exact: whether the file's bytes are known to the byte.
-    """
-
-    planned: PlannedTypes
-    groups: list[Group]
-    chosen: list[Option]
-    fixed: int
-    frontier: list[tuple[int, float]]
-    presets: dict[str, tuple[int, float]]
-    neighbours: dict[int, float]
-    needs: Needs
-    exact: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """The document of `plan --json`: plan.json, and what stands beside it."""
-        return {
-            **self.planned.to_json(),
-            "cache_bytes": self.needs.cache,
-            "buffer_bytes": self.needs.buffers,
-            "exact": self.exact,
-            "neighbours": [{"bytes": more, "predicted_kl": kl} for more, kl in self.neighbours.items()],
-            "presets": [{"scheme": n, "bytes": size, "predicted_kl": kl} for n, (size, kl) in self.presets.items()],
-            "frontier": [{"bytes": size, "predicted_kl": kl} for size, kl in self.frontier],
-        }
 
 
 def find_plan(
@@ -164,6 +93,8 @@ def find_plan(
         nodes = sizes.one_node(run)
         kinds, in_nodes = as_nodes(kinds, nodes, request.types is None)
         groups = {n: _shared(n, kinds) for n in grouped(kinds, [*sizes.tensor_bytes(run), *in_nodes])}
+        problem = _Problem(weights, base, groups, sizes, files, run, target, nodes)
+        problem.check(request)
         store = Store.open(cache, files, tokens, request.seed)
         if not store.is_measured:
             progress.line(f"measuring what each tensor matters, on {tokens.numel():,} tokens; kept in {store.folder}")
@@ -171,48 +102,66 @@ def find_plan(
             # Of modules of its own: the pass leaves them loaded, and a head that is tied would no longer be.
             lambda: measure(ModelWeights.open(model), tokens, device, request.seed, progress, store.folder)
         )
-        costs = Costs(weights, base, measured, store, progress)
-        fast = {name: own for names, own in nodes.items() for name in names}
-        problem = _Problem(weights, base, groups, fast, costs, sizes, files, run, target)
+        problem.weigh(Costs(weights, base, measured, store, progress))
         return problem.solved(request, finished, progress)
 
 
 class _Problem:
-    """Groups, their options, and the file's bytes of any choice."""
+    """Groups, their options, and the file's bytes of any choice.
+
+    What they cost is computed last: a budget that no file keeps is refused before the long pass over the model.
+    """
 
     def __init__(
         self,
         weights: ModelWeights,
         base: Plan,
         groups: dict[tuple[str, ...], tuple[str, ...]],
-        fast: dict[str, tuple[str, ...]],
-        costs: Costs,
         sizes: Sizes,
         files: dict[str, str],
         run: UntunedRun,
         target: str,
+        nodes: Mapping[tuple[str, ...], tuple[str, ...]],
     ) -> None:
-        self.weights, self.base, self.costs, self.sizes, self.files = weights, base, costs, sizes, files
+        self.weights, self.base, self.kinds, self.sizes, self.files = weights, base, groups, sizes, files
         self.target, self.entries = target, {entry.name: entry for entry in base.tensors}
+        fast = {name: own for names, own in nodes.items() for name in names}
         named = {name for names in groups for name in names}
         self.in_floats = [e.name for e in base.tensors if (e.format or e.fallback_from) and e.name not in named]
         largest = {name: _largest(own, fast.get(names[0], ())) for names, own in groups.items() for name in names}
         kept: dict[str, str | None] = {name: largest.get(name) for name in base_formats(base)}
         self.run = run.with_types(kept)
-        stored = bytes_by_type(groups, self.entries, lambda types: sizes.tensor_bytes(self.run.with_types(types)))
-        cost = costs.of({name: own for names, own in groups.items() for name in names})
+        self.stored = bytes_by_type(groups, self.entries, lambda types: sizes.tensor_bytes(self.run.with_types(types)))
+        whole = sizes.file_bytes(self.run)
+        self.exact = whole is not None
+        in_groups = sum(self.stored[names][largest[names[0]]] for names in groups)
+        self.fixed = (whole if whole is not None else self._floats() + in_groups) - in_groups
+        self.head, self.parameters = self.fixed - self._floats(), sum(math.prod(e.shape) for e in base.tensors)
+        self.groups: list[Group] = []
+
+    def check(self, request: Request) -> None:
+        """UserError for a budget that the smallest file does not keep."""
+        budget, needs = self._budget(request)
+        least = self.fixed + sum(min(self.stored[names][kind] for kind in own) for names, own in self.kinds.items())
+        if budget < least:
+            enough = request.budget.holding(least, self.parameters, self.head, needs)
+            raise UserError(
+                f"{request.budget.asked}: {budget:,} bytes for the file are too few; the smallest file of this model "
+                f"with these types has {least:,}; give {enough}, or other types"
+            )
+
+    def weigh(self, costs: Costs) -> None:
+        """Compute what the options cost."""
+        self.costs = costs
+        cost = costs.of({name: own for names, own in self.kinds.items() for name in names})
         self.groups = [
             Group(
                 names,
                 sum(math.prod(self.entries[name].shape) for name in names),
-                tuple(Option(k, stored[names][k], sum(cost[name][k] for name in names)) for k in own),
+                tuple(Option(k, self.stored[names][k], sum(cost[name][k] for name in names)) for k in own),
             )
-            for names, own in groups.items()
+            for names, own in self.kinds.items()
         ]
-        whole = sizes.file_bytes(self.run)
-        self.exact = whole is not None
-        in_groups = sum(stored[names][largest[names[0]]] for names in groups)
-        self.fixed = (whole if whole is not None else self._floats() + in_groups) - in_groups
 
     @functools.cached_property
     def options(self) -> list[tuple[Option, ...]]:
@@ -223,19 +172,16 @@ class _Problem:
         kept = [entry for entry in self.run.manifest.tensors if entry.format is None]
         return sum(4 * math.prod(entry.shape) for entry in kept)
 
-    def solved(self, request: Request, finished: Finished | None, progress: Progress) -> FoundPlan:
-        """The plan."""
-        weights = sum(math.prod(entry.shape) for entry in self.base.tensors)
+    def _budget(self, request: Request) -> tuple[int, Needs]:
+        """Bytes that the file may have, and what a runtime needs besides."""
         config: Any = self.weights.decoder.model.config
         needs = needs_of(cache_shape(config), self.target, request.context, request.cache_types)
-        head = self.fixed - self._floats()
-        budget = request.budget.file_bytes(weights, head, needs)
+        return request.budget.file_bytes(self.parameters, self.head, needs), needs
+
+    def solved(self, request: Request, finished: Finished | None, progress: Progress) -> FoundPlan:
+        """The plan."""
+        budget, needs = self._budget(request)
         least, most = least_bytes(self.options) + self.fixed, most_bytes(self.options) + self.fixed
-        if budget < least:
-            raise UserError(
-                f"{request.budget.asked}: {budget:,} bytes for the file are too few; the smallest file of this model "
-                f"with these types has {least:,}"
-            )
         if budget > most:
             progress.line(
                 f"note: {request.budget.asked} leaves {budget:,} bytes for the file, and with these types none has "
@@ -251,7 +197,7 @@ class _Problem:
             floats=self.in_floats,
             file_bytes=size,
             budget_bytes=budget,
-            bits_per_weight=8 * (size - head) / weights,
+            bits_per_weight=8 * (size - self.head) / self.parameters,
             predicted_kl=factor * sum(option.cost for option in chosen),
             factor=factor,
             settings={

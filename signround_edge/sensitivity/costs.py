@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,8 @@ from signround_edge.schemes.plan import Plan
 from signround_edge.sensitivity.cost import Cost, head_cost, lookup_cost, matrix_cost
 from signround_edge.sensitivity.measured import Measured
 from signround_edge.sensitivity.store import Store
+
+_KEPT_AFTER_S = 5.0  # what a killed plan computes again
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Costs:
         missing = {name: [kind for kind in kinds if kind not in costs.get(name, {})] for name, kinds in wanted.items()}
         missing = {name: kinds for name, kinds in missing.items() if kinds}
         entries = {entry.name: entry for entry in self.plan.tensors}
+        kept = time.monotonic()
         for number, (name, kinds) in enumerate(missing.items()):
             with torch.no_grad():
                 parts = self._parts(name, self._weight(entries[name]))
@@ -51,8 +55,9 @@ class Costs:
 
                 found = over_chunks(cost, kinds)
             costs.setdefault(name, {}).update(zip(kinds, found, strict=True))
-            if number % 50 == 49:
+            if time.monotonic() - kept > _KEPT_AFTER_S:
                 self.store.keep_costs()
+                kept = time.monotonic()
             self.progress.parts(number + 1, len(missing))
         if missing:
             self.store.keep_costs()

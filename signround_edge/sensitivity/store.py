@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from signround_edge import __version__
+from signround_edge.errors import UserError
 from signround_edge.files import write_atomically
 from signround_edge.sensitivity.measured import Measured
 from signround_edge.tuning.calibration.text import tokens_hash
@@ -32,6 +34,19 @@ def default_cache() -> Path:
     if own:
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "signround-edge"
+
+
+def usable_cache(cache: Path) -> Path:
+    """The folder, made where it is not there; UserError where nothing can be written in it."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return cache
+    except OSError as error:
+        raise UserError(
+            f"the cache of plans cannot be kept in {cache} ({error.strerror or error}); give another folder with "
+            "--cache or $SIGNROUND_EDGE_CACHE"
+        ) from error
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from signround_edge.planning.plan import FoundPlan
+from signround_edge.planning.found_plan import FoundPlan
 
 _BLOCK = re.compile(r"\.\d+\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")

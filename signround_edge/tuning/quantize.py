@@ -15,6 +15,7 @@ from signround_edge.formats import QuantizedTensor
 from signround_edge.manifest import OUTSIDE, Manifest
 from signround_edge.model.config import longest_window
 from signround_edge.model.decoder import Decoder, unload_parameters
+from signround_edge.model.experts import split_expert
 from signround_edge.model.source import model_name
 from signround_edge.model.tokenizer import added_bos, chat_templates, check_tokens, end_tokens, load_tokenizer
 from signround_edge.model.weights import ModelWeights
@@ -105,6 +106,10 @@ def quantize(
     plan = make_plan(weights, scheme, float_fallback)
     for line in [*weights.notes(), *listing(plan)]:
         progress.line(line)
+    if settings.compile_blocks and any(split_expert(entry.name)[1] is not None for entry in plan.tensors):
+        progress.line(
+            "note: blocks with experts are not compiled, as other numbers of tokens come to them at each step"
+        )
     positions = longest_window(model)
     if positions is not None and settings.seqlen > positions:
         raise UserError(

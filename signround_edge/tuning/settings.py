@@ -104,6 +104,8 @@ class TuningSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise UserError(f"{flag(name)} {value} must be above 0 and at most 1")
+        if self.compile_blocks and self.granularity == "layer":
+            raise UserError("--compile-blocks is for blocks, and --granularity layer tunes none; leave one of them out")
         if not 0 < self.held_out < 1:
             raise UserError(f"held_out {self.held_out} must be above 0 and below 1")
         low_end, high_end = self.scale_range

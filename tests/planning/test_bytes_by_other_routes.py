@@ -10,7 +10,7 @@ import transformers
 
 from signround_edge import api
 from signround_edge.errors import UserError
-from signround_edge.planning.plan import FoundPlan
+from signround_edge.planning.found_plan import FoundPlan
 from signround_edge.run_directory import RunDirectory
 from signround_edge.tuning.settings import TuningSettings
 from tests.support import SIZES as SMALL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ import transformers
 from signround_edge import api
 from signround_edge.errors import UserError
 from signround_edge.formats import get_grid
+from signround_edge.planning.found_plan import FoundPlan
 from signround_edge.planning.picture import picture
-from signround_edge.planning.plan import FoundPlan
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.planned_types import PlannedTypes
 from signround_edge.tuning.settings import TuningSettings
@@ -134,8 +135,11 @@ def test_a_finished_run_corrects_the_factor(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_size": "1M"}, r"1,000,000 bytes for the file are too few; the smallest file .* has 1,6\d\d,\d\d\d"),
-        ({"target_bpw": 1.5}, "--target-bpw 1.5: .* are too few"),
+        (
+            {"target_size": "1M"},
+            r"1,000,000 bytes for the file are too few; .* has 1,6.*; give --target-size 16\d+, or",
+        ),
+        ({"target_bpw": 1.5}, r"--target-bpw 1.5: .* are too few.*; give --target-bpw 2\.\d+, or other types"),
         ({"memory": "10M"}, r"--memory 10M: the context alone takes 1\d\.\d MB .* give a smaller --context"),
         ({}, "give one of --target-size, --target-bpw, --device and --memory"),
         ({"target_size": "big"}, "--target-size big is not a size; give for example 500M or 4G"),
@@ -149,6 +153,23 @@ def test_a_finished_run_corrects_the_factor(
 def test_bad_input_gets_one_sentence(options: dict[str, Any], message: str, tiny_llama: Path, cache: Path) -> None:
     with pytest.raises(UserError, match=message):
         plan(tiny_llama, cache, **options)
+
+
+def test_too_small_a_budget_is_refused_before_anything_is_measured(tiny_llama: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    with pytest.raises(UserError, match="too few"):
+        plan(tiny_llama, tmp_path, target_size="1M", progress=lines.append)
+    assert not lines
+    assert not list(tmp_path.rglob("sensitivity.safetensors"))
+
+
+def test_the_least_budget_that_is_named_is_enough(tiny_llama: Path, cache: Path) -> None:
+    for budget in ({"target_size": "1M"}, {"target_bpw": 1.5}, {"memory": "11.5M", "context": 512}):
+        with pytest.raises(UserError, match="too few") as refused:
+            plan(tiny_llama, cache, **budget)
+        option, enough = re.findall(r"give --([\w-]+) ([\d.]+M?), or", str(refused.value))[0]
+        given: dict[str, Any] = {option.replace("-", "_"): float(enough) if option == "target-bpw" else enough}
+        assert plan(tiny_llama, cache, **(budget | given)).planned.file_bytes > 1_000_000
 
 
 def test_a_mixture_of_experts_keeps_its_bytes_too(tiny_llama: Path, tmp_path: Path) -> None:

@@ -60,6 +60,11 @@ def test_without_a_compiler_there_is_one_sentence(
         tuned(tiny_llama, tmp_path / "run", compile_blocks=True)
 
 
+def test_without_blocks_there_is_nothing_to_compile() -> None:
+    with pytest.raises(UserError, match="--compile-blocks is for blocks, and --granularity layer tunes none"):
+        TuningSettings(compile_blocks=True, granularity="layer")
+
+
 @pytest.mark.full
 def test_so_are_kernels(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(tiny_llama, tmp_path, counted(monkeypatch, "inductor"), 1)

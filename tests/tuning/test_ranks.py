@@ -258,6 +258,7 @@ def test_gpus_are_refused_where_there_are_none(tmp_path: Path, llama: Path) -> N
         (2, {"positions": "follow"}, 1e-2),
         (2, {"transforms": ("channel-scales",)}, 1e-2),
         (2, {"whole_model_steps": 2}, 1e-2),
+        (2, {"whole_model_steps": 2, "samples": 8, "batch_size": 4}, 1e-2),  # one of them held out
         (2, {"start": "gptq"}, 1e-2),
         (3, {"start": "gptq", "compute_dtype": "bfloat16"}, 5e-2),
     ],

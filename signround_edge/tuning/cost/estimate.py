@@ -99,7 +99,8 @@ class Estimate:
         parts = [f"about {duration(self.seconds(blocks))}", f"{size(self.host_bytes)} of memory"]
         if self.gpu_bytes is not None:
             parts.append(f"{size(self.gpu_bytes)} of the GPU's")
-        return f"estimate: {', '.join(parts)} ({self.breakdown()})"
+        compiling = " and some 10 to 60 s of compiling" if self.settings.compile_blocks else ""
+        return f"estimate: {', '.join(parts)}{compiling} ({self.breakdown()})"
 
     def breakdown(self) -> str:
         """What takes the memory."""

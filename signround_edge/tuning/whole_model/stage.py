@@ -129,9 +129,8 @@ class WholeModel:
 
     def divergence(self, samples: Tensor, batch_size: int) -> float:
         """Mean KL divergence over the samples [n] of all ranks; each block is made once for all of them."""
-        batches: list[tuple[Tensor, Tensor, Shared]] = [
-            (part, self.inputs[part].to(self.device), {}) for part in samples.split(batch_size)
-        ]
+        parts = samples.split(batch_size) if len(samples) else ()  # of several ranks some may hold out none
+        batches: list[tuple[Tensor, Tensor, Shared]] = [(part, self.inputs[part].to(self.device), {}) for part in parts]
         with torch.no_grad():
             for index in range(len(self.decoder.blocks)):
                 with self._in_model(self._tunables_of_block[index]):

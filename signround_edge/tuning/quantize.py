@@ -108,7 +108,7 @@ def quantize(
         progress.line(line)
     if settings.compile_blocks and any(split_expert(entry.name)[1] is not None for entry in plan.tensors):
         progress.line(
-            "note: blocks with experts are not compiled, as other numbers of tokens come to them at each step"
+            "note: blocks with experts are not compiled: other numbers of tokens come to them at each step"
         )
     positions = longest_window(model)
     if positions is not None and settings.seqlen > positions:

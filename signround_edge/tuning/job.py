@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,9 +15,10 @@ from signround_edge.model.weights import ModelWeights
 from signround_edge.progress import Progress
 from signround_edge.run_directory import RunDirectory
 from signround_edge.schemes.plan import Plan
-from signround_edge.tuning.calibration.activations import IN_MEMORY, Store, equal_weights, relative_weights
+from signround_edge.tuning.calibration.activations import CPU, IN_MEMORY, Store, equal_weights, relative_weights
 from signround_edge.tuning.calibration.importance import Importance
 from signround_edge.tuning.ranks import ALONE, Ranks
+from signround_edge.tuning.schedule import split_samples
 from signround_edge.tuning.settings import TuningSettings
 
 
@@ -34,6 +34,7 @@ class Job:
         run: the run directory that is written.
         importance: E[x²] given from elsewhere, and who else wants it.
         store: where hidden states are kept.
+        codes_on: where the whole-model stage keeps codes and positions between its steps.
         ranks: the processes that tune together, each of which holds the activations of its own samples.
     """
 
@@ -47,6 +48,7 @@ class Job:
     importance: Importance
     ranks: Ranks = ALONE
     store: Store = IN_MEMORY
+    codes_on: torch.device = CPU
 
     @property
     def decoder(self) -> Decoder:
@@ -67,13 +69,8 @@ class Job:
         return relative_weights if self.settings.loss == "relative" else equal_weights
 
     def split(self) -> tuple[Tensor, Tensor]:
-        """Sample indices to (train on, hold out): every n-th sample is held out, so the slice covers the whole text."""
-        count = len(self.tokens)
-        if count == 1:
-            return torch.tensor([0]), torch.tensor([0])
-        every = max(2, round(1 / self.settings.held_out))
-        held_out = torch.arange(count) % every == min(every, count) - 1
-        return torch.nonzero(~held_out).flatten(), torch.nonzero(held_out).flatten()
+        """Sample indices to (train on, hold out)."""
+        return split_samples(len(self.tokens), self.settings.held_out)
 
     def batches(self, index: int, train: Tensor, batch_size: int | None = None) -> Iterator[Tensor]:
         """Endless shuffled batches of `train`, the same for any number of ranks.
@@ -132,16 +129,12 @@ class Job:
         """What of each batch this rank has, as indices of `own_tokens`.
 
         Args:
-            batch_size: one that is not the settings'; of several ranks both must be `shareable`.
+            batch_size: one that is not the settings'; see `shares_whole_model` for several ranks.
         """
         batches = self.batches(index, self.split()[0], batch_size)
         if self.ranks.alone:
             return batches
         return (self._among_own(batch[self.ranks.rank :: self.ranks.world]) for batch in batches)
-
-    def shareable(self, batch_size: int) -> bool:
-        """Whether every rank has as many samples of each batch of this size: their number divides both sizes."""
-        return len(self.split()[0]) >= batch_size and math.gcd(batch_size, self.batch_samples) % self.ranks.world == 0
 
     def _among_own(self, samples: Tensor) -> Tensor:
         return torch.searchsorted(self.shards[self.ranks.rank], samples.contiguous())

@@ -48,6 +48,7 @@ from signround_edge.tuning.lock import locked
 from signround_edge.tuning.outside import copied, embed, open_shell, quantize_lookups, release_lookups, write_outside
 from signround_edge.tuning.ranks import ALONE, Ranks
 from signround_edge.tuning.resume import create, to_continue, versions
+from signround_edge.tuning.schedule import shares_whole_model
 from signround_edge.tuning.settings import DEVICES, TuningSettings
 from signround_edge.tuning.source_check import check_source
 from signround_edge.tuning.stored import say_what_is_stored
@@ -107,9 +108,7 @@ def quantize(
     for line in [*weights.notes(), *listing(plan)]:
         progress.line(line)
     if settings.compile_blocks and any(split_expert(entry.name)[1] is not None for entry in plan.tensors):
-        progress.line(
-            "note: blocks with experts are not compiled: other numbers of tokens come to them at each step"
-        )
+        progress.line("note: blocks with experts are not compiled: other numbers of tokens come to them at each step")
     positions = longest_window(model)
     if positions is not None and settings.seqlen > positions:
         raise UserError(
@@ -129,9 +128,11 @@ def quantize(
     check_ranks(ranks, tokens, settings, scheme, progress)
     importance = Importance(given, save_imatrix)
     meter = Meter(torch_device)
-    laid_out = estimate(plan, decoder, settings, -(-len(tokens) // ranks.world), torch_device, limits)
+    world = ranks.world
+    sharers = world if shares_whole_model(settings, len(tokens), world) else 1
+    laid_out = estimate(plan, decoder, settings, -(-len(tokens) // world), torch_device, limits, sharers, world)
     settings, store = laid_out.settings, laid_out.store(out)
-    job = functools.partial(Job, weights, plan, tokens, settings, torch_device)
+    job = functools.partial(Job, weights, plan, tokens, settings, torch_device, codes_on=laid_out.codes_on)
     if not ranks.first:
         _execute(job(written_by_first(out, ranks), progress, importance, ranks, store))
         ranks.finish()
@@ -167,10 +168,11 @@ def quantize(
             run = create(out, manifest, weights)
         ranks.of_first(run.manifest.to_json())
         blocks = sum(not run.is_complete(part) for part in plan.parts if part != OUTSIDE)
-        if blocks:
+        is_work = blocks > 0 or _wants_whole_model(settings, run)
+        if is_work:
             progress.line(laid_out.line(blocks))
         _execute(job(run, progress, importance, ranks, store))
-        if blocks:
+        if is_work:
             spent = meter.read()
             add_costs(out, laid_out, blocks, spent)
             progress.line(f"took {spent}")
@@ -223,7 +225,7 @@ def _execute(job: Job) -> None:
         job.progress.parts(index + 1, len(parts))
     write_outside(job, shell, lookups, quantized.hidden, transforming)
     job.progress.parts(len(parts), len(parts))
-    if job.settings.whole_model_steps and run.manifest.whole_model is None:
+    if _wants_whole_model(job.settings, run):
         _whole_model(job, shell, exact.hidden)
     if not job.ranks.first:
         return
@@ -232,9 +234,14 @@ def _execute(job: Job) -> None:
         job.progress.line(f"wrote {job.importance.save(*job.tokens.shape)}")
 
 
+def _wants_whole_model(settings: TuningSettings, run: RunDirectory) -> bool:
+    """Whether the whole-model stage is asked for and not done."""
+    return settings.whole_model_steps > 0 and run.manifest.whole_model is None
+
+
 def _whole_model(job: Job, shell: Shell, exact: Tensor) -> None:
     """The whole-model stage; `exact` is what leaves the exact last block of this rank's own samples."""
-    if job.ranks.alone or job.shareable(job.settings.whole_model_batch_size):
+    if shares_whole_model(job.settings, len(job.tokens), job.ranks.world):
         revise_whole_model(job, shell, exact)
         return
     job.progress.line(

@@ -1,8 +1,11 @@
-"""How far the rounding may travel, how fast, and when it is checked."""
+"""Which samples are trained on, how far the rounding may travel, how fast, and when it is checked."""
 
 from __future__ import annotations
 
 import math
+
+import torch
+from torch import Tensor
 
 from signround_edge.tuning.settings import TuningSettings
 
@@ -33,3 +36,24 @@ def check_steps(steps: int, checks: int) -> set[int]:
     In the first half the rate is high and the loss still falls: no block of a real model ever had its best there.
     """
     return {steps - steps * i // (2 * checks) for i in range(checks)}
+
+
+def split_samples(count: int, held_out: float) -> tuple[Tensor, Tensor]:
+    """Sample indices to (train on, hold out): every n-th sample is held out, so the slice covers the whole text."""
+    if count == 1:
+        return torch.tensor([0]), torch.tensor([0])
+    every = max(2, round(1 / held_out))
+    is_held_out = torch.arange(count) % every == min(every, count) - 1
+    return torch.nonzero(~is_held_out).flatten(), torch.nonzero(is_held_out).flatten()
+
+
+def shares_whole_model(settings: TuningSettings, count: int, world: int) -> bool:
+    """Whether so many processes can share the whole-model stage: each has as many samples of every batch.
+
+    Args:
+        count: calibration samples of all processes.
+    """
+    if world == 1:
+        return True
+    train, size = len(split_samples(count, settings.held_out)[0]), settings.whole_model_batch_size
+    return train >= size and math.gcd(size, min(settings.batch_size, train)) % world == 0

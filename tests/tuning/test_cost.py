@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,10 +24,12 @@ from signround_edge.schemes.scheme import parse_scheme
 from signround_edge.tuning.calibration.activations import Store
 from signround_edge.tuning.cost.estimate import Estimate, Limits, _fitting, estimate
 from signround_edge.tuning.cost.memory import block_bytes
+from signround_edge.tuning.cost.whole_model import WholeModelShape, whole_model_memory, whole_model_work
 from signround_edge.tuning.cost.work import BlockShape, MatrixShape, block_shapes, block_work
 from signround_edge.tuning.outside import open_shell, release_lookups
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.settings import TuningSettings
+from signround_edge.tuning.whole_model.stage import WholeModel
 
 SMALL = TuningSettings(steps=4, samples=16, seqlen=32, batch_size=4, lr=0.02, compute_dtype="float32")
 SCHEME = parse_scheme("gguf:q4_0")
@@ -34,6 +37,7 @@ CONFIGS = {
     "llama": transformers.LlamaConfig(**{**SIZES, "vocab_size": 3072}),
     "mixtral": transformers.MixtralConfig(**{**SIZES, "vocab_size": 3072}, num_local_experts=4, num_experts_per_tok=2),
 }
+BLOCK = BlockShape((MatrixShape(64, 64, "Q4_0", source="a"), MatrixShape(64, 256, "Q4_0", source="b")), 64, 4, 64)
 CPU = torch.device("cpu")
 
 
@@ -66,13 +70,12 @@ def test_counted_operations_are_those_that_torch_counts(name: str, tmp_path: Pat
 
 
 def test_work_grows_with_what_it_is_done_on() -> None:
-    block = BlockShape((MatrixShape(64, 64, "Q4_0", source="a"), MatrixShape(64, 256, "Q4_0", source="b")), 64, 4, 64)
-    before, steps = block_work(block, SMALL, 16)
-    _, twice = block_work(block, replace(SMALL, steps=8), 16)
-    assert twice.stepped["Q4_0"] == 2 * steps.stepped["Q4_0"] == 8 * block.weights
-    more, _ = block_work(block, SMALL, 32)
+    before, steps = block_work(BLOCK, SMALL, 16)
+    _, twice = block_work(BLOCK, replace(SMALL, steps=8), 16)
+    assert twice.stepped["Q4_0"] == 2 * steps.stepped["Q4_0"] == 8 * BLOCK.weights
+    more, _ = block_work(BLOCK, SMALL, 32)
     assert more.flops == 2 * before.flops
-    assert block_work(block, replace(SMALL, steps=0), 16)[1].flops == 0
+    assert block_work(BLOCK, replace(SMALL, steps=0), 16)[1].flops == 0
 
 
 def test_hidden_states_on_disk_give_the_same_bytes_and_leave_no_file(
@@ -142,6 +145,45 @@ def test_hidden_states_in_bf16_take_half_the_memory_and_make_another_run(
     names = [entry.name for entry in run.manifest.tensors if entry.format is not None]
     apart = [(run.quantized(n).codes != plain.quantized(n).codes).float().mean() for n in names]
     assert 0 < float(torch.stack(apart).mean()) < 0.2
+
+
+def test_operations_of_the_whole_model_stage_are_those_that_torch_counts(
+    model: Path, tmp_path: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SMALL, steps=0, seqlen=64, whole_model_steps=1)
+    counter, step = FlopCounterMode(display=False), WholeModel.train_step
+
+    def counted(*arguments: Any) -> float:
+        with counter:
+            return step(*arguments)
+
+    monkeypatch.setattr(WholeModel, "train_step", counted)
+    quantize(model, SCHEME, tmp_path / "run", str(calibration_text), settings, source_check="off")
+    weights = ModelWeights.open(model)
+    plan = make_plan(weights, SCHEME, float_fallback=True)
+    shape = WholeModelShape.of(plan, block_shapes(plan, weights.decoder))
+    none_held_out = replace(settings, held_out=1e-9)
+    work, twice = (whole_model_work(shape, replace(none_held_out, whole_model_steps=n), 16) for n in (1, 2))
+    of_a_step = twice.flops + twice.flops_f32 - work.flops - work.flops_f32
+    assert counter.get_total_flops() == pytest.approx(of_a_step, rel=0.1)
+    shared = whole_model_work(shape, replace(none_held_out, whole_model_steps=1), 8, sharers=2)
+    assert shared.flops == work.flops / 2
+    assert shared.stepped["Q4_0"] == pytest.approx(work.stepped["Q4_0"] / 2, abs=1)
+
+
+def test_the_whole_model_stage_is_in_the_estimate(model: Path) -> None:
+    settings = replace(SMALL, whole_model_steps=10)
+    plain, whole = estimated(model), estimated(model, settings)
+    assert whole.seconds(2) > plain.seconds(2)
+    assert whole.seconds(0) > plain.seconds(0) == 0
+    assert whole.host.whole_model > 0 == plain.host.whole_model
+    assert "the whole-model stage" in whole.line(2)
+    assert "the whole-model stage" not in plain.line(2)
+    one, two = (
+        whole_model_memory(WholeModelShape((BLOCK,), 3072 * 64, 3072, 64), settings, 16, 4, sharers)
+        for sharers in (1, 2)
+    )
+    assert two.codes == one.codes / 2 == 2 * BLOCK.weights
 
 
 def test_costs_are_kept_beside_the_manifest(model: Path, tmp_path: Path, calibration_text: Path) -> None:

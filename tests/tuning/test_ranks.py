@@ -34,6 +34,7 @@ from signround_edge.tuning.calibration.activations import CPU
 from signround_edge.tuning.job import Job
 from signround_edge.tuning.quantize import quantize
 from signround_edge.tuning.ranks import Ranks, joined
+from signround_edge.tuning.schedule import shares_whole_model
 from signround_edge.tuning.settings import TuningSettings
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -228,7 +229,9 @@ def test_the_whole_model_stage_is_shared_where_every_rank_has_as_many_samples(
     world: int, batch_size: int, whole_model_batch_size: int, shareable: bool
 ) -> None:
     jobs = [job(Ranks(rank, world), batch_size=batch_size) for rank in range(world)]
-    assert [each.shareable(whole_model_batch_size) for each in jobs] == [shareable] * world
+    settings = replace(jobs[0].settings, whole_model_batch_size=whole_model_batch_size)
+    assert shares_whole_model(settings, 16, world) == shareable
+    assert shares_whole_model(settings, 1, 1)
     if shareable:
         batches = [each.own_batches(2, whole_model_batch_size) for each in jobs]
         whole = job(Ranks(), batch_size=batch_size).own_batches(2, whole_model_batch_size)

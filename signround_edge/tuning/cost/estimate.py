@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,16 @@ from signround_edge.model.decoder import Decoder
 from signround_edge.progress import duration, size
 from signround_edge.schemes.plan import Plan
 from signround_edge.tuning.block.compute import compute_dtype, hidden_dtype
-from signround_edge.tuning.calibration.activations import Store
+from signround_edge.tuning.calibration.activations import CPU, Store
 from signround_edge.tuning.cost.memory import Memory, hidden_bytes, largest_block, outside_bytes, pinned_bytes
 from signround_edge.tuning.cost.peak import current_resident, free_memory
 from signround_edge.tuning.cost.rates import Machine, bus_rate
+from signround_edge.tuning.cost.whole_model import (
+    WholeModelMemory,
+    WholeModelShape,
+    whole_model_memory,
+    whole_model_work,
+)
 from signround_edge.tuning.cost.work import BlockShape, Work, block_shapes, block_work
 from signround_edge.tuning.settings import TuningSettings
 
@@ -57,6 +63,8 @@ class Estimate:
         hidden_on: where the hidden states of all samples are: "gpu", "memory" or "disk".
         resident: what the process takes before, in bytes.
         pinned: whether hidden states in the host's memory are pinned there, so that a GPU copies them by itself.
+        whole_model: the work of the whole-model stage.
+        codes_on: where that keeps codes between its steps.
     """
 
     shapes: list[BlockShape]
@@ -68,10 +76,12 @@ class Estimate:
     hidden_on: str
     resident: int
     pinned: bool = False
+    whole_model: Work = field(default_factory=Work)
+    codes_on: torch.device = CPU
 
     def seconds(self, blocks: int) -> float:
-        """Of tuning the last of the blocks, if nothing else runs on the machine."""
-        work = Work()
+        """Of tuning the last of the blocks and all together, if nothing else runs on the machine."""
+        work = self.whole_model
         for shape in self.shapes[len(self.shapes) - blocks :]:
             before, steps = block_work(shape, self.settings, self.samples)
             work += before + steps
@@ -109,9 +119,11 @@ class Estimate:
         amount = "" if self.hidden_on == "disk" else f" {size(hidden)}"
         block = (self.gpu or self.host).block
         parts = "" if self.settings.step_parts == 1 else f", a step in {self.settings.step_parts} parts"
+        whole = (self.gpu or self.host).whole_model
+        stage = f"; the whole-model stage {size(whole)}" if whole else ""
         return (
             f"{size(self.resident)} as it starts, a block {size(block)}, hidden states{where}{amount}{parts}; before "
-            f"and after the blocks {size(self.host.outside)}"
+            f"and after the blocks {size(self.host.outside)}{stage}"
         )
 
     def to_json(self, blocks: int) -> dict[str, Any]:
@@ -125,12 +137,21 @@ class Estimate:
 
 
 def estimate(
-    plan: Plan, decoder: Decoder, settings: TuningSettings, samples: int, device: torch.device, limits: Limits
+    plan: Plan,
+    decoder: Decoder,
+    settings: TuningSettings,
+    samples: int,
+    device: torch.device,
+    limits: Limits,
+    sharers: int = 1,
+    processes: int = 1,
 ) -> Estimate:
     """What a run will take, laid out so that it keeps the limits.
 
     Args:
         samples: of this process.
+        sharers: how many processes share the whole-model stage; where one does it for several, it has their samples.
+        processes: how many there are.
     Raises:
         UserError: it cannot keep a limit that was given.
     """
@@ -139,15 +160,30 @@ def estimate(
     width, on_gpu = compute_dtype(settings, grids, device), device.type == "cuda"
     settings = replace(settings, hidden_dtype=hidden_dtype(settings))
     hidden = max(hidden_bytes(shape, settings, samples) for shape in shapes)
-    gpu, hidden_on, block = None, "memory", 0.0
+    gpu, hidden_on, block, codes_on = None, "memory", 0.0, CPU
+    whole_model, whole = WholeModelShape.of(plan, shapes), WholeModelMemory()
+    of_stage = samples * processes // sharers
+    if settings.whole_model_steps:
+        whole = whole_model_memory(whole_model, settings, of_stage, width.itemsize, sharers)
+    whole_on_host = whole.samples
     if on_gpu:
         room = limits.gpu_memory or _FREE_SHARE * torch.cuda.mem_get_info(device)[0]
         settings, needed = _fitting(shapes, settings, samples, width.itemsize, room)
-        hidden_on = "gpu" if needed + hidden <= room else "memory"
-        gpu = Memory(needed, hidden if hidden_on == "gpu" else 0)
+        codes_on = device if whole.codes + whole.rest <= room else CPU
+        whole_on_gpu = whole.rest + (whole.codes if codes_on == device else 0)
+        if whole_on_gpu > room:
+            raise UserError(
+                f"the whole-model stage takes about {size(whole_on_gpu)} of the GPU's memory, and there are "
+                f"{size(room)} (--max-gpu-memory); give a shorter --seqlen, a smaller --whole-model-batch-size, or "
+                "--whole-model-steps 0"
+            )
+        hidden_on = "gpu" if max(needed, whole_on_gpu) + hidden <= room else "memory"
+        gpu = Memory(needed, hidden if hidden_on == "gpu" else 0, whole_model=whole_on_gpu)
+        whole_on_host += whole.codes if codes_on == CPU else 0
     else:
         block = largest_block(shapes, settings, samples, width.itemsize, False)
-    host, resident = Memory(block, 0, *_outside(plan)), current_resident()
+        whole_on_host += whole.codes + whole.rest
+    host, resident = Memory(block, 0, *_outside(plan), whole_on_host), current_resident()
     pinned = False
     if hidden_on == "memory":
         if limits.memory is not None and resident + host.peak + hidden > limits.memory:
@@ -157,7 +193,8 @@ def estimate(
             pinned = on_gpu and resident + host.peak + pinned_bytes(hidden) <= most
             host = replace(host, hidden=pinned_bytes(hidden) if pinned else hidden)
     machine = Machine(device, width, bus_rate(device) if on_gpu and hidden_on != "gpu" else None)
-    found = Estimate(shapes, samples, settings, machine, host, gpu, hidden_on, resident, pinned)
+    work = whole_model_work(whole_model, settings, of_stage, sharers)
+    found = Estimate(shapes, samples, settings, machine, host, gpu, hidden_on, resident, pinned, work, codes_on)
     if limits.memory is not None and found.host_bytes > limits.memory:
         raise UserError(
             f"--max-memory: this run is estimated to take {size(found.host_bytes)} ({found.breakdown()}), more "

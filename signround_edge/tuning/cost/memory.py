@@ -34,17 +34,19 @@ class Memory:
         hidden: hidden states of all samples.
         outside: of embedding or head while they are rounded, before and after the blocks.
         codes: of the embedding meanwhile.
+        whole_model: of the whole-model stage, after the blocks.
     """
 
     block: float
     hidden: float
     outside: float = 0.0
     codes: float = 0.0
+    whole_model: float = 0.0
 
     @property
     def peak(self) -> float:
         """At the worst moment."""
-        return self.hidden + self.codes + max(self.block, self.outside)
+        return self.hidden + max(self.codes + max(self.block, self.outside), self.whole_model)
 
 
 def outside_bytes(sizes: Sequence[int], tables: Sequence[int], per_token: bool) -> tuple[float, float]:
@@ -80,7 +82,7 @@ def block_bytes(block: BlockShape, settings: TuningSettings, samples: int, width
     if not settings.steps:
         return loading + weights
     batch = min(settings.batch_size, samples)
-    passing = _activations(block, settings.seqlen, width) * batch
+    passing = activation_bytes(block, settings.seqlen, width) * batch
     start = float(loading)
     if settings.start == "gptq":
         hessians = sum(_F32 * cols**2 for cols, _ in block.inputs().values())
@@ -110,7 +112,7 @@ def _while_compensated(block: BlockShape, settings: TuningSettings) -> float:
     return peak
 
 
-def _activations(block: BlockShape, seqlen: int, width: int) -> float:
+def activation_bytes(block: BlockShape, seqlen: int, width: int) -> float:
     """Bytes of a sample that a forward pass keeps for the backward one."""
     inputs = sum(cols * share for cols, share in block.inputs().values())
     outputs = sum(m.rows * m.share for m in block.matrices)

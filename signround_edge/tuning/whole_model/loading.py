@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 
 import torch
@@ -18,7 +17,7 @@ from signround_edge.tuning.job import Job
 from signround_edge.tuning.outside import embed, frozen, load_outside
 from signround_edge.tuning.whole_model.divergence import TopProbabilities
 from signround_edge.tuning.whole_model.stage import TOKENS_AT_ONCE, WholeModel, tune_whole_model
-from signround_edge.tuning.whole_model.tunables import BYTES_A_WEIGHT, FloatShift, Tunable, TunedMatrix
+from signround_edge.tuning.whole_model.tunables import FloatShift, Tunable, TunedMatrix
 
 
 def revise_whole_model(job: Job, shell: Shell, exact: Tensor) -> None:
@@ -45,7 +44,7 @@ def _load(job: Job, shell: Shell, exact: Tensor) -> WholeModel:
     tunables: dict[str, Tunable] = {}
     dtypes: dict[str, torch.dtype] = {}
     grids = [job.grid(t.name) for t in job.plan.tensors if t.format is not None and t.part != OUTSIDE]
-    dtype, home = compute_dtype(job.settings, grids, device), _home(job)
+    dtype, home = compute_dtype(job.settings, grids, device), job.codes_on
     parameters = dict(decoder.model.named_parameters())  # stored buffers choose, and have no gradient
     for entry in job.plan.tensors:
         is_own = job.ranks.owns(len(dtypes))
@@ -73,15 +72,6 @@ def _load(job: Job, shell: Shell, exact: Tensor) -> WholeModel:
     return WholeModel(
         decoder, shell, job.own_tokens, inputs, exact_probabilities, dtypes, tunables, autocast, device, job.ranks
     )
-
-
-def _home(job: Job) -> torch.device:
-    """Where codes and positions are between steps: on a GPU if half of its free memory holds them, else the host."""
-    if job.device.type != "cuda":
-        return job.device
-    tuned = sum(math.prod(t.shape) for t in job.plan.tensors if t.format is not None and t.part != OUTSIDE)
-    needed = BYTES_A_WEIGHT * tuned / job.ranks.world
-    return job.device if needed <= torch.cuda.mem_get_info(job.device)[0] / 2 else CPU
 
 
 def _original(job: Job, entry: TensorEntry) -> Tensor | None:

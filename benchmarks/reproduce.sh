@@ -68,7 +68,7 @@ planned() { # model, result file, schemes
 }
 
 vectors() { # model, result file
-    for preset in iq2_xs iq2_s iq2_m iq3_xxs iq3_s; do
+    for preset in iq2_xxs iq2_xs iq2_s iq2_m iq3_xxs iq3_s; do
         smollm2 "$1" "$2" "${SHORT[@]}" --tuned-only --scheme "gguf:$preset" \
             --tool={signround-edge,llama-quantize-imatrix}
     done

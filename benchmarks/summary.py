@@ -33,7 +33,7 @@ from benchmarks.rows import (
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 GGUF = ("q2_k_s", "q3_k_s", "iq4_xs", "q4_0", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k")
-VECTORS = ("iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_s")
+VECTORS = ("iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_s")
 ONNX = ("w2g32-asym", "w4g128-asym")
 _PEERS = {IMATRIX: "llama.cpp, importance matrix", AUTO_ROUND: "auto-round", OLIVE: "Olive's GPTQ"}
 _OURS_AND_RATIO = ("**signround-edge**", "KL over the best other's")
@@ -200,6 +200,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "off-grid ONNX": lambda: beside_onnx(_of(f"{_OFF_GRID}-presets"), ONNX),
     "off-grid more steps": lambda: with_more_steps(_of(_OFF_GRID)),
     "as shipped GGUF": lambda: beside_gguf(_of(f"{_SHIPPED}-presets"), GGUF),
+    "as shipped planned": lambda: with_planned_types(_of(f"{_SHIPPED}-presets")),
     "as shipped ONNX": lambda: beside_onnx(_of(f"{_SHIPPED}-presets"), ONNX),
     "as shipped more steps": lambda: with_more_steps(_of(_SHIPPED)),
     "tiny-llama GGUF": lambda: beside_gguf(_of("tiny-llama", "64x256, batch 8"), GGUF),

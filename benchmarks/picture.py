@@ -27,10 +27,10 @@ BELOW_TITLE = "SmolLM2-135M-Instruct (off-grid) as GGUF presets. Lower is better
 CLASSES = {IMATRIX: "llama", AUTO_ROUND: "auto", OURS: "ours"}
 NAMES = {IMATRIX: "llama.cpp's quantizer, importance matrix", AUTO_ROUND: "auto-round", OURS: "signround-edge"}
 
-WIDTH, HEIGHT = 820, 540
+WIDTH, HEIGHT = 1000, 580
 LEFT, RIGHT, TOP, BOTTOM = 74, 24, 68, 56
 LINE = 13.0  # from one line of labels to the next
-MEGABYTES = (90, 100, 110, 120, 130, 140, 160, 180, 200, 220, 240)
+MEGABYTES = (77, 83, 90, 100, 110, 120, 130, 140, 160, 180, 200, 220, 240)
 COLOURS = """<style>
 :root { --ink: #1c2126; } @media (prefers-color-scheme: dark) { :root { --ink: #e8ecf0; } }
 svg .title { font-size: 17px; font-weight: 600; fill: var(--ink); } svg .wide { font-size: 13px; }

@@ -154,4 +154,4 @@ def test_changed_statistics_are_refused(runs: dict[str, Path], tmp_path: Path) -
 def test_bad_input_is_one_sentence(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert "give a folder" in run_cli("analyze", runs["tuned"], "--out", tmp_path / "file", code=2).stderr
-    assert "not a run directory" in run_cli("analyze", tmp_path / "absent", code=2).stderr
+    assert "absent does not exist; give the folder" in run_cli("analyze", tmp_path / "absent", code=2).stderr

@@ -53,10 +53,13 @@ def test_without_a_compiler_there_is_one_sentence(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
-    monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent"))
-    with pytest.raises(UserError, match=r"cannot make kernels here \(.*C\+\+.*\); install a C\+\+ compiler, or leave"):
+    # Not by monkeypatch, which could not put a setting back.
+    none = torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent")})
+    with (
+        none,
+        pytest.raises(UserError, match=r"cannot make kernels here \(.*C\+\+.*\); install a C\+\+ compiler, or leave"),
+    ):
         tuned(tiny_llama, tmp_path / "run", compile_blocks=True)
 
 

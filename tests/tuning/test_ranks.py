@@ -280,7 +280,9 @@ def test_every_way_of_tuning_is_shared(
     assert codes <= most
     for part, record in alone.manifest.complete.items():
         for unit, report in record.report.items():
-            assert shared.manifest.complete[part].report[unit]["tuned"] == pytest.approx(report["tuned"], rel=0.03)
+            # GPTQ makes another code of a last digit, and of that one many.
+            near = pytest.approx(report["tuned"], rel=0.1 if settings.start == "gptq" else 0.03)
+            assert shared.manifest.complete[part].report[unit]["tuned"] == near
     # What is complete is read by every process, whatever their number.
     copies = [file.read_bytes() for file in sorted(more.out.rglob("*.safetensors"))]
     assert together(2, replace(more, resume=True))[0][1] is None

@@ -9,9 +9,9 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.rows import PLANNED
 from signround_edge import api
 
-MARK = "plan:"
 _NO_LIMIT = "1000G"  # a budget that every file keeps, to learn what the schemes take
 
 
@@ -28,7 +28,7 @@ def plan_beside(
     model: Path, row_scheme: str, calibration: Path, samples: int, seqlen: int, folder: Path
 ) -> PlannedFile:
     """Make the plan of a row's scheme, "plan:gguf:q3_k_m", in a folder, which also keeps what is measured for it."""
-    scheme = row_scheme.removeprefix(MARK)
+    scheme = row_scheme.removeprefix(PLANNED)
     plan = functools.partial(
         api.plan,
         model,

@@ -14,6 +14,7 @@ OURS = "signround-edge"
 AUTO_ROUND = "auto-round"
 IMATRIX = "llama-quantize-imatrix"
 OLIVE = "olive-gptq"
+PLANNED = "plan:"  # in front of the scheme whose bytes a plan keeps
 # The model to judge by stands first; what is not named here comes after, a model cut off after some blocks last.
 ORDER = (
     "smollm2-135m-offgrid-presets",
@@ -69,6 +70,18 @@ def is_tuned(row: Row) -> bool:
 def is_of_today(row: Row) -> bool:
     """Whether a row of ours was tuned the default way, with no older one named."""
     return not row.keys() & {"start", "positions"}
+
+
+def beside_planned(rows: list[Row]) -> list[tuple[Row, Row]]:
+    """Every row of planned types, behind the row of the scheme whose bytes it keeps, with the same steps and text."""
+
+    def what(row: Row, scheme: str) -> tuple[Any, ...]:
+        return (scheme, row["tool"], row["steps"], row.get("whole_model_steps"), text_of(row))
+
+    of = {what(row, row["scheme"]): row for row in rows if is_of_today(row)}
+    planned = [row for row in rows if row["scheme"].startswith(PLANNED)]
+    found = [(of.get(what(row, row["scheme"].removeprefix(PLANNED))), row) for row in planned]
+    return [(scheme, row) for scheme, row in found if scheme is not None]
 
 
 def samples_of(row: Row) -> tuple[int, int]:

@@ -35,9 +35,9 @@ from benchmarks import auto_round, llama_quantize, olive_gptq, onnx_peers
 from benchmarks.float_gguf import write_float_gguf
 from benchmarks.gguf_in_torch import load_llama_gguf
 from benchmarks.measure import Cost, run_measured
-from benchmarks.planned_types import MARK, PlannedFile, plan_beside
+from benchmarks.planned_types import PlannedFile, plan_beside
 from benchmarks.processor import processor
-from benchmarks.rows import OURS, steps_of
+from benchmarks.rows import OURS, PLANNED, steps_of
 from benchmarks.scoring import RememberingSession
 from benchmarks.split_text import SPARE_TOKENS, json_lines
 from benchmarks.table import sections
@@ -221,7 +221,7 @@ def _ours(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, Any]:
         shutil.rmtree(out, ignore_errors=True)
     elif (out / "manifest.json").is_file():
         raise SystemExit(f"{out} is there already, without its row; remove it to measure anew")
-    plan = _plan(args, row["scheme"]) if row["scheme"].startswith(MARK) else None
+    plan = _plan(args, row["scheme"]) if row["scheme"].startswith(PLANNED) else None
     cost = _quantize(args, row, out, plan=plan)
     run = RunDirectory.open(out)
     beside = {} if plan is None else {"file_bytes": plan.file_bytes, "predicted_kl": plan.predicted_kl}

@@ -12,13 +12,13 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.planned_types import MARK
 from benchmarks.rows import (
     AUTO_ROUND,
     IMATRIX,
     OLIVE,
     OURS,
     Row,
+    beside_planned,
     is_of_today,
     is_tuned,
     kl,
@@ -128,12 +128,9 @@ def with_whole_model_stage(rows: Sequence[Row], presets: Iterable[str]) -> str:
 def with_planned_types(rows: Sequence[Row]) -> str:
     """A row for each plan: the scheme whose bytes it keeps, tuned; and its own prediction."""
     lines = _head(["at the bytes of", "MB", "tuned", "**types by `plan`, tuned**", "predicted", "KL over the scheme's"])
-    found = measured(list(rows))
-    for planned in (r for r in found if r["scheme"].startswith(MARK)):
-        scheme = planned["scheme"].removeprefix(MARK)
-        ours = _ours(r for r in found if r["scheme"] == scheme)
+    for ours, planned in beside_planned(measured(list(rows))):
         cells = [_cell(ours, ours), f"**{_cell(planned, ours)}**", kl(planned["predicted_kl"]), _over(planned, [ours])]
-        lines.append(_line([f"`{scheme}`", _mb(planned["bytes"]), *cells]))
+        lines.append(_line([f"`{ours['scheme']}`", _mb(planned["bytes"]), *cells]))
     return "\n".join(lines)
 
 

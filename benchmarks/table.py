@@ -8,11 +8,11 @@ from typing import Any
 
 from benchmarks import summary
 from benchmarks.onnx_peers import block_scheme
-from benchmarks.planned_types import MARK
 from benchmarks.rows import (
     IMATRIX,
     OURS,
     RESULTS,
+    beside_planned,
     is_cut_off,
     is_of_today,
     is_onnx_peer,
@@ -206,17 +206,11 @@ def _preset_section(name: str, text: str, rows: list[dict[str, Any]]) -> str:
 def planned_sections(name: str, rows: list[dict[str, Any]]) -> list[str]:
     """A table of planned types, each beside the scheme whose bytes they keep, with the same steps and text."""
     lines = []
-    for planned in (r for r in rows if r["scheme"].startswith(MARK)):
-        same = {key: planned.get(key) for key in ("tool", "steps", "whole_model_steps")}
-        same["scheme"] = planned["scheme"].removeprefix(MARK)
-        beside = [r for r in rows if is_of_today(r) and {key: r.get(key) for key in same} == same]
-        of_text = [r for r in beside if text_of(r) == text_of(planned)]
-        if not of_text:
-            continue
-        kls = f"{kl(of_text[0]['kld_mean'])} | {kl(planned['kld_mean'])} | {planned['predicted_kl']:.4f}"
-        sizes = f"{of_text[0]['bytes']:,} | {planned['bytes']:,}"
-        ratio = planned["kld_mean"] / of_text[0]["kld_mean"]
-        lines.append(f"| {same['scheme']} | {steps_of(planned)} | {sizes} | {kls} | {ratio:.2f} × |")
+    for scheme, planned in beside_planned(rows):
+        kls = f"{kl(scheme['kld_mean'])} | {kl(planned['kld_mean'])} | {planned['predicted_kl']:.4f}"
+        sizes = f"{scheme['bytes']:,} | {planned['bytes']:,}"
+        ratio = planned["kld_mean"] / scheme["kld_mean"]
+        lines.append(f"| {scheme['scheme']} | {steps_of(planned)} | {sizes} | {kls} | {ratio:.2f} × |")
     head = [f"### {name}: planned types at the bytes of a scheme, mean KL", ""]
     head += ["| scheme | steps | bytes of tensors | planned | KL | planned | predicted | planned over the scheme |"]
     head += ["|---|---|---|---|---|---|---|---|"]

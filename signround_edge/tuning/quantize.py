@@ -128,9 +128,7 @@ def quantize(
     check_ranks(ranks, tokens, settings, scheme, progress)
     importance = Importance(given, save_imatrix)
     meter = Meter(torch_device)
-    world = ranks.world
-    sharers = world if shares_whole_model(settings, len(tokens), world) else 1
-    laid_out = estimate(plan, decoder, settings, -(-len(tokens) // world), torch_device, limits, sharers, world)
+    laid_out = estimate(plan, decoder, settings, len(tokens), torch_device, limits, ranks.world)
     settings, store = laid_out.settings, laid_out.store(out)
     job = functools.partial(Job, weights, plan, tokens, settings, torch_device, codes_on=laid_out.codes_on)
     if not ranks.first:

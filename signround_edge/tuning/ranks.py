@@ -12,7 +12,7 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from signround_edge.errors import LostProcess, ToldElsewhere, UserError
+from signround_edge.model.experts import split_expert
 from signround_edge.tuning.launch import BLOCKS_ARE_KEPT, Place
 
 if TYPE_CHECKING:
@@ -63,18 +64,17 @@ class Ranks:
                 dist.all_reduce(tensor)
         return tensor
 
-    def sum_gradients(self, weights: Sequence[Tensor], sometimes: bool) -> None:
-        """Give every rank the sum of all ranks' gradients of some weights.
+    def sum_gradients(self, weights: Mapping[str, Tensor]) -> None:
+        """Give every rank the sum of all ranks' gradients of some weights, by parameter name.
 
-        Args:
-            sometimes: whether a rank may have none, of an expert that its samples were not routed to.
+        A rank may have none, of an expert that its samples were not routed to.
         """
         if self.alone:
             return
         reached = torch.ones(len(weights), dtype=torch.int32)
-        if sometimes:
-            reached = self.sum(torch.tensor([weight.grad is not None for weight in weights]).int())
-        for weight, ranks in zip(weights, reached.tolist(), strict=True):
+        if any(split_expert(name)[1] is not None for name in weights):
+            reached = self.sum(torch.tensor([weight.grad is not None for weight in weights.values()]).int())
+        for weight, ranks in zip(weights.values(), reached.tolist(), strict=True):
             if ranks:
                 gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad.contiguous()
                 weight.grad = self.sum(gradient)

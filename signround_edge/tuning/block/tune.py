@@ -135,8 +135,7 @@ class _Steps:
                 output = (unit.train_forward or unit.forward)(part).float()
             output.backward(loss_gradient(unit, output.detach(), part, self.samples or len(index)))
             del output
-        experts = any(split_expert(m.name)[1] is not None for m in self.matrices)
-        self.ranks.sum_gradients([self.weights[m.name] for m in self.matrices], sometimes=experts)
+        self.ranks.sum_gradients(self.weights)
         for matrix in self.matrices:
             weight = self.weights[matrix.name]
             if weight.grad is not None:

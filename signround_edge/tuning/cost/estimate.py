@@ -21,13 +21,9 @@ from signround_edge.tuning.calibration.activations import CPU, Store
 from signround_edge.tuning.cost.memory import Memory, hidden_bytes, largest_block, outside_bytes, pinned_bytes
 from signround_edge.tuning.cost.peak import current_resident, free_memory
 from signround_edge.tuning.cost.rates import Machine, bus_rate
-from signround_edge.tuning.cost.whole_model import (
-    WholeModelMemory,
-    WholeModelShape,
-    whole_model_memory,
-    whole_model_work,
-)
+from signround_edge.tuning.cost.whole_model import WholeModelShape, whole_model_memory, whole_model_work
 from signround_edge.tuning.cost.work import BlockShape, Work, block_shapes, block_work
+from signround_edge.tuning.schedule import shares_whole_model
 from signround_edge.tuning.settings import TuningSettings
 
 # Of the memory that is free, how much a run may be planned to take.
@@ -140,31 +136,29 @@ def estimate(
     plan: Plan,
     decoder: Decoder,
     settings: TuningSettings,
-    samples: int,
+    count: int,
     device: torch.device,
     limits: Limits,
-    sharers: int = 1,
-    processes: int = 1,
+    world: int = 1,
 ) -> Estimate:
     """What a run will take, laid out so that it keeps the limits.
 
     Args:
-        samples: of this process.
-        sharers: how many processes share the whole-model stage; where one does it for several, it has their samples.
-        processes: how many there are.
+        count: calibration samples of all processes.
+        world: how many processes there are.
     Raises:
         UserError: it cannot keep a limit that was given.
     """
-    shapes = block_shapes(plan, decoder)
+    shapes, samples = block_shapes(plan, decoder), -(-count // world)
     grids = {get_grid(m.grid) for shape in shapes for m in shape.matrices}
     width, on_gpu = compute_dtype(settings, grids, device), device.type == "cuda"
     settings = replace(settings, hidden_dtype=hidden_dtype(settings))
     hidden = max(hidden_bytes(shape, settings, samples) for shape in shapes)
     gpu, hidden_on, block, codes_on = None, "memory", 0.0, CPU
-    whole_model, whole = WholeModelShape.of(plan, shapes), WholeModelMemory()
-    of_stage = samples * processes // sharers
-    if settings.whole_model_steps:
-        whole = whole_model_memory(whole_model, settings, of_stage, width.itemsize, sharers)
+    whole_model = WholeModelShape.of(plan, shapes)
+    # Where the first process does that stage for all, it has the samples of all.
+    sharers, of_stage = (world, samples) if shares_whole_model(settings, count, world) else (1, count)
+    whole = whole_model_memory(whole_model, settings, of_stage, width.itemsize, sharers)
     whole_on_host = whole.samples
     if on_gpu:
         room = limits.gpu_memory or _FREE_SHARE * torch.cuda.mem_get_info(device)[0]

@@ -13,6 +13,7 @@ With W weights in the blocks, F fp16 fields of theirs, T tokens of a step, V tok
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -108,12 +109,15 @@ def whole_model_work(shape: WholeModelShape, settings: TuningSettings, samples: 
 def whole_model_memory(
     shape: WholeModelShape, settings: TuningSettings, samples: int, width: int, sharers: int = 1
 ) -> WholeModelMemory:
-    """What is in memory on one of the processes that share the stage, besides the hidden states that blocks had.
+    """What is in memory on one of the processes that share the stage, besides the hidden states that blocks had;
+    nothing without such steps.
 
     Args:
         samples: of this process.
         width: bytes of a value in the dtype of the products.
     """
+    if not settings.whole_model_steps:
+        return WholeModelMemory()
     seqlen, batch = settings.seqlen, min(math.ceil(settings.whole_model_batch_size / sharers), samples)
     codes = (BYTES_A_WEIGHT + 1) * shape.weights / sharers
     most_likely = 2 * _F32 * min(KEPT_TOKENS, shape.vocabulary)
@@ -130,6 +134,7 @@ def whole_model_memory(
     return WholeModelMemory(codes, of_samples, rest)
 
 
+@functools.cache
 def _fields_a_weight(grid_name: str) -> float:
     """fp16 values that a format stores for each weight."""
     grid = get_grid(grid_name)

@@ -72,11 +72,11 @@ def _cached_forward(kind: Any) -> Callable[[nn.Module, Tensor], Tensor]:
 
 def _converted_forward(kind: Any) -> Callable[[nn.Module, Tensor], Tensor]:
     def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
-        device, found = hidden_states.device.type, kind.forward(self, hidden_states)
+        device = hidden_states.device.type
+        found: Tensor = kind.forward(self, hidden_states)
         if hidden_states.dtype != torch.float32 or not torch.is_autocast_enabled(device):
-            return found  # type: ignore[no-any-return]
-        converted: Tensor = found.to(torch.get_autocast_dtype(device))
-        return converted
+            return found
+        return found.to(torch.get_autocast_dtype(device))
 
     return forward
 

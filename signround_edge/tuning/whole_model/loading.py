@@ -101,15 +101,11 @@ def _of_owner(
     job: Job, entry: TensorEntry, number: int, own: Tensor | QuantizedTensor | None
 ) -> Tensor | QuantizedTensor:
     """A tuned tensor from the rank that owns it."""
-    if job.ranks.alone:
-        assert own is not None
-        return own
     parts: dict[str, Tensor | None] | None = None
     if own is not None:
         own = own.to(job.device)
         parts = {"": own} if isinstance(own, Tensor) else {"": own.codes, **own.fields}
-    found = {
-        name: tensor for name, tensor in job.ranks.of_owner(number, parts, job.device).items() if tensor is not None
-    }
+    sent = job.ranks.of_owner(number, parts, job.device)
+    found = {name: tensor for name, tensor in sent.items() if tensor is not None}
     whole = found.pop("")
     return whole if entry.format is None else QuantizedTensor(job.grid(entry.name), whole, found)

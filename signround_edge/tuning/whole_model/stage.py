@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from signround_edge.formats import QuantizedTensor
 from signround_edge.model.decoder import Decoder, set_tensor
-from signround_edge.model.experts import split_expert
 from signround_edge.progress import Progress
 from signround_edge.tuning.calibration.block_call import Shared
 from signround_edge.tuning.calibration.shell import Shell
@@ -194,8 +193,7 @@ class WholeModel:
     def _receive(self, names: Iterable[str], code_rate: float) -> None:
         """Pass the gradients of parameters on to their tunables, and let go of them."""
         parameters = {name: self.decoder.model.get_parameter(name) for name in names}
-        experts = any(split_expert(name)[1] is not None for name in names)
-        self.ranks.sum_gradients(list(parameters.values()), sometimes=experts)
+        self.ranks.sum_gradients(parameters)
         for name, parameter in parameters.items():
             if parameter.grad is not None and name in self.tunables:
                 self.tunables[name].receive(parameter.grad, code_rate)

@@ -388,21 +388,9 @@ def plan(
     from signround_edge.tuning.quantize import chosen_device
 
     shown = _progress(progress)
-    if [target_size, target_bpw, memory].count(None) != 2:
-        raise UserError(
-            "give one of --target-size, --target-bpw, --device and --memory: it says how large the file may be"
-        )
+    budget = Budget.of(target_size, target_bpw, memory, memory_of)
     where = usable_cache(default_cache() if cache is None else path_of("--cache", cache))
     sizes = exporter_sizes(format, where, _path("--template", template))
-    if target_size is not None:
-        budget = Budget(size=bytes_of("--target-size", str(target_size)), asked=f"--target-size {target_size}")
-    elif target_bpw is not None:
-        if not 0 < target_bpw <= 32:
-            raise UserError(f"--target-bpw {target_bpw} must be above 0 and at most 32")
-        budget = Budget(bits_per_weight=float(target_bpw), asked=f"--target-bpw {target_bpw}")
-    else:
-        asked = f"--memory {memory}" if memory_of is None else f"--device {memory_of}"
-        budget = Budget(memory=bytes_of("--memory", str(memory)), asked=asked)
     cache_types = CacheTypes.of(cache_type_k, cache_type_v)
     if cache_types is not None and format != "gguf":
         raise UserError("--cache-type-k and --cache-type-v are llama.cpp's; leave them out with --format onnx")

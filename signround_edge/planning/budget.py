@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from signround_edge.arguments import bytes_of
 from signround_edge.errors import UserError
 from signround_edge.planning.memory import Needs
 
@@ -24,6 +25,28 @@ class Budget:
     bits_per_weight: float | None = None
     memory: int | None = None
     asked: str = ""
+
+    @classmethod
+    def of(
+        cls, target_size: str | int | None, target_bpw: float | None, memory: str | int | None, memory_of: str | None
+    ) -> Budget:
+        """From what the user gave, exactly one of the first three.
+
+        Args:
+            memory_of: name of the device whose memory that is, for messages.
+        """
+        if [target_size, target_bpw, memory].count(None) != 2:
+            raise UserError(
+                "give one of --target-size, --target-bpw, --device and --memory: it says how large the file may be"
+            )
+        if target_size is not None:
+            return cls(size=bytes_of("--target-size", str(target_size)), asked=f"--target-size {target_size}")
+        if target_bpw is not None:
+            if not 0 < target_bpw <= 32:
+                raise UserError(f"--target-bpw {target_bpw} must be above 0 and at most 32")
+            return cls(bits_per_weight=float(target_bpw), asked=f"--target-bpw {target_bpw}")
+        asked = f"--memory {memory}" if memory_of is None else f"--device {memory_of}"
+        return cls(memory=bytes_of("--memory", str(memory)), asked=asked)
 
     def file_bytes(self, weights: int, head: int, needs: Needs) -> int:
         """What the file may have.

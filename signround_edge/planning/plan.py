@@ -5,25 +5,24 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from signround_edge.errors import UserError
-from signround_edge.formats import get_grid
-from signround_edge.model.cache_shape import cache_shape
 from signround_edge.model.source import model_name
 from signround_edge.model.weights import ModelWeights
 from signround_edge.planning.candidates import allowed_types, check_wishes, types_of
+from signround_edge.planning.file_bytes import FileBytes, Sizes
 from signround_edge.planning.found_plan import FoundPlan
 from signround_edge.planning.knapsack import Option, frontier, least_bytes, most_bytes, solve
-from signround_edge.planning.memory import Needs, needs_of
-from signround_edge.planning.problem import Group, as_nodes, bytes_by_type, grouped
+from signround_edge.planning.memory import Needs
+from signround_edge.planning.problem import Group, as_nodes, grouped
 from signround_edge.planning.request import Finished, Request
-from signround_edge.planning.untuned_run import UntunedRun, untuned_run
+from signround_edge.planning.untuned_run import untuned_run
 from signround_edge.progress import Progress
 from signround_edge.schemes.gguf_presets import GGUF_PRESETS
 from signround_edge.schemes.plan import Plan, make_plan
@@ -41,16 +40,6 @@ _REFERENCES = {
              "onnx:w8g32-asym", "onnx:w8g128-asym"),
 }  # fmt: skip
 _TRIES = 8  # until an exporter that tells only the sum of bytes agrees
-
-
-class Sizes(Protocol):
-    """What of an exporter is needed: see `FileSizes`."""
-
-    def tensor_bytes(self, run: UntunedRun) -> dict[tuple[str, ...], int]: ...
-
-    def file_bytes(self, run: UntunedRun) -> int | None: ...
-
-    def one_node(self, run: UntunedRun) -> dict[tuple[str, ...], tuple[str, ...]]: ...
 
 
 def find_plan(
@@ -93,8 +82,8 @@ def find_plan(
         nodes = sizes.one_node(run)
         kinds, in_nodes = as_nodes(kinds, nodes, request.types is None)
         groups = {n: _shared(n, kinds) for n in grouped(kinds, [*sizes.tensor_bytes(run), *in_nodes])}
-        problem = _Problem(weights, base, groups, sizes, files, run, target, nodes)
-        problem.check(request)
+        stored = FileBytes(base, groups, sizes, run, nodes)
+        budget, needs = stored.budget(request, config)
         store = Store.open(cache, files, tokens, request.seed)
         if not store.is_measured:
             progress.line(f"measuring what each tensor matters, on {tokens.numel():,} tokens; kept in {store.folder}")
@@ -102,65 +91,26 @@ def find_plan(
             # Of modules of its own: the pass leaves them loaded, and a head that is tied would no longer be.
             lambda: measure(ModelWeights.open(model), tokens, device, request.seed, progress, store.folder)
         )
-        problem.weigh(Costs(weights, base, measured, store, progress))
-        return problem.solved(request, finished, progress)
+        problem = _Problem(weights, base, files, stored, Costs(weights, base, measured, store, progress))
+        return problem.solved(request, budget, needs, finished, progress)
 
 
 class _Problem:
-    """Groups, their options, and the file's bytes of any choice.
-
-    What they cost is computed last: a budget that no file keeps is refused before the long pass over the model.
-    """
+    """Groups, and their options with bytes and costs."""
 
     def __init__(
-        self,
-        weights: ModelWeights,
-        base: Plan,
-        groups: dict[tuple[str, ...], tuple[str, ...]],
-        sizes: Sizes,
-        files: dict[str, str],
-        run: UntunedRun,
-        target: str,
-        nodes: Mapping[tuple[str, ...], tuple[str, ...]],
+        self, weights: ModelWeights, base: Plan, files: dict[str, str], stored: FileBytes, costs: Costs
     ) -> None:
-        self.weights, self.base, self.kinds, self.sizes, self.files = weights, base, groups, sizes, files
-        self.target, self.entries = target, {entry.name: entry for entry in base.tensors}
-        fast = {name: own for names, own in nodes.items() for name in names}
-        named = {name for names in groups for name in names}
-        self.in_floats = [e.name for e in base.tensors if (e.format or e.fallback_from) and e.name not in named]
-        largest = {name: _largest(own, fast.get(names[0], ())) for names, own in groups.items() for name in names}
-        kept: dict[str, str | None] = {name: largest.get(name) for name in base_formats(base)}
-        self.run = run.with_types(kept)
-        self.stored = bytes_by_type(groups, self.entries, lambda types: sizes.tensor_bytes(self.run.with_types(types)))
-        whole = sizes.file_bytes(self.run)
-        self.exact = whole is not None
-        in_groups = sum(self.stored[names][largest[names[0]]] for names in groups)
-        self.fixed = (whole if whole is not None else self._floats() + in_groups) - in_groups
-        self.head, self.parameters = self.fixed - self._floats(), sum(math.prod(e.shape) for e in base.tensors)
-        self.groups: list[Group] = []
-
-    def check(self, request: Request) -> None:
-        """UserError for a budget that the smallest file does not keep."""
-        budget, needs = self._budget(request)
-        least = self.fixed + sum(min(self.stored[names][kind] for kind in own) for names, own in self.kinds.items())
-        if budget < least:
-            enough = request.budget.holding(least, self.parameters, self.head, needs)
-            raise UserError(
-                f"{request.budget.asked}: {budget:,} bytes for the file are too few; the smallest file of this model "
-                f"with these types has {least:,}; give {enough}, or other types"
-            )
-
-    def weigh(self, costs: Costs) -> None:
-        """Compute what the options cost."""
-        self.costs = costs
-        cost = costs.of({name: own for names, own in self.kinds.items() for name in names})
+        self.weights, self.files, self.stored, self.costs = weights, files, stored, costs
+        self.entries = {entry.name: entry for entry in base.tensors}
+        cost = costs.of({name: own for names, own in stored.kinds.items() for name in names})
         self.groups = [
             Group(
                 names,
                 sum(math.prod(self.entries[name].shape) for name in names),
-                tuple(Option(k, self.stored[names][k], sum(cost[name][k] for name in names)) for k in own),
+                tuple(Option(k, stored.stored[names][k], sum(cost[name][k] for name in names)) for k in own),
             )
-            for names, own in self.kinds.items()
+            for names, own in stored.kinds.items()
         ]
 
     @functools.cached_property
@@ -168,20 +118,12 @@ class _Problem:
         """Of the groups."""
         return [group.options for group in self.groups]
 
-    def _floats(self) -> int:
-        kept = [entry for entry in self.run.manifest.tensors if entry.format is None]
-        return sum(4 * math.prod(entry.shape) for entry in kept)
-
-    def _budget(self, request: Request) -> tuple[int, Needs]:
-        """Bytes that the file may have, and what a runtime needs besides."""
-        config: Any = self.weights.decoder.model.config
-        needs = needs_of(cache_shape(config), self.target, request.context, request.cache_types)
-        return request.budget.file_bytes(self.parameters, self.head, needs), needs
-
-    def solved(self, request: Request, finished: Finished | None, progress: Progress) -> FoundPlan:
+    def solved(
+        self, request: Request, budget: int, needs: Needs, finished: Finished | None, progress: Progress
+    ) -> FoundPlan:
         """The plan."""
-        budget, needs = self._budget(request)
-        least, most = least_bytes(self.options) + self.fixed, most_bytes(self.options) + self.fixed
+        fixed, named = self.stored.fixed, {name for group in self.groups for name in group.names}
+        least, most = least_bytes(self.options) + fixed, most_bytes(self.options) + fixed
         if budget > most:
             progress.line(
                 f"note: {request.budget.asked} leaves {budget:,} bytes for the file, and with these types none has "
@@ -190,14 +132,14 @@ class _Problem:
         factor = 1.0 if finished is None else self._factor(finished)
         chosen, size = self._fit(budget)
         planned = PlannedTypes(
-            target=self.target,
+            target=request.target,
             model=model_name(self.weights.source.path),
             files=self.files,
             types=self._types(chosen),
-            floats=self.in_floats,
+            floats=[e.name for e in self.entries.values() if (e.format or e.fallback_from) and e.name not in named],
             file_bytes=size,
             budget_bytes=budget,
-            bits_per_weight=8 * (size - self.head) / self.parameters,
+            bits_per_weight=8 * (size - self.stored.head) / self.stored.parameters,
             predicted_kl=factor * sum(option.cost for option in chosen),
             factor=factor,
             settings={
@@ -210,12 +152,12 @@ class _Problem:
             planned,
             self.groups,
             chosen,
-            self.fixed,
-            [(size + self.fixed, factor * cost) for size, cost in frontier(self.options)],
-            {name: (size, factor * cost) for name, (size, cost) in self._presets().items()},
+            fixed,
+            [(size + fixed, factor * cost) for size, cost in frontier(self.options)],
+            {name: (size, factor * cost) for name, (size, cost) in self._presets(request.target).items()},
             {more: factor * cost for more, cost in self._neighbours(budget, least, most).items()},
             needs,
-            self.exact,
+            self.stored.exact,
         )
 
     def _factor(self, finished: Finished) -> float:
@@ -229,12 +171,12 @@ class _Problem:
 
     def _fit(self, budget: int) -> tuple[list[Option], int]:
         """The best options whose file has at most `budget` bytes, and its bytes."""
-        room = budget - self.fixed
+        room = budget - self.stored.fixed
         for _ in range(_TRIES):
             chosen = solve(self.options, room)
-            size = self.sizes.file_bytes(self.run.with_types(self._types(chosen)))
+            size = self.stored.of(self._types(chosen))
             if size is None:
-                return chosen, self.fixed + sum(option.nbytes for option in chosen)
+                return chosen, self.stored.fixed + sum(option.nbytes for option in chosen)
             if size <= budget:
                 return chosen, size
             room = sum(option.nbytes for option in chosen) - (size - budget)  # so that these are not chosen again
@@ -251,21 +193,21 @@ class _Problem:
         found = {}
         for more in (-step, step):
             if least <= budget + more <= most:
-                found[more] = sum(option.cost for option in solve(self.options, budget + more - self.fixed))
+                found[more] = sum(option.cost for option in solve(self.options, budget + more - self.stored.fixed))
         return found
 
-    def _presets(self) -> dict[str, tuple[int, float]]:
+    def _presets(self, target: str) -> dict[str, tuple[int, float]]:
         """Scheme → (bytes, cost), of those whose types are all among the groups' options."""
         found = {}
-        for text in _REFERENCES[self.target]:
+        for text in _REFERENCES[target]:
             plan = make_plan(self.weights, parse_scheme(text), float_fallback=True)
             kinds = {entry.name: entry.format for entry in plan.tensors}
-            if self.target == "onnx":  # its embeddings and heads are symmetric; the same bytes
+            if target == "onnx":  # its embeddings and heads are symmetric; the same bytes
                 kinds = {name: "w8g32-asym" if kind == "Q8_0" else kind for name, kind in kinds.items()}
             own = [group.option(kinds[group.names[0]]) for group in self.groups]
             known = [option for option in own if option is not None]
             if len(known) == len(own):
-                found[text] = self.fixed + sum(o.nbytes for o in known), sum(o.cost for o in known)
+                found[text] = self.stored.fixed + sum(o.nbytes for o in known), sum(o.cost for o in known)
         return found
 
 
@@ -275,18 +217,3 @@ def _shared(names: tuple[str, ...], kinds: Mapping[str, tuple[str, ...]]) -> tup
     if not found:
         raise UserError(f"{names[0]} and {names[-1]} are one tensor in the file, and no type is allowed for both")
     return found
-
-
-def base_formats(plan: Plan) -> dict[str, str]:
-    """Parameter name → type, of those that have one."""
-    return {entry.name: entry.format for entry in plan.tensors if entry.format is not None}
-
-
-def _largest(kinds: Sequence[str], preferred: Sequence[str]) -> str:
-    """The type of most bits; of experts, of those that make them one node, as planned ones mostly are: a graph without
-    takes long to trace."""
-    return max(kinds, key=lambda kind: (kind in preferred, _bits(kind)))
-
-
-def _bits(kind: str) -> float:
-    return get_grid(kind).bits_per_weight

@@ -13,7 +13,7 @@ from runtime_tests.report.report import VerifyReport
 from runtime_tests.verify import verify
 from signround_edge.demo import tiny_llama_path
 from signround_edge.run_directory import RunDirectory
-from tests.exporters.gguf.family_table import YARN
+from tests.exporters.gguf.family_settings import YARN
 from tests.support import make_run, save_random_model
 
 SHAPE = {

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, Qwen2Config
 from runtime_tests.runtimes.llama_cpp import LlamaCppRuntime
 from signround_edge.run_directory import RunDirectory
 from tests.exporters.gguf.conftest import BASE, export
-from tests.exporters.gguf.family_table import YARN
+from tests.exporters.gguf.family_settings import YARN
 from tests.exporters.gguf.test_gguf_families import kld, torch_logits
 
 RunOf = Callable[..., RunDirectory]
